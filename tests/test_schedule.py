@@ -1,0 +1,188 @@
+"""The schedule against brute force: every pair exactly once, exactly the needed rows, the paper's and our own traffic ratios."""
+
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from seqmesh import layouts, masks
+from seqmesh.layouts import Layout, Span
+from seqmesh.masks import Band, Mask
+from seqmesh.schedule import RingSchedule, ring_schedule
+
+STATIC_LAYOUTS = {"contiguous": layouts.contiguous, "zigzag": layouts.zigzag, "striped": layouts.striped}
+
+
+def all_ranks(mask: Mask, q_layout: Layout, kv_layout: Layout, stages: int | None = None) -> list[RingSchedule]:
+    return [ring_schedule(mask, q_layout, kv_layout, r, stages) for r in range(q_layout.ring)]
+
+
+def covered(mask: Mask, q_layout: Layout, kv_layout: Layout, schedules: list[RingSchedule]) -> np.ndarray:
+    """How often the blocks of all ranks compute each global pair, replayed through the rows that really travel."""
+    count = np.zeros((mask.q_len, mask.k_len), dtype=np.int64)
+    for schedule in schedules:
+        q_positions = np.fromiter(q_layout.positions(schedule.ring_rank), dtype=np.int64)
+        for n, stage in enumerate(schedule.stages):
+            if n == 0:
+                buffer = list(kv_layout.positions(schedule.ring_rank))
+            else:
+                buffer = []
+                for peer, runs in stage.receives:
+                    stored = list(kv_layout.positions(peer))
+                    buffer += [stored[row] for start, stop in runs for row in range(start, stop)]
+            keys = np.array(buffer, dtype=np.int64)
+            for block in stage.blocks:
+                local = Mask(len(q_positions), len(keys), (block,)).dense()
+                rows, cols = np.nonzero(local)
+                np.add.at(count, (q_positions[rows], keys[cols]), 1)
+    return count
+
+
+def needed_rows(mask: Mask, q_layout: Layout, kv_layout: Layout, receiver: int, sender: int) -> list[int]:
+    """Brute force: the sender's storage rows that some query of the receiver may see."""
+    dense = mask.dense()
+    q = list(q_layout.positions(receiver))
+    return [row for row, j in enumerate(kv_layout.positions(sender)) if dense[q, j].any()]
+
+
+def check_exact(mask: Mask, q_layout: Layout, kv_layout: Layout, stages: int | None) -> None:
+    schedules = all_ranks(mask, q_layout, kv_layout, stages)
+    np.testing.assert_array_equal(covered(mask, q_layout, kv_layout, schedules), mask.dense().astype(np.int64))
+    assert sum(schedule.area for schedule in schedules) == mask.area
+    received = {}
+    for schedule in schedules:
+        for stage in schedule.stages:
+            for peer, runs in stage.receives:
+                assert (schedule.ring_rank, peer) not in received
+                received[schedule.ring_rank, peer] = runs
+    sent = {(peer, s.ring_rank): runs for s in schedules for stage in s.stages for peer, runs in stage.sends}
+    assert sent == received
+    ring = q_layout.ring
+    for receiver in range(ring):
+        for sender in set(range(ring)) - {receiver}:
+            rows = [row for start, stop in received.get((receiver, sender), ()) for row in range(start, stop)]
+            assert rows == needed_rows(mask, q_layout, kv_layout, receiver, sender)
+    # Each exchange must be entered with matching peers: what rank a sends to b at stage t, b receives from a at stage t.
+    for t in range(len(schedules[0].stages)):
+        pairs_sent = {(s.ring_rank, peer) for s in schedules for peer, _ in s.stages[t].sends}
+        pairs_received = {(peer, s.ring_rank) for s in schedules for peer, _ in s.stages[t].receives}
+        assert pairs_sent == pairs_received
+
+
+@st.composite
+def random_masks(draw: st.DrawFn) -> Mask:
+    """Random documents, windows, prefixes and their intersections over up to 40 tokens."""
+    lengths = draw(st.lists(st.integers(0, 15), min_size=1, max_size=5))
+    s = sum(lengths)
+    choices = [
+        masks.documents(lengths, causal=draw(st.booleans())),
+        masks.causal(s),
+        masks.full(s),
+        masks.sliding_window(s, draw(st.integers(1, 12)), draw(st.integers(0, 4))),
+        masks.prefix_lm(s, draw(st.integers(0, s))),
+        masks.chunked(s, draw(st.integers(1, 9))),
+    ]
+    mask = draw(st.sampled_from(choices))
+    return mask & draw(st.sampled_from(choices)) if draw(st.booleans()) else mask
+
+
+@st.composite
+def random_layouts(draw: st.DrawFn, s: int, ring: int) -> Layout:
+    """The named layouts, or any partition into strided and consecutive spans."""
+    name = draw(st.sampled_from([*STATIC_LAYOUTS, "random"]))
+    if name in STATIC_LAYOUTS:
+        return STATIC_LAYOUTS[name](s, ring)
+    if name == "balanced":
+        return layouts.balanced(masks.causal(s), ring)
+    cuts = sorted(draw(st.lists(st.integers(0, s), max_size=4)))
+    spans: list[list[Span]] = [[] for _ in range(ring)]
+    for start, stop in zip([0, *cuts], [*cuts, s], strict=True):
+        stride = draw(st.integers(1, 3))
+        for lane in range(stride):
+            owner = draw(st.integers(0, ring - 1))
+            spans[owner].append(Span(start + lane, len(range(start + lane, stop, stride)), stride))
+    return Layout(s, tuple(tuple(draw(st.permutations(own))) for own in spans))
+
+
+@given(st.data(), random_masks(), st.integers(1, 6))
+@settings(max_examples=150, deadline=None)
+def test_blocks_of_all_ranks_cover_the_mask_once_with_exactly_the_needed_rows(data: st.DataObject, mask: Mask, ring: int) -> None:
+    layout = data.draw(random_layouts(mask.q_len, ring))
+    stages = data.draw(st.one_of(st.none(), st.integers(1, max(1, ring - 1))))
+    check_exact(mask, layout, layout, stages)
+
+
+@given(st.data(), st.integers(0, 20), st.integers(0, 20), st.integers(1, 5))
+@settings(max_examples=60, deadline=None)
+def test_cross_attention_with_its_own_key_layout_is_covered_once(data: st.DataObject, q_len: int, k_len: int, ring: int) -> None:
+    mask = Mask(q_len, k_len, (Band(0, q_len, 0, k_len, data.draw(st.one_of(st.none(), st.integers(-9, 9)))),))
+    check_exact(mask, data.draw(random_layouts(q_len, ring)), data.draw(random_layouts(k_len, ring)), None)
+
+
+@pytest.mark.parametrize("ring", range(2, 17))
+def test_causal_zigzag_moves_exactly_three_quarters_of_a_rotating_ring(ring: int) -> None:
+    s = 4 * ring
+    schedules = all_ranks(masks.causal(s), layouts.zigzag(s, ring), layouts.zigzag(s, ring))
+    rotating = ring * (ring - 1) * (s // ring)
+    assert 4 * sum(schedule.rows_received for schedule in schedules) == 3 * rotating
+
+
+@pytest.mark.parametrize("ring", [2, 4, 8])
+@pytest.mark.parametrize("s", [64, 128])
+def test_causal_zigzag_is_one_causal_block_then_one_full_block_per_hop(ring: int, s: int) -> None:
+    layout = layouts.zigzag(s, ring)
+    for schedule in all_ranks(masks.causal(s), layout, layout):
+        first, *hops = schedule.stages
+        assert first.blocks == (Band(0, s // ring, 0, s // ring, lo=0),)
+        assert all(len(hop.blocks) == 1 and hop.blocks[0].lo is None and hop.blocks[0].hi is None for hop in hops)
+        assert len(hops) == ring - 1
+
+
+def test_zigzag_gives_every_rank_equal_causal_work() -> None:
+    layout = layouts.zigzag(96, 6)
+    assert len({schedule.area for schedule in all_ranks(masks.causal(96), layout, layout)}) == 1
+
+
+def test_a_4k_window_over_64k_moves_under_an_eighth_of_a_rotating_ring() -> None:
+    s, ring = 65536, 8
+    layout = layouts.contiguous(s, ring)
+    schedules = all_ranks(masks.sliding_window(s, 4096), layout, layout)
+    assert sum(schedule.rows_received for schedule in schedules) < s * (ring - 1) / 8
+
+
+def test_packed_documents_move_a_few_percent_of_a_rotating_ring() -> None:
+    s, ring = 65536, 16
+    mask = masks.documents([1024] * 64)
+    layout = layouts.balanced(mask, ring)
+    assert sum(schedule.rows_received for schedule in all_ranks(mask, layout, layout)) < 0.05 * s * (ring - 1)
+
+
+def test_one_stage_is_an_all_gather_with_the_same_rows() -> None:
+    layout = layouts.zigzag(64, 4)
+    ring = all_ranks(masks.causal(64), layout, layout)
+    gather = all_ranks(masks.causal(64), layout, layout, stages=1)
+    assert [len(schedule.stages) for schedule in gather] == [2] * 4
+    assert [s.rows_received for s in gather] == [s.rows_received for s in ring]
+
+
+def test_one_rank_of_a_million_tokens_is_scheduled_without_touching_the_other_documents() -> None:
+    """Output-sensitive: the number of blocks, not the clock (speed is a benchmark)."""
+    mask = masks.documents([1048] * 1000)
+    layout = layouts.zigzag(mask.q_len, 64)
+    schedule = ring_schedule(mask, layout, layout, 17)
+    assert sum(len(stage.blocks) for stage in schedule.stages) < 100
+
+
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: ring_schedule(masks.causal(8), layouts.zigzag(9, 2), layouts.zigzag(9, 2), 0), "query layout holds 9 tokens"),
+        (lambda: ring_schedule(masks.causal(8), layouts.zigzag(8, 2), layouts.zigzag(8, 4), 0), "use one ring degree"),
+        (lambda: ring_schedule(masks.causal(8), layouts.zigzag(8, 2), layouts.zigzag(8, 2), 2), "ring_rank=2"),
+        (lambda: ring_schedule(masks.causal(8), layouts.zigzag(8, 2), layouts.zigzag(8, 2), 0, 2), "stages=2"),
+    ],
+)
+def test_a_schedule_that_does_not_fit_is_refused(build, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        build()

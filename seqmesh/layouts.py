@@ -31,7 +31,7 @@ class Span(NamedTuple):
     """The `count` tokens start, start + stride, start + 2 stride, ..."""
 
     start: int
-    count: int
+    count: int  # type: ignore[assignment]  # tuple.count is of no use here
     stride: int = 1
 
     @property
@@ -68,7 +68,8 @@ class Layout:
             total += span.count
         missing = held.count(0)
         if missing or total != self.s:
-            what = f"leaves {missing} tokens (the first is {held.index(0)}) to no rank" if missing else f"holds {total - self.s} tokens twice"
+            gap = f"leaves {missing} tokens (the first is {held.index(0)}) to no rank"
+            what = gap if missing else f"holds {total - self.s} tokens twice"
             raise ValueError(f"the layout {what}; every one of the {self.s} tokens must be held by exactly one ring rank")
 
     @property
@@ -164,3 +165,20 @@ def balanced(mask: Mask, ring: int, *, pairs_per_row: float = DEFAULT_PAIRS_PER_
 
     _check(mask.q_len, ring)
     return balance(mask, ring, pairs_per_row)
+
+
+def auto(mask: Mask, ring: int, *, pairs_per_row: float = DEFAULT_PAIRS_PER_ROW) -> Layout:
+    """The simplest layout that is as good as any here: contiguous, else zigzag, else balanced. `reason` says what it compared.
+
+    Args:
+        mask: a mask of s queries and s keys.
+        ring: ring degree.
+        pairs_per_row: (query, key) pairs that one rank computes in the time in which one K/V row travels.
+
+    Raises:
+        ValueError: a mask whose q_len and k_len differ, ring < 1 or pairs_per_row < 0.
+    """
+    from seqmesh.balance import auto  # balance.py builds on this module
+
+    _check(mask.q_len, ring)
+    return auto(mask, ring, pairs_per_row)

@@ -21,6 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
+from operator import attrgetter
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -134,10 +135,10 @@ class BandIndex:
     """Bands that meet a range of queries (or of keys), found by bisection."""
 
     def __init__(self, bands: Iterable[Band], *, by_key: bool = False) -> None:
-        start = 2 if by_key else 0
-        self._bands = sorted(bands, key=lambda b: b[start])
-        self._starts = [b[start] for b in self._bands]
-        self._furthest_stop = list(accumulate((b[start + 1] for b in self._bands), max))
+        start, stop = (attrgetter("k_start"), attrgetter("k_stop")) if by_key else (attrgetter("q_start"), attrgetter("q_stop"))
+        self._bands = sorted(bands, key=start)
+        self._starts: list[int] = [start(band) for band in self._bands]
+        self._furthest_stop: list[int] = list(accumulate(map(stop, self._bands), max))
 
     def meeting(self, start: int, stop: int) -> list[Band]:
         """Candidates for the range [start, stop): every band that meets it, and possibly a few that do not."""

@@ -92,7 +92,7 @@ class SequenceMesh:
             if ulysses == ring:
                 raise ValueError(f"the axis {ulysses!r} cannot be ulysses and ring at once; name two axes")
             if names.index(ring) > names.index(ulysses):
-                raise ValueError(f"axes {names}: {ring!r} must come before {ulysses!r}, which belongs on the faster links; reorder the mesh")
+                raise ValueError(f"axes {names}: {ring!r} must come before {ulysses!r}, which belongs on faster links; reorder them")
 
         def axis_of(name: str | None) -> tuple[int, int, str | None]:
             if name is None:

@@ -25,7 +25,7 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, pairwise
 from typing import NamedTuple
 
 from seqmesh.layouts import Layout, Span, split_evenly
@@ -59,6 +59,16 @@ class Stage:
     receives: tuple[Transfer, ...] = ()
     blocks: tuple[Band, ...] = ()
 
+    @property
+    def rows_sent(self) -> int:
+        """K/V rows this rank sends at this stage."""
+        return sum(transfer.rows for transfer in self.sends)
+
+    @property
+    def rows_received(self) -> int:
+        """K/V rows this rank receives at this stage."""
+        return sum(transfer.rows for transfer in self.receives)
+
 
 @dataclass(frozen=True, kw_only=True)
 class RingSchedule:
@@ -73,12 +83,12 @@ class RingSchedule:
     @property
     def rows_sent(self) -> int:
         """K/V rows this rank sends in one forward pass."""
-        return sum(transfer.rows for stage in self.stages for transfer in stage.sends)
+        return sum(stage.rows_sent for stage in self.stages)
 
     @property
     def rows_received(self) -> int:
         """K/V rows this rank receives in one forward pass."""
-        return sum(transfer.rows for stage in self.stages for transfer in stage.receives)
+        return sum(stage.rows_received for stage in self.stages)
 
     @property
     def area(self) -> int:
@@ -263,7 +273,7 @@ def ring_schedule(mask: Mask, q_layout: Layout, kv_layout: Layout, ring_rank: in
             asked[owner].append(piece)
     plan = [Stage(blocks=coalesce(wanted[ring_rank]))]
     hops = split_evenly(ring - 1, (stages or ring - 1) if ring > 1 else 1)
-    for first, last in zip(hops, hops[1:], strict=False):
+    for first, last in pairwise(hops):
         # Hop t brings rows from t ranks before and sends to t ranks after: every rank sends and receives at every hop.
         sources = sorted((ring_rank - 1 - hop) % ring for hop in range(first, last))
         targets = sorted((ring_rank + 1 + hop) % ring for hop in range(first, last))
@@ -278,4 +288,5 @@ def ring_schedule(mask: Mask, q_layout: Layout, kv_layout: Layout, ring_rank: in
         plan.append(Stage(sends=sends, receives=tuple(receives), blocks=coalesce(blocks)))
     if ring == 1:
         plan = plan[:1]
-    return RingSchedule(ring_rank=ring_rank, ring=ring, q_rows=q_layout.counts[ring_rank], kv_rows=kv_layout.counts[ring_rank], stages=tuple(plan))
+    q_rows, kv_rows = q_layout.counts[ring_rank], kv_layout.counts[ring_rank]
+    return RingSchedule(ring_rank=ring_rank, ring=ring, q_rows=q_rows, kv_rows=kv_rows, stages=tuple(plan))

@@ -1,0 +1,122 @@
+"""Attention on real ranks against the dense fp64 oracle: output and all gradients, over layout x mask x mesh x heads x length."""
+
+from collections import defaultdict
+
+import pytest
+import torch
+from oracle import Case, assemble, attend, compare, dense
+from ranks import Ranks
+
+from seqmesh import masks
+from seqmesh.masks import Band, Mask
+
+MESHES = [(1, 1), (2, 1), (1, 2), (4, 1), (1, 4), (2, 2), (4, 2), (2, 4), (1, 8)]
+
+MASKS = {
+    "causal": masks.causal(48),
+    "causal, odd length": masks.causal(53),
+    "full, odd length": masks.full(41),
+    "window": masks.sliding_window(61, 9),
+    "window with sink tokens": masks.sliding_window(45, 6, sink_tokens=3),
+    "documents": masks.documents([5, 1, 23, 0, 12, 9]),
+    "documents, not causal": masks.documents([5, 1, 23, 12, 9], causal=False),
+    "windows in documents": masks.documents([30, 3, 17]) & masks.sliding_window(50, 7),
+    "prefix": masks.prefix_lm(47, 13),
+    "chunked": masks.chunked(50, 16),
+    "fewer tokens than ranks": masks.causal(3),
+    "one token": masks.causal(1),
+    "no token": masks.causal(0),
+    "rows that see nothing": Mask(33, 33, (Band(4, 20, 2, 30, lo=1, hi=6), Band(25, 33, 0, 10, lo=20))),
+    "looks ahead": Mask(40, 40, (Band(0, 40, 0, 40, lo=-6, hi=-1),)),
+    "cross": masks.cross(29, 51),
+    "cross, causal to the end": Mask(20, 51, (Band(0, 20, 0, 51, lo=-31),)),
+}
+
+
+def check(ranks: Ranks, cases: list[Case]) -> None:
+    """Run cases of any world sizes, batched by world, and compare each with the oracle."""
+    by_world = defaultdict(list)
+    for case in cases:
+        by_world[case.ulysses * case.ring].append(case)
+    for world, group in by_world.items():
+        results = ranks.run(world, attend, group)
+        for n, case in enumerate(group):
+            compare(case, assemble(case, [rank[n] for rank in results]), dense(case))
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda m: f"u{m[0]}r{m[1]}")
+@pytest.mark.parametrize("name", MASKS)
+def test_every_mask_on_every_mesh_and_layout(ranks: Ranks, name: str, mesh: tuple[int, int]) -> None:
+    u, r = mesh
+    mask = MASKS[name]
+    layouts = ["auto", "contiguous", "zigzag", "striped"] + (["balanced"] if mask.q_len == mask.k_len else [])
+    check(ranks, [Case(mask=mask, ulysses=u, ring=r, layout=layout) for layout in layouts])
+
+
+@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (4, 2), (6, 2), (6, 3), (5, 5), (7, 1), (8, 2), (9, 3), (12, 4), (13, 13)])
+@pytest.mark.parametrize("mesh", [(1, 2), (2, 1), (4, 1), (2, 2), (4, 2)], ids=lambda m: f"u{m[0]}r{m[1]}")
+def test_any_number_of_query_and_kv_heads(ranks: Ranks, heads: int, kv_heads: int, mesh: tuple[int, int]) -> None:
+    check(
+        ranks,
+        [
+            Case(mask=masks.causal(37), ulysses=mesh[0], ring=mesh[1], heads=heads, kv_heads=kv_heads, head_chunks=chunks, batch=2)
+            for chunks in (None, 2, 3)
+        ],
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 1), (1, 4), (2, 2)], ids=lambda m: f"u{m[0]}r{m[1]}")
+@pytest.mark.parametrize("kernel", ["cpu", "reference"])
+def test_every_dtype_is_as_exact_as_it_can_be(ranks: Ranks, dtype: torch.dtype, mesh: tuple[int, int], kernel: str) -> None:
+    mask = masks.documents([20, 13])
+    check(ranks, [Case(mask=mask, ulysses=mesh[0], ring=mesh[1], dtype=dtype, kernel=kernel, heads=4, kv_heads=2, layout="zigzag")])
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 1), (1, 2), (2, 2)], ids=lambda m: f"u{m[0]}r{m[1]}")
+def test_softcap_sinks_scale_and_batch(ranks: Ranks, mesh: tuple[int, int]) -> None:
+    u, r = mesh
+    base = {"mask": masks.sliding_window(39, 11), "ulysses": u, "ring": r, "heads": 6, "kv_heads": 3}
+    odd = Mask(20, 20, (Band(5, 20, 0, 9, lo=0),))  # rows without a key: a sink takes all the weight, the output is 0
+    check(
+        ranks,
+        [
+            Case(**base, softcap=2.0),
+            Case(**base, sinks=True),
+            Case(**base, sinks=True, head_chunks=3, batch=2),
+            Case(**base, softcap=0.7, sinks=True, scale=0.9, batch=3),
+            Case(**base, scale=0.4),
+            Case(mask=odd, ulysses=u, ring=r, sinks=True),
+            Case(**base, strided=True, batch=2),
+        ],
+    )
+
+
+@pytest.mark.parametrize("stages", [1, 2, 3, 5, 7])
+def test_any_number_of_stages_from_ring_to_all_gather(ranks: Ranks, stages: int) -> None:
+    check(
+        ranks,
+        [
+            Case(mask=mask, ring=8, stages=stages, layout=layout)
+            for mask in (masks.causal(64), masks.documents([40, 3, 21]))
+            for layout in ("zigzag", "contiguous", "striped")
+        ],
+    )
+
+
+def test_large_logits_neither_overflow_nor_lose_rows(ranks: Ranks) -> None:
+    """exp of a difference of unnormalised sums would overflow here; merging by log-sum-exp must not."""
+    case = Case(mask=masks.causal(40), ring=4, layout="contiguous", logit_scale=300.0, dtype=torch.float32, kernel="reference")
+    results = ranks.run(4, attend, [case])
+    got, want = assemble(case, [rank[0] for rank in results]), dense(case)
+    assert torch.isfinite(got.out).all()
+    # Logits near 1000 carry an fp32 error of 1e-4 into the exponent: the tolerance follows from that, not from the merge.
+    assert (got.out - want.out).abs().max() < 2e-3
+
+
+def test_the_result_is_the_same_bit_for_bit_when_repeated(ranks: Ranks) -> None:
+    case = Case(mask=masks.documents([31, 33]), ulysses=2, ring=2, heads=4, kv_heads=1, dtype=torch.float32, layout="zigzag")
+    for rank in ranks.run(4, attend, [case, case, case]):
+        for repeat in rank[1:]:
+            for name, value in rank[0].items():
+                assert value is None or (value == repeat[name]).all(), name

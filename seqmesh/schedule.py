@@ -238,9 +238,7 @@ def coalesce(blocks: Iterable[Band]) -> tuple[Band, ...]:
 def _check(mask: Mask, q_layout: Layout, kv_layout: Layout, ring_rank: int, stages: int | None) -> None:
     for what, layout, length in (("query", q_layout, mask.q_len), ("key", kv_layout, mask.k_len)):
         if layout.s != length:
-            raise ValueError(
-                f"the {what} layout holds {layout.s} tokens but the mask has {length}; build the layout for {length} tokens"
-            )
+            raise ValueError(f"the {what} layout holds {layout.s} tokens but the mask has {length}; build the layout for {length} tokens")
     if q_layout.ring != kv_layout.ring:
         raise ValueError(f"a query layout for ring={q_layout.ring} with a key layout for ring={kv_layout.ring}; use one ring degree")
     if not 0 <= ring_rank < q_layout.ring:

@@ -9,9 +9,9 @@ batch when documents differ), not per layer.
 Where it sits: the torch layer, between the pure schedule (schedule.py) and attention.py.
 """
 
+import itertools
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import pairwise
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ from torch import Tensor
 from seqmesh import layouts
 from seqmesh.exchange import start_exchange
 from seqmesh.heads import split_heads
-from seqmesh.layouts import Layout, split_evenly
-from seqmesh.masks import Mask
+from seqmesh.layouts import Layout, Span, split_evenly
+from seqmesh.masks import Band, Mask
 from seqmesh.mesh import SequenceMesh
 from seqmesh.schedule import RingSchedule, ring_schedule
 
@@ -46,6 +46,8 @@ class Schedule:
     """Layout of the keys: the same object in self-attention."""
     ring: RingSchedule
     """Stages of this ring rank."""
+    token: Tensor
+    """All of the above as int64 numbers: how torch.compile carries a schedule through its graph (see `from_token`)."""
 
     @staticmethod
     def build(
@@ -74,7 +76,8 @@ class Schedule:
             if held.ring != mesh.ring:
                 raise ValueError(f"the layout is for ring={held.ring} but the mesh has ring={mesh.ring}; build it for {mesh.ring}")
         ring = ring_schedule(mask, q_layout, keys, mesh.ring_rank, stages)
-        return Schedule(mask=mask, mesh=mesh, layout=q_layout, kv_layout=keys, ring=ring)
+        token = _token(mask, mesh, q_layout, keys, stages)
+        return Schedule(mask=mask, mesh=mesh, layout=q_layout, kv_layout=keys, ring=ring, token=token)
 
     @cached_property
     def rows(self) -> tuple[int, ...]:
@@ -177,7 +180,7 @@ def _named(layout: str | Layout, mask: Mask, s: int, ring: int, auto: str) -> La
 
 def _pieces(layout: Layout, mesh: SequenceMesh) -> tuple[int, ...]:
     cut = split_evenly(layout.counts[mesh.ring_rank], mesh.ulysses)
-    return tuple(stop - start for start, stop in pairwise(cut))
+    return tuple(stop - start for start, stop in itertools.pairwise(cut))
 
 
 def _positions(layout: Layout, mesh: SequenceMesh, ring_rank: int, ulysses_rank: int) -> Tensor:
@@ -230,3 +233,39 @@ def _sum_to_owner(grad: Tensor, schedule: Schedule, keys: bool) -> Tensor:
             received = start_exchange(stored.reshape(-1), sizes, [sizes[me]] * len(counts), group).wait()
             stored = received.view(len(counts), counts[me], *grad.shape[1:]).sum(0)
     return stored
+
+
+_OPEN = -(1 << 62)
+"""Stands for an open bound of a band in a token."""
+
+
+def _token(mask: Mask, mesh: SequenceMesh, q_layout: Layout, kv_layout: Layout, stages: int | None) -> Tensor:
+    numbers = [mask.q_len, mask.k_len, mesh.ulysses, mesh.ulysses_rank, mesh.ring_rank, stages or 0, len(mask.bands)]
+    numbers += [_OPEN if n is None else n for band in mask.bands for n in band]
+    for layout in (q_layout,) if kv_layout is q_layout else (q_layout, kv_layout):
+        numbers.append(layout.ring)
+        for spans in layout.ranks:
+            numbers += [len(spans), *(n for span in spans for n in span)]
+    return torch.tensor(numbers, dtype=torch.int64)
+
+
+def from_token(token: bytes, ulysses_group: str | None, ring_group: str | None) -> Schedule:
+    """The schedule whose `token` has these bytes, on a mesh of these process groups (without its device mesh)."""
+    numbers = iter(memoryview(token).cast("q"))
+    q_len, k_len, ulysses, ulysses_rank, ring_rank, stages, bands = (next(numbers) for _ in range(7))
+    opened = ([None if n == _OPEN else n for n in itertools.islice(numbers, 6)] for _ in range(bands))
+    mask = Mask(q_len, k_len, tuple(Band(*band) for band in opened))  # type: ignore[arg-type]
+    held = []
+    for ring in numbers:
+        ranks = [tuple(Span(*itertools.islice(numbers, 3)) for _ in range(next(numbers))) for _ in range(ring)]
+        held.append(Layout((q_len, k_len)[len(held)], tuple(ranks)))
+    mesh = SequenceMesh(
+        ulysses=ulysses,
+        ring=held[0].ring,
+        ulysses_rank=ulysses_rank,
+        ring_rank=ring_rank,
+        ulysses_group=ulysses_group,
+        ring_group=ring_group,
+        device_mesh=None,
+    )
+    return Schedule.build(mask, mesh, held[0], kv_layout=held[-1] if len(held) > 1 else None, stages=stages or None)

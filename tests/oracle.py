@@ -113,19 +113,20 @@ def attend(cases: list[Case]) -> list[dict[str, Any]]:
     for case in cases:
         schedule = build(case)
         (q, k, v), weights, sinks = local_inputs(case, schedule)
-        out = attention(
-            q, k, v, schedule, case.scale, case.softcap, sinks, case.kernel, head_chunks=case.head_chunks
-        )
+        out = attention(q, k, v, schedule, case.scale, case.softcap, sinks, case.kernel, head_chunks=case.head_chunks)
         (out * weights).sum().backward()
         assert out.dtype == q.grad.dtype == k.grad.dtype == v.grad.dtype == case.dtype
         parts = {"out": out.detach(), "dq": q.grad, "dk": k.grad, "dv": v.grad, "q_at": schedule.positions()}
         parts |= {"k_at": schedule.positions(keys=True), "dsinks": None if sinks is None else sinks.grad}
-        results.append({name: None if x is None else x.double().numpy() if x.is_floating_point() else x.numpy() for name, x in parts.items()})
+        results.append(
+            {name: None if x is None else x.double().numpy() if x.is_floating_point() else x.numpy() for name, x in parts.items()}
+        )
     return results
 
 
 def assemble(case: Case, parts: list[dict[str, Any]]) -> Result:
     """The global result from every rank's local one."""
+
     def gather(name: str, where: str, like: tuple[int, ...]) -> Tensor:
         whole = torch.full(like, torch.nan, dtype=torch.float64)
         for part in parts:

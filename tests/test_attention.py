@@ -4,10 +4,10 @@ from collections import defaultdict
 
 import pytest
 import torch
-from oracle import Case, assemble, attend, compare, dense
+from oracle import Case, assemble, attend, build, compare, dense, local_inputs
 from ranks import Ranks
 
-from seqmesh import masks
+from seqmesh import attention, masks
 from seqmesh.masks import Band, Mask
 
 MESHES = [(1, 1), (2, 1), (1, 2), (4, 1), (1, 4), (2, 2), (4, 2), (2, 4), (1, 8)]
@@ -102,6 +102,24 @@ def test_any_number_of_stages_from_ring_to_all_gather(ranks: Ranks, stages: int)
             for layout in ("zigzag", "contiguous", "striped")
         ],
     )
+
+
+def sum_of_outputs(case: Case) -> list[list[float]]:
+    """On one rank: gradients of `out.sum()`, whose incoming gradient has stride 0, and of the same loss with real ones."""
+    schedule = build(case)
+    found = []
+    for loss in (lambda out: out.sum(), lambda out: (out * torch.ones_like(out)).sum()):
+        (q, k, v), _, _ = local_inputs(case, schedule)
+        loss(attention(q, k, v, schedule)).backward()
+        found.append([x.grad for x in (q, k, v)])
+    return [(a - b).abs().max().item() for a, b in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 1), (1, 2)], ids=lambda m: f"u{m[0]}r{m[1]}")
+def test_an_expanded_incoming_gradient_is_read_right(ranks: Ranks, mesh: tuple[int, int]) -> None:
+    case = Case(mask=masks.causal(21), ulysses=mesh[0], ring=mesh[1])
+    for errors in ranks.run(mesh[0] * mesh[1], sum_of_outputs, case):
+        assert max(errors) < 1e-14
 
 
 def test_large_logits_neither_overflow_nor_lose_rows(ranks: Ranks) -> None:

@@ -1,0 +1,94 @@
+"""The command line: `seqmesh train [recipe.toml] [--key value]...` and `seqmesh --version`.
+
+Exit codes: 0 done; 1 a rank failed or a check of the report did not pass; 2 wrong input; 130 Ctrl-C. Whatever goes wrong with the
+input is one line on stderr, `seqmesh: error: ...`, with the remedy.
+
+Where it sits: the top layer, the only one that reads the environment. typer and the train extra load on use, so that a plain
+`pip install seqmesh` gets one line instead of a traceback.
+"""
+
+import os
+import sys
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Annotated
+
+import seqmesh
+
+if TYPE_CHECKING:
+    import typer
+
+FAILED = 1
+USAGE = 2
+INTERRUPTED = 130
+
+
+def main() -> None:
+    """Console entry point."""
+    try:
+        code = _app()(standalone_mode=False)
+    except ModuleNotFoundError as error:
+        code = _fail(f"{error.name} is not installed; pip install 'seqmesh[train]'", USAGE)
+    except ValueError as error:
+        code = _fail(" ".join(str(error).split("\n")[0].split()), USAGE)
+    except KeyboardInterrupt as interrupt:
+        print(f"seqmesh: stopped by Ctrl-C {interrupt}".rstrip(), file=sys.stderr)
+        code = INTERRUPTED
+    except Exception as error:
+        if not _is_usage_error(error):
+            raise
+        code = _fail(f"{getattr(error, 'message', error)} See seqmesh --help.", USAGE)
+    sys.exit(code)
+
+
+def _fail(message: str, code: int) -> int:
+    print(f"seqmesh: error: {message}", file=sys.stderr)
+    return code
+
+
+def _is_usage_error(error: Exception) -> bool:
+    import typer
+
+    return isinstance(error, typer.TyperException)
+
+
+def _app() -> "typer.Typer":
+    import typer
+
+    from seqmesh.train.recipe import keys
+
+    app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+
+    @app.callback(invoke_without_command=True)
+    def seqmesh_command(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+        """Exact sequence parallelism for PyTorch."""
+        if version:
+            print(f"seqmesh {seqmesh.__version__}")
+            raise typer.Exit
+
+    arguments = typer.Argument(metavar="[RECIPE.toml] [--KEY VALUE]...", help="A recipe file, and keys to override.")
+    defaults = ", ".join(f"--{key} {value!r}" for key, value in keys().items())
+    about = f"Keys and defaults: {defaults}. A key's section can be left out; --data PATH is short for --data.path PATH."
+
+    @app.command("train", context_settings={"ignore_unknown_options": True}, epilog=about)
+    def train_command(given: Annotated[list[str] | None, arguments] = None) -> int:
+        """Train a model on local ranks, or as one of torchrun's. Without a recipe, the one of recipes/stdlib.toml."""
+        return train(given or [])
+
+    return app
+
+
+def train(arguments: Sequence[str]) -> int:
+    """`seqmesh train`: the exit code. Input is checked here and in session.py, before a rank starts."""
+    from seqmesh.train.recipe import load, split_arguments
+
+    recipe, overrides = split_arguments(arguments)
+    config = load(recipe, overrides)
+
+    from seqmesh.train import session  # loads torch and transformers: seconds, which a typing mistake should not cost
+    from seqmesh.train.launch import RankFailedError
+
+    try:
+        report = session.run(config, session.place_from(os.environ, config))
+    except RankFailedError as error:
+        return _fail(str(error), FAILED)
+    return 0 if report is None or report.ok else FAILED

@@ -68,7 +68,7 @@ class Layout:
             total += span.count
         missing = held.count(0)
         if missing or total != self.s:
-            gap = f"leaves {missing} tokens (the first is {held.index(0)}) to no rank"
+            gap = f"leaves {missing} tokens (the first is {held.find(0)}) to no rank"
             what = gap if missing else f"holds {total - self.s} tokens twice"
             raise ValueError(f"the layout {what}; every one of the {self.s} tokens must be held by exactly one ring rank")
 

@@ -17,9 +17,9 @@ from seqmesh.heads import HeadShare, split_heads
 from seqmesh.kernels import Kernel, Problem, select
 from seqmesh.sharding import Schedule
 
-MOST_HEAD_CHUNKS = 4
-"""Default limit of head chunks: with four, the buffers of a mesh of any degree stay below the size of the inputs."""
-CHUNK_ELEMENTS = 1 << 18
+MOST_HEAD_CHUNKS = 8
+"""Default limit of head chunks: with eight, the buffers of a mesh of any degree stay below the size of the inputs."""
+CHUNK_ELEMENTS = 1 << 17
 """By default a chunk holds at least this many elements of K per rank: below, latency costs more than memory is worth."""
 
 

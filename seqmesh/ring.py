@@ -30,6 +30,7 @@ def ring_forward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Pl
     for number, stage in enumerate(stages):
         if coming is not None and number:
             keys, values = _arrived(coming, stage, k)
+            coming = None  # frees what was sent before the next buffers are made
             coming = _fetch(k, v, plan, number + 1)
         for tile in _tiles(stage, plan):
             rows, cols = slice(tile.q_start, tile.q_stop), slice(tile.k_start, tile.k_stop)
@@ -49,6 +50,7 @@ def ring_backward(
     for number, stage in enumerate(stages):
         if coming is not None and number:
             keys, values = _arrived(coming, stage, k)
+            coming = None  # frees what was sent before the next buffers are made
             coming = _fetch(k, v, plan, number + 1)
         dkv = RowSums((stage.rows_received, b, 2 * g, d), k) if number else home
         for tile in _tiles(stage, plan):

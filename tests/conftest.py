@@ -1,7 +1,5 @@
 """Session set-up: the server of ranks is forked here, before PyTorch has run anything."""
 
-from collections.abc import Iterator
-
 import pytest
 import torch  # imported before the fork, so that ranks start at once
 from ranks import Ranks
@@ -10,9 +8,13 @@ _RANKS = Ranks()
 
 
 @pytest.fixture(scope="session")
-def ranks() -> Iterator[Ranks]:
+def ranks() -> Ranks:
     """Pools of real gloo ranks."""
-    yield _RANKS
+    return _RANKS
+
+
+def pytest_unconfigure() -> None:
+    """End every rank, whatever the tests did."""
     _RANKS.close()
 
 

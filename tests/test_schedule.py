@@ -1,6 +1,5 @@
 """The schedule against brute force: every pair exactly once, exactly the needed rows, the paper's and our own traffic ratios."""
 
-
 import numpy as np
 import pytest
 from hypothesis import given, settings

@@ -1,0 +1,54 @@
+"""torch.compile(fullgraph=True) around the attention: same numbers as eager, and new documents do not compile again."""
+
+import warnings
+
+import pytest
+import torch
+from oracle import Case, build, local_inputs
+from ranks import Ranks
+
+from seqmesh import attention, masks
+
+pytestmark = pytest.mark.filterwarnings("default")  # PyTorch's compiler warns about itself
+
+
+def compiled(cases: list[Case], backend: str) -> tuple[list[float], int]:
+    """On one rank: the largest difference to eager over outputs and gradients, per case, and how often it compiled."""
+    import torch._dynamo.testing
+
+    torch._dynamo.reset()
+    counter = torch._dynamo.testing.CompileCounterWithBackend(backend)
+    schedules = [build(case) for case in cases]
+
+    def layer(q, k, v, sinks, schedule):
+        return attention(q * 1.5, k, v, schedule, sinks=sinks).sin()
+
+    warnings.simplefilter("ignore")  # PyTorch's compiler warns about its own deprecations
+    compiled_layer = torch.compile(layer, fullgraph=True, backend=counter)
+    errors = []
+    for case, schedule in zip(cases, schedules, strict=True):
+        results = []
+        for function in (layer, compiled_layer):
+            (q, k, v), weights, sinks = local_inputs(case, schedule)
+            out = function(q, k, v, sinks, schedule)
+            (out * weights).sum().backward()
+            results.append([out.detach(), *(x.grad for x in (q, k, v, sinks) if x is not None)])
+        errors.append(max((a - b).abs().max().item() for a, b in zip(*results, strict=True)))
+    return errors, counter.frame_count
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
+@pytest.mark.parametrize("mesh", [(2, 1), (1, 2)], ids=lambda m: f"u{m[0]}r{m[1]}")
+def test_a_full_graph_gives_the_eager_numbers_and_new_documents_do_not_recompile(ranks: Ranks, backend: str, mesh: tuple[int, int]) -> None:
+    lengths = [[20, 30], [50], [1, 4, 45], [10] * 5, [25, 25]]
+    base = {"ulysses": mesh[0], "ring": mesh[1], "dtype": torch.float32, "heads": 4, "kv_heads": 2, "sinks": True, "layout": "zigzag"}
+    cases = [Case(mask=masks.documents(packed), **base) for packed in lengths]
+    for errors, compilations in ranks.run(2, compiled, cases, backend):
+        # The operators of attention are the same; sin and the product around it may be fused or reordered, one rounding each.
+        assert max(errors) <= 2e-6
+        assert compilations <= 2, "one graph, and one more when the number of documents first becomes symbolic"
+
+
+def test_one_process_without_a_group_compiles_too() -> None:
+    (error,), _ = compiled([Case(mask=masks.causal(33), dtype=torch.float32, heads=4, kv_heads=2)], "aot_eager")
+    assert error <= 2e-6

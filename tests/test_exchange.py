@@ -1,0 +1,126 @@
+"""What moves: counted at the collective, equal to the schedule to the byte; buffers bounded whatever the mesh; unshard inverts."""
+
+import pytest
+import torch
+from oracle import Case, build, local_inputs
+from ranks import Ranks
+
+from seqmesh import attention, masks
+from seqmesh.bench.memory import peak_bytes
+from seqmesh.exchange import CountBytes
+from seqmesh.masks import Band, Mask
+
+MESHES = [(1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (1, 4), (4, 2), (2, 4), (1, 8)]
+
+
+def count(cases: list[Case]) -> list[tuple[int, int, int, int]]:
+    """On one rank: bytes counted and scheduled, forward and backward."""
+    found = []
+    for case in cases:
+        schedule = build(case)
+        (q, k, v), weights, _ = local_inputs(case, schedule)
+        with CountBytes() as forward:
+            out = attention(q, k, v, schedule, head_chunks=case.head_chunks)
+        with CountBytes() as backward:
+            (out * weights).sum().backward()
+        sizes = {"batch": case.batch, "heads": case.heads, "kv_heads": case.kv_heads, "head_dim": case.head_dim}
+        traffic = schedule.traffic(**sizes, dtype=case.dtype)
+        found.append((forward.bytes_sent, traffic.forward_bytes, backward.bytes_sent, traffic.backward_bytes))
+    return found
+
+
+@pytest.mark.parametrize("mesh", MESHES, ids=lambda m: f"u{m[0]}r{m[1]}")
+def test_bytes_counted_at_the_collective_are_the_schedules_bytes(ranks: Ranks, mesh: tuple[int, int]) -> None:
+    u, r = mesh
+    cross = Mask(30, 50, (Band(0, 30, 0, 50, lo=-20),))
+    cases = [
+        Case(mask=mask, ulysses=u, ring=r, layout=layout, heads=heads, kv_heads=kv_heads, batch=2, head_chunks=chunks, dtype=dtype)
+        for mask, layout in ((masks.causal(64), "zigzag"), (masks.documents([9, 40, 4]), "auto"), (cross, "contiguous"))
+        for heads, kv_heads, chunks in ((8, 8, None), (8, 2, 2), (9, 3, None))
+        for dtype in (torch.float32, torch.bfloat16)
+    ]
+    total = 0
+    for rank in ranks.run(u * r, count, cases):
+        for forward, forward_scheduled, backward, backward_scheduled in rank:
+            assert (forward, backward) == (forward_scheduled, backward_scheduled)
+            total += forward
+    assert (total > 0) == (u * r > 1)
+
+
+def test_pure_ulysses_moves_what_the_paper_says(ranks: Ranks) -> None:
+    """Per rank and layer: e (2 + 2 g/h) (U - 1) / U each way, e = bytes of the local q."""
+    case = Case(mask=masks.causal(64), ulysses=4, heads=8, kv_heads=4, dtype=torch.float32)
+    e = 16 * 8 * case.head_dim * 4
+    for ((forward, _, backward, _),) in ranks.run(4, count, [case]):
+        assert forward == backward == e * (2 + 2 * 0.5) * 3 / 4
+
+
+def test_causal_zigzag_moves_three_quarters_of_a_rotating_ring_forward(ranks: Ranks) -> None:
+    """A rotating ring sends 2 (g/h) e (R - 1) per rank; here the ranks together send 3/4 of that."""
+    case = Case(mask=masks.causal(64), ring=4, heads=4, kv_heads=2, layout="zigzag", dtype=torch.float32)
+    e = 16 * 4 * case.head_dim * 4
+    sent = [rank[0][0] for rank in ranks.run(4, count, [case])]
+    assert sum(sent) == 0.75 * 4 * (2 * 0.5 * e * 3)
+
+
+def memory(case: Case) -> tuple[float, float, float]:
+    """On one rank: peak extra memory of forward and backward, and what stays between, in units of the local K + V."""
+    schedule = build(case)
+    (q, k, v), weights, _ = local_inputs(case, schedule)
+    attention(q, k, v, schedule).backward(weights)  # once, so that caches and contexts are not counted
+    q.grad = k.grad = v.grad = None
+    box: list[torch.Tensor] = []
+    forward = peak_bytes(lambda: box.append(attention(q, k, v, schedule)))
+    unit, out = k.nbytes + v.nbytes, box[0]
+    both = peak_bytes(lambda: attention(q, k, v, schedule).backward(weights))
+    return (forward - out.nbytes) / unit, (both - out.nbytes - q.nbytes - k.nbytes - v.nbytes) / unit, unit
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 1), (1, 4), (2, 2), (4, 2), (2, 4)], ids=lambda m: f"u{m[0]}r{m[1]}")
+@pytest.mark.parametrize("mask", ["causal zigzag", "full contiguous"])
+def test_buffers_stay_below_3x_and_6x_of_the_local_kv_whatever_the_mesh(ranks: Ranks, mesh: tuple[int, int], mask: str) -> None:
+    u, r = mesh
+    s, heads = 512 * u * r, 16
+    case = Case(
+        mask=masks.causal(s) if mask == "causal zigzag" else masks.full(s),
+        layout="zigzag" if mask == "causal zigzag" else "contiguous",
+        ulysses=u,
+        ring=r,
+        heads=heads,
+        kv_heads=heads,
+        head_dim=128,
+        dtype=torch.float32,
+    )
+    for forward, backward, _ in ranks.run(u * r, memory, case):
+        assert 0 <= forward <= 3
+        assert 0 <= backward <= 6
+
+
+def unshard(case: Case) -> list[bool]:
+    """On one rank: unshard inverts shard along any dim; its gradient is the own part, or the sum over ranks."""
+    schedule = build(case)
+    s, checks = case.mask.q_len, []
+    x = torch.randn(3, s, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    for dim in (0, 1, 2, -2):
+        y = x.movedim(1, dim)
+        checks.append(torch.equal(schedule.unshard(schedule.shard(y, dim), dim), y))
+    checks.append(torch.equal(schedule.shard(torch.arange(s), 0), schedule.positions()))
+    local = schedule.shard(x, 1).requires_grad_()
+    weights = torch.randn_like(x)
+    torch.distributed.broadcast(weights, 0)
+    (schedule.unshard(local, 1) * weights).sum().backward()
+    checks.append(torch.equal(local.grad, schedule.shard(weights, 1)))
+    local.grad = None
+    mine = float(schedule.mesh.rank + 1)
+    (schedule.unshard(local, 1, reduce_grad=True) * weights * mine).sum().backward()
+    total = sum(range(1, schedule.mesh.size + 1))
+    checks.append(torch.allclose(local.grad, total * schedule.shard(weights, 1)))
+    return checks
+
+
+@pytest.mark.parametrize("mesh", MESHES[1:], ids=lambda m: f"u{m[0]}r{m[1]}")
+@pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped", "auto"])
+def test_unshard_inverts_shard_and_has_the_gradient_it_promises(ranks: Ranks, mesh: tuple[int, int], layout: str) -> None:
+    for s in (0, 3, 29):
+        case = Case(mask=masks.causal(s), ulysses=mesh[0], ring=mesh[1], layout=layout)
+        assert all(all(checks) for checks in ranks.run(mesh[0] * mesh[1], unshard, case))

@@ -1,0 +1,46 @@
+"""Head shares: exhaustively, every query head once, with exactly the K/V heads it uses, in every chunking."""
+
+import pytest
+
+from seqmesh.heads import split_heads
+
+
+@pytest.mark.parametrize("ulysses", range(1, 9))
+@pytest.mark.parametrize("chunks", [1, 2, 3, 5])
+def test_every_query_head_meets_its_kv_head_exactly_once(ulysses: int, chunks: int) -> None:
+    for heads in range(ulysses, 17):
+        for kv_heads in (g for g in range(1, heads + 1) if heads % g == 0):
+            met, received = [], {}
+            for shares in split_heads(heads, kv_heads, ulysses, chunks):
+                assert len(shares) == ulysses
+                for rank, share in enumerate(shares):
+                    for group in share.groups:
+                        ratio, rest = divmod(group.q_stop - group.q_start, group.kv_stop - group.kv_start)
+                        assert not rest
+                        met += [
+                            (share.q_start + q, share.kv_start + group.kv_start + (q - group.q_start) // ratio)
+                            for q in range(group.q_start, group.q_stop)
+                        ]
+                    received.setdefault(rank, []).extend(range(share.kv_start, share.kv_stop))
+            assert sorted(met) == [(q, q // (heads // kv_heads)) for q in range(heads)]
+            for kv in received.values():
+                assert len(kv) == len(set(kv)), "a K/V head must not travel twice to the same rank"
+
+
+def test_shares_are_near_equal() -> None:
+    sizes = [share.q for share in split_heads(13, 13, 4)[0]]
+    assert sizes == [4, 3, 3, 3]
+
+
+@pytest.mark.parametrize(
+    ("args", "message"),
+    [
+        ((6, 6, 8), "ulysses=8 with 6 query heads leaves 2 ranks without a head; use ulysses <= 6 and put the rest on ring"),
+        ((6, 4, 2), "6 query heads with 4 K/V heads"),
+        ((4, 8, 1), "4 query heads with 8 K/V heads"),
+        ((4, 4, 2, 0), "head_chunks=0"),
+    ],
+)
+def test_heads_that_cannot_be_shared_are_refused(args: tuple[int, ...], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        split_heads(*args)

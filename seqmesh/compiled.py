@@ -49,7 +49,8 @@ def compiled_attention(
     sizes = [mesh.ulysses, mesh.ulysses_rank, mesh.ring, schedule.mask.k_len, schedule.ring.q_rows, schedule.ring.kv_rows]
     sizes.append(int(schedule.layout is schedule.kv_layout))
     names = f"{mesh.ulysses_group or ''}|{mesh.ring_group or ''}|{kernel}"
-    return _forward_op(q, k, v, sinks, schedule.token, sizes, names, scale, softcap, head_chunks)[0]
+    out: Tensor = _forward_op(q, k, v, sinks, schedule.token, sizes, names, scale, softcap, head_chunks)[0]
+    return out
 
 
 @lru_cache(maxsize=64)

@@ -255,7 +255,7 @@ def from_token(token: bytes, ulysses_group: str | None, ring_group: str | None) 
     q_len, k_len, ulysses, ulysses_rank, ring_rank, stages, bands = (next(numbers) for _ in range(7))
     opened = ([None if n == _OPEN else n for n in itertools.islice(numbers, 6)] for _ in range(bands))
     mask = Mask(q_len, k_len, tuple(Band(*band) for band in opened))  # type: ignore[arg-type]
-    held = []
+    held: list[Layout] = []
     for ring in numbers:
         ranks = [tuple(Span(*itertools.islice(numbers, 3)) for _ in range(next(numbers))) for _ in range(ring)]
         held.append(Layout((q_len, k_len)[len(held)], tuple(ranks)))

@@ -90,7 +90,8 @@ def _steps(q: Tensor, k: Tensor) -> Iterator[tuple[int, int]]:
 
 def _group(x: Tensor, kv_heads: int) -> Tensor:
     """(b, h, n, ...) -> (b, g, h/g, n, ...)"""
-    return x.unflatten(1, (kv_heads, -1))
+    grouped: Tensor = x.unflatten(1, (kv_heads, -1))
+    return grouped
 
 
 def _logits(q: Tensor, k: Tensor, band: Band, start: int, scale: float, softcap: float | None) -> tuple[Tensor, Tensor | float]:

@@ -1,0 +1,35 @@
+# Two commands: `make train` and `make test`. Both set up .venv first (Python 3.11+, no GPU needed).
+PYTHON ?= python3
+BIN := .venv/bin
+# What to train on: empty for the standard library's source files, or a file or folder of text.
+DATA ?=
+
+.PHONY: train test lint bench pictures clean
+
+train: .venv/ready
+	$(BIN)/seqmesh train recipes/stdlib.toml $(if $(DATA),--data $(DATA))
+
+test: .venv/ready
+	$(BIN)/pytest
+
+lint: .venv/ready
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+
+bench: .venv/ready
+	$(BIN)/seqmesh bench
+
+pictures: .venv/ready
+	$(BIN)/python docs/pictures/make.py
+
+# PyTorch first and pinned, so that no other package chooses a build of it.
+.venv/ready: requirements.lock pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet --disable-pip-version-check torch==2.13.0
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
+	touch $@
+
+clean:
+	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

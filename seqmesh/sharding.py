@@ -108,7 +108,7 @@ class Schedule:
         length = self.mask.k_len if keys else self.mask.q_len
         if not -x.ndim <= dim < x.ndim or x.shape[dim] != length:
             raise ValueError(f"shard: dim {dim} of a tensor of shape {tuple(x.shape)} must hold the mask's {length} tokens; pass that dim")
-        if self.mesh.size == 1 and self.layout.name != "custom":
+        if self._keeps_order(keys):
             return x
         return x.index_select(dim, self.positions(keys=keys, device=x.device))
 
@@ -133,10 +133,15 @@ class Schedule:
             raise ValueError(
                 f"unshard: dim {dim} of a tensor of shape {tuple(x_local.shape)} must hold this rank's {n} tokens; pass that dim"
             )
-        if self.mesh.size == 1 and self.layout.name != "custom":
+        if self._keeps_order(keys):
             return x_local
         out: Tensor = _Unshard.apply(x_local, self, dim % x_local.ndim, keys, reduce_grad)
         return out
+
+    def _keeps_order(self, keys: bool) -> bool:
+        """One rank that holds everything in its global order: nothing to shard."""
+        spans = (self.kv_layout if keys else self.layout).ranks[0]
+        return self.mesh.size == 1 and len(spans) <= 1 and all(span.stride == 1 for span in spans)
 
     def traffic(self, *, batch: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Traffic:
         """Bytes that this rank sends in one forward and in one backward of `attention`, exactly (exchange.CountBytes agrees).

@@ -1,5 +1,6 @@
 """Attention on real ranks against the dense fp64 oracle: output and all gradients, over layout x mask x mesh x heads x length."""
 
+import random
 from collections import defaultdict
 
 import pytest
@@ -138,3 +139,47 @@ def test_the_result_is_the_same_bit_for_bit_when_repeated(ranks: Ranks) -> None:
         for repeat in rank[1:]:
             for name, value in rank[0].items():
                 assert value is None or (value == repeat[name]).all(), name
+
+
+def random_case(draw: random.Random) -> Case:
+    """Any mask x layout x mesh x heads x options that attention accepts."""
+    u, r = draw.choice(MESHES)
+    s = draw.randrange(1, 70)
+    lengths = []
+    while sum(lengths) < s:
+        lengths.append(min(s - sum(lengths), draw.randrange(0, 25)))
+    choices = [
+        masks.documents(lengths, causal=draw.random() < 0.7),
+        masks.causal(s),
+        masks.sliding_window(s, draw.randrange(1, 20), draw.randrange(0, 4)),
+        masks.prefix_lm(s, draw.randrange(0, s + 1)),
+        masks.chunked(s, draw.randrange(1, 20)),
+        Mask(s, s, (Band(0, s // 2, 0, s, hi=draw.randrange(-5, 9)), Band(s // 2, s, s // 3, s, lo=draw.randrange(-9, 5)))),
+    ]
+    mask = draw.choice(choices)
+    mask = mask & draw.choice(choices) if draw.random() < 0.4 else mask
+    kv_heads = draw.randrange(1, 5)
+    heads = kv_heads * draw.randrange(-(-u // kv_heads), 5 + u)
+    return Case(
+        mask=mask,
+        ulysses=u,
+        ring=r,
+        layout=draw.choice(["auto", "contiguous", "zigzag", "striped", "balanced"]),
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=draw.choice([1, 2, 8, 20]),
+        batch=draw.randrange(1, 4),
+        softcap=draw.choice([None, None, 1.5]),
+        sinks=draw.random() < 0.3,
+        stages=draw.randrange(1, r) if r > 1 and draw.random() < 0.5 else None,
+        head_chunks=draw.choice([None, 1, 2, 3]),
+        strided=draw.random() < 0.3,
+        kernel=draw.choice(["auto", "auto", "reference"]),
+        seed=draw.randrange(1 << 30),
+    )
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_problems(ranks: Ranks, seed: int) -> None:
+    draw = random.Random(seed)
+    check(ranks, [random_case(draw) for _ in range(25)])

@@ -29,20 +29,21 @@ def main() -> None:
     except ModuleNotFoundError as error:
         code = _fail(f"{error.name} is not installed; pip install 'seqmesh[train]'", USAGE)
     except ValueError as error:
-        code = _fail(" ".join(str(error).split("\n")[0].split()), USAGE)
-    except KeyboardInterrupt as interrupt:
-        print(f"seqmesh: stopped by Ctrl-C {interrupt}".rstrip(), file=sys.stderr)
-        code = INTERRUPTED
+        code = _fail(_one_line(error), USAGE)
     except Exception as error:
         if not _is_usage_error(error):
             raise
-        code = _fail(f"{getattr(error, 'message', error)} See seqmesh --help.", USAGE)
+        code = _fail(f"{_one_line(getattr(error, 'message', error))} (see seqmesh --help)", USAGE)
     sys.exit(code)
 
 
 def _fail(message: str, code: int) -> int:
     print(f"seqmesh: error: {message}", file=sys.stderr)
     return code
+
+
+def _one_line(message: object) -> str:
+    return " ".join(str(message).split("\n")[0].split())
 
 
 def _is_usage_error(error: Exception) -> bool:
@@ -54,19 +55,22 @@ def _is_usage_error(error: Exception) -> bool:
 def _app() -> "typer.Typer":
     import typer
 
-    from seqmesh.train.recipe import keys
+    from seqmesh.train.recipe import keys, to_toml
 
-    app = typer.Typer(add_completion=False, no_args_is_help=True, pretty_exceptions_enable=False, rich_markup_mode=None)
+    app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
 
     @app.callback(invoke_without_command=True)
-    def seqmesh_command(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    def seqmesh_command(
+        context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False
+    ) -> None:
         """Exact sequence parallelism for PyTorch."""
         if version:
             print(f"seqmesh {seqmesh.__version__}")
-            raise typer.Exit
+        elif context.invoked_subcommand is None:
+            print(context.get_help())
 
     arguments = typer.Argument(metavar="[RECIPE.toml] [--KEY VALUE]...", help="A recipe file, and keys to override.")
-    defaults = ", ".join(f"--{key} {value!r}" for key, value in keys().items())
+    defaults = ", ".join(f"--{key} {to_toml(value)}" for key, value in keys().items())
     about = f"Keys and defaults: {defaults}. A key's section can be left out; --data PATH is short for --data.path PATH."
 
     @app.command("train", context_settings={"ignore_unknown_options": True}, epilog=about)
@@ -91,4 +95,9 @@ def train(arguments: Sequence[str]) -> int:
         report = session.run(config, session.place_from(os.environ, config))
     except RankFailedError as error:
         return _fail(str(error), FAILED)
+    except OSError as error:
+        return _fail(f"{_one_line(error)}; make room or choose another --folder", FAILED)
+    except KeyboardInterrupt as interrupt:
+        print(f"seqmesh: stopped by Ctrl-C {interrupt}".rstrip(), file=sys.stderr)
+        return INTERRUPTED
     return 0 if report is None or report.ok else FAILED

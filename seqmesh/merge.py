@@ -109,6 +109,9 @@ class RowSums:
     def add(self, start: int, stop: int, *parts: Tensor) -> None:
         """Add (b, heads_i, rows, d) parts, whose heads follow one another, to rows [start, stop)."""
         fresh = self._touched.add(start, stop)
+        if self._sums is None and len(parts) == 1 and stop - start == self._shape[0]:
+            self._sums = parts[0].permute(2, 0, 1, 3).to(accumulator_dtype(self._like.dtype))
+            return
         into, head = self.sums()[start:stop], 0
         for part in parts:
             rows = into[:, :, head : head + part.shape[1]]

@@ -12,7 +12,9 @@ A single process without a process group is the 1 x 1 mesh.
 """
 
 from dataclasses import dataclass
+from datetime import timedelta
 
+import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
@@ -45,13 +47,15 @@ class SequenceMesh:
         return self.ring_rank * self.ulysses + self.ulysses_rank
 
     @staticmethod
-    def build(*, ulysses: int = 1, ring: int = 1, device_type: str | None = None) -> "SequenceMesh":
+    def build(*, ulysses: int = 1, ring: int = 1, device_type: str | None = None, timeout: timedelta | None = None) -> "SequenceMesh":
         """A mesh over the whole default process group, or the 1 x 1 mesh of a single process without one.
 
         Args:
             ulysses: ulysses degree.
             ring: ring degree.
             device_type: "cpu", "cuda", ...; default: "cuda" when the default group runs NCCL, else "cpu".
+            timeout: how long a rank waits for the others in an exchange before it fails. Default: PyTorch's for new groups, which
+                is half an hour with gloo, whatever the default group was given.
 
         Raises:
             ValueError: a degree below 1, or ulysses x ring that is not the number of ranks.
@@ -69,7 +73,13 @@ class SequenceMesh:
         if not ready:
             return SequenceMesh(ulysses=1, ring=1, ulysses_rank=0, ring_rank=0, ulysses_group=None, ring_group=None, device_mesh=None)
         device_type = device_type or ("cuda" if "nccl" in str(dist.get_backend()) else "cpu")
-        device_mesh = init_device_mesh(device_type, (ring, ulysses), mesh_dim_names=("ring", "ulysses"))
+        names = ("ring", "ulysses")
+        if timeout is None:
+            device_mesh = init_device_mesh(device_type, (ring, ulysses), mesh_dim_names=names)
+        else:
+            ranks = torch.arange(world).view(ring, ulysses)
+            groups = [dist.new_subgroups_by_enumeration(lines.tolist(), timeout=timeout)[0] for lines in (ranks.T, ranks)]
+            device_mesh = DeviceMesh.from_group(groups, device_type, mesh=ranks, mesh_dim_names=names)
         return SequenceMesh.from_device_mesh(device_mesh)
 
     @staticmethod

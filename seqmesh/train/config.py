@@ -1,0 +1,180 @@
+"""The configuration of a training run: frozen dataclasses, one per section of a recipe, each field with its meaning under it.
+
+The defaults are the default recipe (recipes/stdlib.toml spells them out; a test keeps the two equal). Types are checked by
+recipe.py, ranges and combinations here, so a `Config` that exists can be run.
+
+Where it sits: the bottom of train/. No torch.
+"""
+
+import math
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Literal
+
+_STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}
+"""How pydantic reads a section: no unknown key, no conversion between types (an int is a float, nothing else is anything else)."""
+
+
+def _require(rule: bool, message: str) -> None:
+    if not rule:
+        raise ValueError(message)
+
+
+def _at_least(section: str, config: object, **least: float) -> None:
+    for name, bound in least.items():
+        value = getattr(config, name)
+        _require(math.isfinite(value) and value >= bound, f"{section}.{name}={value}: use a finite value of at least {bound}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class MeshConfig:
+    """How the sequence is spread. ulysses x ring ranks share every sequence."""
+
+    ulysses: int = 2
+    """Ranks that swap sequence shards for head shards; at most the number of query heads."""
+    ring: int = 2
+    """Ranks that exchange K/V rows."""
+    layout: Literal["auto", "contiguous", "zigzag", "striped", "balanced"] = "auto"
+    """Which tokens each ring rank holds; auto looks at every batch's documents."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
+    def __post_init__(self) -> None:
+        _at_least("mesh", self, ulysses=1, ring=1)
+
+    @property
+    def world(self) -> int:
+        """Ranks of the run."""
+        return self.ulysses * self.ring
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """A decoder from scratch, in the terms of transformers' configurations."""
+
+    architecture: str = "llama"
+    """Model type in transformers: llama, or a dense decoder whose configuration has the same fields (mistral, qwen2, qwen3, ...)."""
+    hidden: int = 192
+    """hidden_size."""
+    layers: int = 3
+    """num_hidden_layers."""
+    heads: int = 4
+    """num_attention_heads; divides `hidden`."""
+    kv_heads: int = 2
+    """num_key_value_heads; divides `heads`."""
+    intermediate: int = 512
+    """intermediate_size of the gated MLP."""
+    rope_theta: float = 10000.0
+    """Base of the rotary embedding."""
+    tie_embeddings: bool = False
+    """Whether input and output embeddings are one matrix."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
+    def __post_init__(self) -> None:
+        _at_least("model", self, hidden=1, layers=1, heads=1, kv_heads=1, intermediate=1, rope_theta=1)
+        _require(
+            self.heads % self.kv_heads == 0,
+            f"model.kv_heads={self.kv_heads} does not divide model.heads={self.heads}; use a divisor of {self.heads}",
+        )
+        _require(
+            self.hidden % self.heads == 0 and self.head_dim % 2 == 0,
+            f"model.hidden={self.hidden} over model.heads={self.heads} is not an even head dim, which rotary embeddings need;"
+            f" use a multiple of {2 * self.heads}",
+        )
+
+    @property
+    def head_dim(self) -> int:
+        """Elements of one head."""
+        return self.hidden // self.heads
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig:
+    """The text and how it is packed (data.py)."""
+
+    path: str = "stdlib"
+    """A text file, a folder of text files, or "stdlib": the source of the running Python's standard library."""
+    seq_len: int = 8192
+    """Tokens (bytes) of a packed sequence."""
+    sequences: int = 1
+    """Packed sequences in a step."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
+    def __post_init__(self) -> None:
+        _at_least("data", self, seq_len=16, sequences=1)
+        _require(self.path != "", 'data.path="" is empty; give a text file, a folder of text files, or "stdlib"')
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of a step."""
+        return self.seq_len * self.sequences
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Optimisation: AdamW, linear warm-up, cosine decay."""
+
+    steps: int = 100
+    """Optimiser steps."""
+    minutes: float = 0.0
+    """Stop after this many minutes even if steps are left; 0 for no limit."""
+    lr: float = 3e-3
+    """Peak learning rate."""
+    min_lr_ratio: float = 0.1
+    """The last learning rate over the peak one."""
+    warmup: int = 10
+    """Steps of linear warm-up."""
+    weight_decay: float = 0.1
+    """On matrices; vectors and norms have none."""
+    clip: float = 1.0
+    """Largest gradient norm."""
+    seed: int = 0
+    """Of the weights and of the order of documents."""
+    compare_steps: int = 3
+    """First steps that are repeated on one rank after training, to compare loss and gradient norm; 0 for none."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
+    def __post_init__(self) -> None:
+        _at_least("train", self, steps=1, minutes=0, lr=0, min_lr_ratio=0, warmup=0, weight_decay=0, seed=0, compare_steps=0)
+        _require(math.isfinite(self.clip) and self.clip > 0, f"train.clip={self.clip}: use a positive gradient norm")
+        _require(self.min_lr_ratio <= 1, f"train.min_lr_ratio={self.min_lr_ratio}: use a ratio of at most 1")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig:
+    """Where and how the run happens."""
+
+    folder: str = ""
+    """Folder for the results, new or empty; default: runs/ and the time of the start."""
+    timeout_s: float = 120.0
+    """Seconds after which a rank that waits for another gives up."""
+    threads: int = 1
+    """CPU threads of each rank."""
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
+    def __post_init__(self) -> None:
+        _at_least("run", self, timeout_s=1, threads=1)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    """A whole run."""
+
+    mesh: MeshConfig = field(default_factory=MeshConfig)
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    train: TrainConfig = field(default_factory=TrainConfig)
+    run: RunConfig = field(default_factory=RunConfig)
+
+    __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
+
+    def __post_init__(self) -> None:
+        idle = self.mesh.ulysses - self.model.heads
+        _require(
+            idle <= 0,
+            f"mesh.ulysses={self.mesh.ulysses} with model.heads={self.model.heads} query heads leaves {idle} ranks without a head;"
+            f" use mesh.ulysses <= {self.model.heads} and put the rest on mesh.ring",
+        )

@@ -1,0 +1,72 @@
+"""What a run tells its observer: plain records, sent from rank 0 to whoever draws the progress bar and writes the files.
+
+Where it sits: between trainer.py (which makes them) and report.py (which reads them). No torch: they are pickled through a pipe.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Started:
+    """Facts known before the first step."""
+
+    parameters: int
+    matmul_parameters: int
+    """Weights that multiply activations: without the input embedding and the norms."""
+    peak_flops_per_s: float
+    """fp32 matmul FLOP/s of all ranks together, measured on all of them at the same time."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepMetrics:
+    """One optimiser step, over all ranks."""
+
+    step: int
+    """From 1."""
+    loss: float
+    """Mean cross entropy in nats over all valid tokens of all ranks."""
+    grad_norm: float
+    """Before clipping."""
+    lr: float
+    seconds: float
+    tokens: int
+    labels: int
+    """Tokens that predict something: the loss's denominator."""
+    documents: int
+    area: int
+    """Allowed (query, key) pairs."""
+    layout: str
+    flops: float
+    """Model FLOPs with the exact mask area, forward and backward."""
+    tokens_per_s: float
+    mfu_mask: float
+    """`flops` / (seconds * peak)."""
+    mfu_noncausal: float
+    """The same with seq_len^2 pairs per packed sequence: the convention that ignores masks, always the larger number."""
+    bytes_sent: int
+    """Sent by attention to other ranks, counted at the collectives, all ranks."""
+    bytes_scheduled: int
+    """What the schedules say, all ranks."""
+    bytes_agree: bool
+    """Whether counted and scheduled bytes are equal on every rank."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trained:
+    """After the last step: the checkpoint is written."""
+
+    peak_memory_bytes: tuple[int, ...]
+    """Resident set high-water mark of each rank, libraries included."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compared:
+    """The first steps again, on one rank that holds every sequence whole."""
+
+    losses: tuple[float, ...]
+    grad_norms: tuple[float, ...]
+    largest_loss_difference: float
+    largest_grad_norm_difference: float
+
+
+Event = Started | StepMetrics | Trained | Compared

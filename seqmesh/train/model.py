@@ -1,0 +1,100 @@
+"""The model of a run and its arithmetic: building it, its FLOPs, and the rate that MFU compares them with.
+
+MFU = model FLOPs / (seconds x peak). Model FLOPs of a step, forward + backward (backward = 2 x forward):
+
+    6 x matmul weights x tokens  +  12 x layers x area x heads x head_dim         area = allowed (query, key) pairs, exactly
+
+(2 FLOPs per weight and token forward; QK^T and PV are 2 x 2 x head_dim FLOPs per pair and head forward.) The PaLM convention
+takes seq_len^2 pairs instead; we report both and say which is which.
+
+Where it sits: above integrations/transformers.py, below trainer.py.
+"""
+
+import time
+
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
+
+from seqmesh.data import EOS_ID, VOCAB_SIZE
+from seqmesh.integrations.transformers import plug_in
+from seqmesh.train.config import Config, ModelConfig
+
+
+def build(config: Config) -> PreTrainedModel:
+    """The model with random fp32 weights from the run's seed, the same on every rank, attention plugged in.
+
+    Raises:
+        ValueError: an architecture that transformers does not know, that has other dimensions, or that cannot be plugged in.
+    """
+    model = config.model
+    if model.architecture not in CONFIG_MAPPING:
+        raise ValueError(f"model.architecture={model.architecture!r} is not a model type of transformers; use llama, mistral, qwen2, ...")
+    torch.manual_seed(config.train.seed)
+    try:
+        built = AutoModelForCausalLM.from_config(_transformers_config(model, config.data.seq_len), dtype=torch.float32)
+    except Exception as error:  # each configuration class of transformers has checks, and exceptions, of its own
+        what = str(error).strip().splitlines()[0]
+        raise ValueError(f"model.architecture={model.architecture!r} refuses [model] ({what}); use llama, mistral, qwen2, ...") from None
+    plug_in(built)
+    _check(built, model)
+    return built
+
+
+def check(config: Config) -> None:
+    """Raise what `build` would raise, without allocating or computing: the launcher asks before it forks."""
+    with torch.device("meta"):
+        build(config)
+
+
+def _transformers_config(model: ModelConfig, seq_len: int) -> PreTrainedConfig:
+    return AutoConfig.for_model(
+        model.architecture,
+        hidden_size=model.hidden,
+        num_hidden_layers=model.layers,
+        num_attention_heads=model.heads,
+        num_key_value_heads=model.kv_heads,
+        head_dim=model.head_dim,
+        intermediate_size=model.intermediate,
+        vocab_size=VOCAB_SIZE,
+        max_position_embeddings=seq_len,
+        rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
+        tie_word_embeddings=model.tie_embeddings,
+        bos_token_id=None,
+        eos_token_id=EOS_ID,
+        pad_token_id=0,
+    )
+
+
+def _check(built: PreTrainedModel, model: ModelConfig) -> None:
+    """An architecture that names its sizes differently would ignore the recipe; one with experts has other FLOPs."""
+    weights = {name: tuple(parameter.shape) for name, parameter in built.named_parameters()}
+    queries = [shape for name, shape in weights.items() if name.endswith("self_attn.q_proj.weight")]
+    keys = [shape for name, shape in weights.items() if name.endswith("self_attn.k_proj.weight")]
+    q_shape, k_shape = (model.hidden, model.hidden), (model.kv_heads * model.head_dim, model.hidden)
+    if queries != [q_shape] * model.layers or keys != [k_shape] * model.layers or any(len(shape) > 2 for shape in weights.values()):
+        raise ValueError(
+            f"model.architecture={model.architecture!r} is not a dense decoder with the dimensions of [model];"
+            " use llama, mistral, qwen2, ..."
+        )
+
+
+def matmul_parameters(model: nn.Module) -> int:
+    """Weights of linear layers, the output embedding included."""
+    return sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
+
+
+def step_flops(*, weights: int, tokens: int, model: ModelConfig, area: int) -> float:
+    """FLOPs of one forward and backward, see the top of the file."""
+    return 6.0 * weights * tokens + 12.0 * model.layers * area * model.heads * model.head_dim
+
+
+def measure_matmul_flops_per_s(seconds: float = 0.15, size: int = 768) -> float:
+    """fp32 matmul FLOP/s of this process with its threads, over about `seconds`."""
+    a, b, out = torch.randn(size, size), torch.randn(size, size), torch.empty(size, size)
+    torch.mm(a, b, out=out)
+    calls, start = 0, time.perf_counter()
+    while (spent := time.perf_counter() - start) < seconds:
+        torch.mm(a, b, out=out)
+        calls += 1
+    return 2.0 * size**3 * calls / spent

@@ -1,0 +1,161 @@
+"""Recipes: TOML file + command-line overrides -> a checked `Config`, and back to TOML. Every mistake is one line with its remedy.
+
+    seqmesh train recipe.toml --mesh.ring 4 --train.steps=20 --lr 1e-3 --data book.txt
+
+An override is a full key (`--mesh.ring`) or a field's own name where only one section has it (`--ring`); `--data` is short for
+`--data.path`. Values are TOML values, quotes may be left out.
+
+Where it sits: above config.py. No torch.
+"""
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from pydantic import TypeAdapter, ValidationError
+
+from seqmesh.train.config import Config
+
+Sections = dict[str, Any]
+
+
+def keys() -> dict[str, Any]:
+    """Every key of a recipe as section.field, with its default."""
+    default = Config()
+    return {
+        f"{section.name}.{leaf.name}": getattr(getattr(default, section.name), leaf.name)
+        for section in fields(default)
+        for leaf in fields(getattr(default, section.name))
+    }
+
+
+def load(recipe: str | None, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a recipe file (None: the default recipe) and overrides like `--mesh.ring 4`.
+
+    Raises:
+        ValueError: an unreadable file, an unknown key, a value of another type or out of range: one line, with the remedy.
+    """
+    sections = _read(recipe) if recipe is not None else {}
+    for key, text in _pairs(overrides):
+        section, leaf = _resolve(key).split(".")
+        place = sections.setdefault(section, {})
+        if not isinstance(place, dict):
+            raise ValueError(f"{section} = {place!r} is not a section; write [{section}] and its keys below it")
+        place[leaf] = _value(f"{section}.{leaf}", text)
+    where = f"{recipe}: " if recipe is not None else ""
+    try:
+        return TypeAdapter(Config).validate_json(json.dumps(sections, default=str))
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise ValueError(where + _explain(first["type"], first["loc"], first)) from None
+
+
+def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
+    """The recipe, if there is one, and the overrides: `[recipe.toml] [--key value | --key=value]...`.
+
+    Raises:
+        ValueError: two recipes, or a key without a value.
+    """
+    recipe, overrides, rest = None, [], iter(arguments)
+    for argument in rest:
+        if not argument.startswith("--"):
+            if recipe is not None:
+                raise ValueError(f"two recipes, {recipe!r} and {argument!r}; give one, and override its keys with --key value")
+            recipe = argument
+        elif "=" in argument:
+            overrides.append(argument)
+        else:
+            value = next(rest, None)
+            if value is None:
+                raise ValueError(f"{argument} has no value; write {argument} VALUE")
+            overrides.append(f"{argument}={value}")
+    return recipe, overrides
+
+
+def _read(recipe: str) -> Sections:
+    try:
+        return tomllib.loads(Path(recipe).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ValueError(f"recipe {recipe!r} does not exist; give a .toml file, or none for the default recipe") from None
+    except OSError as error:
+        raise ValueError(f"cannot read recipe {recipe!r}: {error.strerror}; give a .toml file") from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise ValueError(f"recipe {recipe!r} is not TOML: {error}; see recipes/stdlib.toml for the form") from None
+
+
+def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
+    for override in overrides:
+        key, _, text = override.removeprefix("--").partition("=")
+        yield key.replace("-", "_"), text
+
+
+def _resolve(key: str) -> str:
+    """The full key that an override means."""
+    known = keys()
+    if key in known:
+        return key
+    if key == "data":
+        return "data.path"
+    meant = [full for full in known if full.split(".")[1] == key]
+    if len(meant) == 1:
+        return meant[0]
+    if meant:
+        raise ValueError(f"--{key} could be {' or '.join(meant)}; write the section too, --{meant[0]}")
+    raise _unknown(key, "--")
+
+
+def _unknown(key: str, dashes: str = "") -> ValueError:
+    """The error for an unknown key, which names the nearest one."""
+    known = list(keys())
+    by_leaf = {full.split(".")[1]: full for full in known}
+    sections = [] if dashes or "." in key else sorted({full.split(".")[0] for full in known})
+    near = difflib.get_close_matches(key, sections + known, 1) or [
+        by_leaf[leaf] for leaf in difflib.get_close_matches(key.split(".")[-1], list(by_leaf), 1, cutoff=0.5)
+    ]
+    remedy = f"did you mean {dashes}{near[0]}?" if near else f"known keys: {', '.join(known)}"
+    return ValueError(f"unknown key {dashes}{key}; {remedy}")
+
+
+def _value(key: str, text: str) -> Any:
+    """An override's text as a value: text for text fields, TOML for the others."""
+    if isinstance(keys()[key], str):
+        return text
+    try:
+        return tomllib.loads(f"value = {text}")["value"]
+    except tomllib.TOMLDecodeError:
+        return text
+
+
+def _explain(kind: str, loc: tuple[int | str, ...], error: Any) -> str:
+    """One line for pydantic's error."""
+    key = ".".join(map(str, loc))
+    if kind == "unexpected_keyword_argument":
+        return str(_unknown(key))
+    if kind == "value_error":
+        return str(error["ctx"]["error"])
+    default = keys().get(key)
+    if default is None:
+        return f"{key} = {error['input']!r} is not a section; write [{key}] and its keys below it"
+    return f"{key} = {json.dumps(error['input'])} is ill-typed: {_lower(error['msg'])}; write for example {key} = {to_toml(default)}"
+
+
+def _lower(text: str) -> str:
+    return text[:1].lower() + text[1:]
+
+
+def to_toml(value: object) -> str:
+    """A scalar as TOML. JSON strings are TOML strings when nothing is escaped beyond what both escape alike."""
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, (str, bool)) else repr(value)
+
+
+def dump(config: Config) -> str:
+    """The configuration as a recipe that `load` reads back to an equal one."""
+    lines: list[str] = []
+    for section in fields(config):
+        values = getattr(config, section.name)
+        lines += [f"[{section.name}]", *(f"{leaf.name} = {to_toml(getattr(values, leaf.name))}" for leaf in fields(values)), ""]
+    return "\n".join(lines)

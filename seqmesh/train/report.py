@@ -1,0 +1,282 @@
+"""What a run shows and leaves behind: progress, metrics.jsonl, loss.png, report.json and report.txt in the run folder.
+
+    events (events.py)  ->  Reporter  ->  a bar or plain lines on the screen, a line per step in metrics.jsonl
+                                      ->  at the end the report: loss, speed, the check against one rank, bytes, memory
+
+Where it sits: in the parent of forked ranks, or in rank 0 under torchrun. It reads events and knows nothing of tensors.
+"""
+
+import json
+import math
+import os
+import platform
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from importlib.metadata import version
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from seqmesh.data import Corpus
+from seqmesh.train.config import Config
+from seqmesh.train.events import Compared, Event, Started, StepMetrics, Trained
+
+TOLERANCE = 1e-4
+"""Largest |Δloss| and |Δ gradient norm| against one rank in fp32: rounding in another order gives 1e-7 to 1e-5."""
+PLAIN_LINES = 20
+"""Progress lines of a run whose output is not a terminal."""
+
+
+class Reporter:
+    """Handles the events of one run. A context manager, so that the terminal is restored whatever happens."""
+
+    def __init__(self, config: Config, corpus: Corpus, folder: Path, command: str) -> None:
+        self.config, self.corpus, self.folder, self.command = config, corpus, folder, command
+        self.started: Started | None = None
+        self.trained: Trained | None = None
+        self.compared: Compared | None = None
+        self.steps: list[StepMetrics] = []
+        console = Console()
+        columns = (BarColumn(10), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+        self._progress = Progress(*columns, console=console) if console.is_terminal else None
+        self._metrics = (folder / "metrics.jsonl").open("w", encoding="utf-8")
+        self._begin = time.monotonic()
+        self.train_seconds = 0.0
+
+    def __enter__(self) -> "Reporter":
+        if self._progress is not None:
+            self._progress.start()
+            self._progress.add_task("starting", total=self.config.train.steps)
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+        if self._progress is not None:
+            self._progress.stop()
+        self._metrics.close()
+
+    def handle(self, event: Event) -> None:
+        """Take note of an event, and show it."""
+        match event:
+            case Started():
+                self.started, self._begin = event, time.monotonic()
+            case StepMetrics():
+                self.steps.append(event)
+                self._metrics.write(json.dumps(asdict(event)) + "\n")
+                self._metrics.flush()
+                self._show(event)
+            case Trained():
+                self.trained, self.train_seconds = event, time.monotonic() - self._begin
+                if self.config.train.compare_steps:
+                    self._say(f"repeating the first {min(len(self.steps), self.config.train.compare_steps)} steps on one rank")
+            case Compared():
+                self.compared = event
+
+    def _show(self, step: StepMetrics) -> None:
+        line = f"loss {step.loss:.3f} {step.tokens_per_s:,.0f} tokens/s MFU {step.mfu_mask:.1%} {_bytes(step.bytes_sent)}/step"
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], completed=step.step, description=line)
+        elif step.step == 1 or step.step == self.config.train.steps or step.step % math.ceil(self.config.train.steps / PLAIN_LINES) == 0:
+            print(f"step {step.step}/{self.config.train.steps}  {line}  {step.seconds:.2f} s", flush=True)
+
+    def _say(self, line: str) -> None:
+        if self._progress is not None:
+            self._progress.update(self._progress.task_ids[0], description=line)
+        else:
+            print(line, flush=True)
+
+    def finish(self) -> "Report":
+        """Write the picture and the report of a run that went to its end."""
+        assert self.started is not None
+        assert self.trained is not None
+        report = summarize(self.corpus, self.started, self.steps, self.trained, self.compared)
+        facts = asdict(report) | {"train_seconds": self.train_seconds, "command": self.command, "commit": commit(), **machine()}
+        (self.folder / "report.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        text = describe(self.config, report, self.train_seconds, self.folder)
+        (self.folder / "report.txt").write_text(f"{text}\ncommand    {self.command}\ncommit     {commit()}\n", encoding="utf-8")
+        draw_loss(self.steps, report, self.folder / "loss.png")
+        print("\n" + text, flush=True)
+        return report
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """The figures of a finished run."""
+
+    text: str
+    documents: int
+    corpus_tokens: int
+    parameters: int
+    steps: int
+    first_loss: float
+    last_loss: float
+    """Mean of the last tenth of the steps: a step is a few documents, so single ones are noisy."""
+    tokens_per_s: float
+    """Median over steps, as for the next three."""
+    step_seconds: float
+    mfu_mask: float
+    mfu_noncausal: float
+    peak_flops_per_s: float
+    bytes_per_step: float
+    """Mean, all ranks: documents differ from step to step."""
+    bytes_sent: int
+    bytes_scheduled: int
+    bytes_agree: bool
+    """Counted = scheduled on every rank at every step."""
+    compared_steps: int
+    largest_loss_difference: float | None
+    largest_grad_norm_difference: float | None
+    matches_one_rank: bool | None
+    """Both differences within the tolerance; None if not compared."""
+    peak_memory_bytes: tuple[int, ...]
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check passed."""
+        return self.bytes_agree and self.matches_one_rank is not False
+
+
+def summarize(corpus: Corpus, started: Started, steps: Sequence[StepMetrics], trained: Trained, compared: Compared | None) -> Report:
+    """The report of a run's events."""
+    tail = steps[-max(1, len(steps) // 10) :]
+    matches = None
+    if compared is not None:
+        matches = max(compared.largest_loss_difference, compared.largest_grad_norm_difference) <= TOLERANCE
+    return Report(
+        text=corpus.source,
+        documents=len(corpus.documents),
+        corpus_tokens=corpus.tokens,
+        parameters=started.parameters,
+        steps=len(steps),
+        first_loss=steps[0].loss,
+        last_loss=sum(step.loss for step in tail) / len(tail),
+        tokens_per_s=_median([step.tokens_per_s for step in steps]),
+        step_seconds=_median([step.seconds for step in steps]),
+        mfu_mask=_median([step.mfu_mask for step in steps]),
+        mfu_noncausal=_median([step.mfu_noncausal for step in steps]),
+        peak_flops_per_s=started.peak_flops_per_s,
+        bytes_per_step=sum(step.bytes_sent for step in steps) / len(steps),
+        bytes_sent=sum(step.bytes_sent for step in steps),
+        bytes_scheduled=sum(step.bytes_scheduled for step in steps),
+        bytes_agree=all(step.bytes_agree for step in steps),
+        compared_steps=len(compared.losses) if compared is not None else 0,
+        largest_loss_difference=compared.largest_loss_difference if compared is not None else None,
+        largest_grad_norm_difference=compared.largest_grad_norm_difference if compared is not None else None,
+        matches_one_rank=matches,
+        peak_memory_bytes=trained.peak_memory_bytes,
+    )
+
+
+def describe(config: Config, report: Report, seconds: float, folder: Path) -> str:
+    """The report as text: one line per finding."""
+    mesh, hardware = config.mesh, machine()
+    peaks = ", ".join(f"{peak / 2**20:.0f}" for peak in report.peak_memory_bytes)
+    one_rank = "not compared (train.compare_steps = 0)"
+    if report.matches_one_rank is not None:
+        verdict = "ok" if report.matches_one_rank else "NOT EQUAL: report this as a bug"
+        one_rank = (
+            f"first {report.compared_steps} steps: |Δloss| <= {report.largest_loss_difference:.1e},"
+            f" |Δ gradient norm| <= {report.largest_grad_norm_difference:.1e} (limit {TOLERANCE:.0e}): {verdict}"
+        )
+    bytes_verdict = (
+        "measured = scheduled on every rank at every step"
+        if report.bytes_agree
+        else (f"NOT EQUAL: measured {report.bytes_sent}, scheduled {report.bytes_scheduled} bytes; report this as a bug")
+    )
+    lines = {
+        "model": f"{config.model.architecture}, {report.parameters / 1e6:.2f} M parameters, fp32",
+        "ranks": f"{mesh.world}: ulysses {mesh.ulysses} x ring {mesh.ring}, {config.run.threads} thread(s) each",
+        "text": f"{report.text}: {report.documents:,} documents, {report.corpus_tokens / 1e6:.1f} M tokens",
+        "loss": f"{report.first_loss:.3f} -> {report.last_loss:.3f} in {report.steps} steps of {config.data.tokens:,} tokens,"
+        f" {seconds:.0f} s",
+        "speed": f"{report.tokens_per_s:,.0f} tokens/s, {report.step_seconds:.2f} s a step (medians)",
+        "MFU": f"{report.mfu_mask:.1%} counting the mask's exact area, {report.mfu_noncausal:.1%} counting seq_len^2 pairs;"
+        f" of {report.peak_flops_per_s / 1e9:.0f} GFLOP/s, fp32 matmul measured on all ranks at once before the start",
+        "one rank": one_rank,
+        "exchanged": f"{_bytes(report.bytes_per_step)} a step by attention, all ranks; {bytes_verdict}",
+        "memory": f"peak {peaks} MiB on ranks 0, 1, ..., libraries included",
+        "machine": f"{hardware['cores']} cores, {hardware['cpu']}; torch {hardware['torch']}, transformers {hardware['transformers']}",
+        "results": f"{folder}: metrics.jsonl, loss.png, config.toml, report.json, checkpoint/",
+    }
+    return "\n".join(f"{name:<10} {value}" for name, value in lines.items())
+
+
+def _median(values: Sequence[float]) -> float:
+    ordered = sorted(values)
+    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+
+
+def _bytes(count: float) -> str:
+    """Decimal units, as networks are rated."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.3g} {unit}"
+        count /= 1000
+    return f"{count:.3g} GB"
+
+
+def machine() -> dict[str, Any]:
+    """Hardware and versions."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        models = (line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name"))
+        name = next(models, name)
+    packages = {package: version(package) for package in ("seqmesh", "torch", "transformers")}
+    return {"cpu": name, "cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version(), **packages}
+
+
+def commit() -> str | None:
+    """Of the source tree this package runs from; None for an installed package."""
+    try:
+        asked = subprocess.run(
+            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return asked.stdout.strip() or None if asked.returncode == 0 else None
+
+
+def draw_loss(steps: Sequence[StepMetrics], report: Report, path: Path) -> None:
+    """The loss curve as a picture."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(7, 4), dpi=150, layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    tokens = [step.step * step.tokens / 1e6 for step in steps]
+    axes.plot(tokens, [step.loss for step in steps], color="tab:blue", linewidth=0.8, alpha=0.4, label="each step")
+    axes.plot(tokens, _smooth([step.loss for step in steps]), color="tab:blue", linewidth=2, label="running mean")
+    axes.set(
+        xlabel="tokens seen (millions)",
+        ylabel="loss (nats per byte)",
+        title=f"{report.text}: {report.first_loss:.2f} → {report.last_loss:.2f}",
+    )
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(path)
+
+
+def _smooth(values: Sequence[float], keep: float = 0.9) -> list[float]:
+    """Exponential running mean, with the start weighted so that it does not lag."""
+    smoothed, mean, weight = [], 0.0, 0.0
+    for value in values:
+        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+        smoothed.append(mean / weight)
+    return smoothed
+
+
+def this_command() -> str:
+    """How this process was started, without the folder of its executable."""
+    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])

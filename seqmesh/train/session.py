@@ -1,0 +1,112 @@
+"""One run from configuration to report: check everything, make the folder, start or join the ranks, report.
+
+Whatever can be wrong with the input is found before a rank starts, or, under torchrun, told to every rank, so that all of them
+end with the same line and none waits for another.
+
+Where it sits: above launch.py, trainer.py and report.py; cli.py calls it.
+"""
+
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from transformers.utils import logging as transformers_logging
+
+from seqmesh.data import Corpus, batches, read
+from seqmesh.train import model as models
+from seqmesh.train.config import Config
+from seqmesh.train.launch import Place, RankFailedError, agree, connect, one_line, run_local
+from seqmesh.train.recipe import dump
+from seqmesh.train.report import Report, Reporter, this_command
+from seqmesh.train.trainer import train
+
+
+def place_from(environment: Mapping[str, str], config: Config) -> Place | None:
+    """This process's place when torchrun (or alike) started it, None when ranks are ours to start.
+
+    Raises:
+        ValueError: the launcher's world is not ulysses x ring.
+    """
+    if "RANK" not in environment or "WORLD_SIZE" not in environment:
+        return None
+    rank, world, mesh = int(environment["RANK"]), int(environment["WORLD_SIZE"]), config.mesh
+    if world != mesh.world:
+        raise ValueError(
+            f"mesh.ulysses={mesh.ulysses} x mesh.ring={mesh.ring} needs {mesh.world} ranks but the launcher started {world};"
+            f" start {mesh.world}, or choose degrees whose product is {world}"
+        )
+    return Place(rank=rank, world=world, rendezvous="env://")
+
+
+def run(config: Config, place: Place | None) -> Report | None:
+    """Train, and report: in the process that observes (the parent of local ranks, or rank 0); None on other ranks.
+
+    Raises:
+        ValueError: input that cannot be run, in one line.
+        RankFailedError: a rank failed.
+    """
+    transformers_logging.set_verbosity_error()
+    transformers_logging.disable_progress_bar()
+    if place is None:
+        return _run_local(config)
+    return _run_joined(config, place)
+
+
+def _prepare(config: Config) -> Corpus:
+    """Everything that can be wrong without a rank, checked."""
+    models.check(config)
+    corpus = read(config.data.path)
+    batches(corpus, seq_len=config.data.seq_len, sequences=config.data.sequences, seed=config.train.seed)
+    return corpus
+
+
+def _make_folder(config: Config) -> Path:
+    """The run's folder, new or empty: results of two runs must not mix."""
+    folder = Path(config.run.folder or f"runs/{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise ValueError(f"run.folder={str(folder)!r} is not empty; choose a new folder with --folder, or remove it")
+        (folder / "config.toml").write_text(dump(config), encoding="utf-8")
+    except OSError as error:
+        raise ValueError(f"cannot make run.folder={str(folder)!r}: {error.strerror}; choose another with --folder") from None
+    return folder
+
+
+def _run_local(config: Config) -> Report:
+    corpus = _prepare(config)
+    folder = _make_folder(config)
+    logs = folder / "logs"
+    logs.mkdir()
+
+    def work(_: Place, emit: Callable[[Any], None]) -> None:
+        train(config, corpus, folder, emit)
+
+    with Reporter(config, corpus, folder, this_command()) as reporter:
+        try:
+            run_local(work, config.mesh.world, config.run.timeout_s, reporter.handle, logs)
+        except KeyboardInterrupt:
+            raise KeyboardInterrupt(f"after {len(reporter.steps)} steps; their metrics are in {folder}") from None
+    return reporter.finish()
+
+
+def _run_joined(config: Config, place: Place) -> Report | None:
+    corpus, folder, mistake = None, Path(), None
+    try:
+        corpus = _prepare(config)
+        folder = _make_folder(config) if place.rank == 0 else folder
+    except ValueError as error:
+        mistake = one_line(error)
+    connect(place, config.run.timeout_s)
+    agree(mistake, place.world)
+    assert corpus is not None
+    try:
+        if place.rank:
+            train(config, corpus, folder, lambda _: None)
+            return None
+        with Reporter(config, corpus, folder, this_command()) as reporter:
+            train(config, corpus, folder, reporter.handle)
+    except (RuntimeError, ArithmeticError) as error:
+        raise RankFailedError(f"rank {place.rank} failed: {one_line(error)}") from error
+    return reporter.finish()

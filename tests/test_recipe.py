@@ -1,0 +1,49 @@
+"""Recipes and overrides become a checked configuration, and back. Their mistakes are in test_train_cli.py."""
+
+import tomllib
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from seqmesh.train.config import Config
+from seqmesh.train.recipe import dump, load, split_arguments
+from seqmesh.train.trainer import learning_rate
+
+ROOT = Path(__file__).parent.parent
+
+
+def test_the_default_recipe_is_the_default_configuration() -> None:
+    recipe = ROOT / "recipes" / "stdlib.toml"
+    assert load(str(recipe)) == Config() == load(None)
+    written, defaults = tomllib.loads(recipe.read_text()), tomllib.loads(dump(Config()))
+    assert written == defaults  # every key is spelled out
+
+
+def test_a_configuration_survives_writing_and_reading(tmp_path: Path) -> None:
+    config = load(None, ['--data=a "quoted" \\ näme\t', "--lr=1e-5", "--tie-embeddings=true", "--mesh.ring=3"])
+    (tmp_path / "r.toml").write_text(dump(config))
+    assert load(str(tmp_path / "r.toml")) == config
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ([], (None, [])),
+        (["r.toml"], ("r.toml", [])),
+        (["--steps", "3", "r.toml", "--lr=1"], ("r.toml", ["--steps=3", "--lr=1"])),
+        (["--minutes", "-1"], (None, ["--minutes=-1"])),
+    ],
+)
+def test_arguments_are_a_recipe_and_overrides_in_any_order(arguments: list[str], expected: Any) -> None:
+    assert split_arguments(arguments) == expected
+
+
+def test_the_learning_rate_warms_up_and_decays() -> None:
+    train = load(None, ["--steps=100", "--warmup=10", "--lr=1.0", "--min_lr_ratio=0.1"]).train
+    rates = [learning_rate(step, train) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert max(rates) == rates[9] == 1.0
+    assert all(a >= b for a, b in pairwise(rates[9:]))
+    assert rates[-1] == pytest.approx(0.1)

@@ -1,0 +1,363 @@
+"""`seqmesh train` as users run it: the real command in a process of its own, with forked ranks, a tiny model and a short run."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from transformers import ByT5Tokenizer, LlamaForCausalLM
+
+import seqmesh
+from seqmesh import data
+from seqmesh.train.recipe import load
+
+TINY = ("--hidden=32", "--layers=2", "--heads=4", "--kv-heads=2", "--intermediate", "64", "--seq_len", "256")
+TIMEOUT_S = 120
+ROOT = Path(__file__).parent.parent
+TEXT = "".join(f"line {n}: the quick brown fox jumps over the lazy dog, {n * n} times.\n" for n in range(400))
+
+
+def command(*arguments: str) -> list[str]:
+    return [sys.executable, "-c", "from seqmesh.cli import main; main()", *arguments]
+
+
+def environment() -> dict[str, str]:
+    """Without what a launcher sets, and with the checkout importable from any folder."""
+    return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"PYTHONPATH": str(ROOT)}
+
+
+def seqmesh_command(*arguments: str, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command(*arguments), cwd=cwd, env=environment() | more, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+
+
+def one_line_error(done: subprocess.CompletedProcess[str], code: int = 2) -> str:
+    """The error, after checking that it is one line on stderr and that nothing else was said."""
+    assert done.returncode == code, done.stderr + done.stdout
+    lines = done.stderr.splitlines()
+    assert len(lines) == 1, done.stderr
+    assert lines[0].startswith("seqmesh: error: ")
+    return lines[0]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("text") / "fox.txt"
+    path.write_text(TEXT)
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(text: Path) -> tuple[Path, str]:
+    """The folder and the output of a run on 4 ranks."""
+    folder = text.parent / "run"
+    done = seqmesh_command("train", *TINY, "--data", str(text), "--steps=12", "--warmup=2", "--folder", str(folder), cwd=text.parent)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    return folder, done.stdout
+
+
+def test_the_report_has_every_figure_and_every_check_passes(finished: tuple[Path, str]) -> None:
+    folder, output = finished
+    report = json.loads((folder / "report.json").read_text())
+    assert report["last_loss"] < report["first_loss"] - 0.3
+    assert report["matches_one_rank"] is True
+    assert report["compared_steps"] == 3
+    assert 0 <= report["largest_loss_difference"] <= 1e-4
+    assert 0 <= report["largest_grad_norm_difference"] <= 1e-4
+    assert report["bytes_agree"] is True
+    assert report["bytes_sent"] == report["bytes_scheduled"] > 0
+    assert len(report["peak_memory_bytes"]) == 4
+    assert min(report["peak_memory_bytes"]) > 50e6
+    assert 0 < report["mfu_mask"] < report["mfu_noncausal"]
+    for said in ("loss ", "|Δloss|", "measured = scheduled", "MFU ", "memory", str(folder), "ulysses 2 x ring 2"):
+        assert said in output
+    assert report["torch"] == torch.__version__
+
+
+def test_the_metrics_have_a_line_for_each_step(finished: tuple[Path, str]) -> None:
+    lines = [json.loads(line) for line in (finished[0] / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == list(range(1, 13))
+    for line in lines:
+        assert line["tokens"] == 256
+        assert line["labels"] == 256 - line["documents"]
+        assert line["bytes_sent"] == line["bytes_scheduled"]
+        assert line["flops"] == 6 * (2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64) + 32 * 259) * 256 + 12 * 2 * line["area"] * 32
+        assert line["tokens_per_s"] == pytest.approx(256 / line["seconds"])
+
+
+def test_the_loss_curve_is_a_picture(finished: tuple[Path, str]) -> None:
+    picture = (finished[0] / "loss.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) > 10_000
+
+
+def test_the_written_configuration_runs_again(finished: tuple[Path, str]) -> None:
+    config = load(str(finished[0] / "config.toml"))
+    assert config.model.hidden == 32
+    assert config.train.steps == 12
+    assert load(str(finished[0] / "config.toml"), ["--steps=3"]).train.steps == 3
+
+
+def test_plain_transformers_loads_the_checkpoint_with_the_trained_loss(finished: tuple[Path, str]) -> None:
+    """The loss of a sequence under plain attention continues the run's curve: same weights, same mathematics."""
+    folder = finished[0]
+    model = LlamaForCausalLM.from_pretrained(folder / "checkpoint")
+    assert model.config._attn_implementation == "sdpa"
+    ids = data.encode(TEXT.encode())[None, :256]
+    loss = model(ids, labels=ids).loss.item()
+    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
+    assert loss == pytest.approx(last, abs=0.3)
+    tokenizer = ByT5Tokenizer.from_pretrained(folder / "checkpoint")
+    assert tokenizer("fox").input_ids[:-1] == data.encode(b"fox").tolist()
+
+
+def test_one_rank_trains_the_same_model(finished: tuple[Path, str], text: Path) -> None:
+    """The whole run again with the 1 x 1 mesh: the curves agree far beyond the compared steps."""
+    alone = text.parent / "alone"
+    done = seqmesh_command("train", str(finished[0] / "config.toml"), "--ulysses=1", "--ring=1", "--folder", str(alone), cwd=text.parent)
+    assert done.returncode == 0, done.stderr
+    curves = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (finished[0], alone)]
+    for four, one in zip(*curves, strict=True):
+        assert four["loss"] == pytest.approx(one["loss"], abs=1e-4)
+        assert four["grad_norm"] == pytest.approx(one["grad_norm"], abs=1e-4)
+        assert one["bytes_sent"] == 0
+    a, b = (LlamaForCausalLM.from_pretrained(folder / "checkpoint").state_dict() for folder in (finished[0], alone))
+    for name, weight in a.items():
+        torch.testing.assert_close(weight, b[name], rtol=0, atol=2e-3)  # Adam's first steps amplify rounding of tiny gradients
+
+
+WRONG_INPUT = [
+    ("--mesh.rign=4", "unknown key --mesh.rign; did you mean --mesh.ring?"),
+    ("--ring=four", "ill-typed"),
+    ("--ring=2.5", "ill-typed"),
+    ("--ring=0", "at least 1"),
+    ("--layout=spiral", "'zigzag'"),
+    ("--kv-heads=3", "does not divide model.heads=4; use a divisor of 4"),
+    ("--ulysses=16", "leaves 12 ranks without a head; use mesh.ulysses <= 4"),
+    ("--hidden=100", "use a multiple of 8"),
+    ("--steps", "--steps has no value"),
+    ("--lr=nan", "use a finite value"),
+    ("missing.toml", "does not exist; give a .toml file"),
+    ("unknown.toml", "unknown key mesh.rings; did you mean mesh.ring?"),
+    ("typed.toml", 'train.steps = "many" is ill-typed'),
+    ("broken.toml", "is not TOML"),
+    ("--data=nowhere", "'nowhere' does not exist; pass a text file"),
+    ("--data=empty.txt", "has no text"),
+    ("--data=binary.bin", "is binary"),
+    ("--data=short.txt", "too few for one sequence of 8192; use more text or data.seq_len <= 6"),
+    ("--architecture=mamba", "cannot be plugged in"),
+    ("--architecture=mixtral", "not a dense decoder"),
+    ("--architecture=lama", "is not a model type of transformers"),
+    ("--folder=full", "is not empty; choose a new folder"),
+]
+
+
+@pytest.fixture(scope="module")
+def mistakes(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("mistakes")
+    files = {
+        "unknown.toml": "[mesh]\nrings = 4\n",
+        "typed.toml": '[train]\nsteps = "many"\n',
+        "broken.toml": "[train\n",
+        "empty.txt": "",
+        "binary.bin": "\0\1",
+        "short.txt": "short",
+        "full/results": "mine",
+    }
+    (folder / "full").mkdir()
+    for name, content in files.items():
+        (folder / name).write_text(content)
+    return folder
+
+
+@pytest.mark.parametrize(("argument", "said"), WRONG_INPUT, ids=[argument for argument, _ in WRONG_INPUT])
+def test_wrong_input_is_one_line_with_a_remedy_and_exit_code_2(
+    mistakes: Path, argument: str, said: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """In this process, to be quick: these are all found before a rank starts. The next test uses the real command."""
+    from seqmesh.cli import main
+
+    monkeypatch.chdir(mistakes)
+    monkeypatch.setattr(sys, "argv", ["seqmesh", "train", argument])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    printed = capfd.readouterr()
+    assert stopped.value.code == 2
+    assert printed.out == ""
+    assert len(printed.err.splitlines()) == 1
+    assert printed.err.startswith("seqmesh: error: ")
+    assert said in printed.err
+    assert not (mistakes / "runs").exists()
+
+
+def test_wrong_input_to_the_real_command_leaves_no_traceback(mistakes: Path) -> None:
+    assert "did you mean --mesh.ring?" in one_line_error(seqmesh_command("train", "--mesh.rign", "4", cwd=mistakes))
+    assert "is binary" in one_line_error(seqmesh_command("train", "--data", "binary.bin", cwd=mistakes))
+    assert "No such command" in one_line_error(seqmesh_command("trian", cwd=mistakes))
+
+
+def test_version() -> None:
+    assert seqmesh_command("--version", cwd=ROOT).stdout == f"seqmesh {seqmesh.__version__}\n"
+
+
+def test_no_command_shows_the_help() -> None:
+    shown = seqmesh_command(cwd=ROOT)
+    assert (shown.returncode, shown.stderr) == (0, "")
+    assert "train" in shown.stdout
+
+
+def joined(rank: int, world: int, port: int, cwd: Path, *arguments: str) -> subprocess.Popen[str]:
+    """A rank as torchrun starts it."""
+    place = {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    return subprocess.Popen(
+        command("train", *TINY, *arguments), cwd=cwd, env=environment() | place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def free_port() -> int:
+    import socket
+
+    with socket.socket() as s:
+        s.bind(("127.0.0.1", 0))
+        return int(s.getsockname()[1])
+
+
+def test_a_world_that_is_not_ulysses_x_ring_is_refused_on_every_rank(text: Path) -> None:
+    ranks = [joined(rank, 2, free_port(), text.parent) for rank in range(2)]
+    for rank in ranks:
+        _, error = rank.communicate(timeout=TIMEOUT_S)
+        assert rank.returncode == 2
+        assert error.splitlines() == [
+            "seqmesh: error: mesh.ulysses=2 x mesh.ring=2 needs 4 ranks but the launcher started 2; start 4,"
+            " or choose degrees whose product is 2"
+        ]
+
+
+def test_a_mistake_that_one_launched_rank_sees_ends_all_of_them(text: Path) -> None:
+    """Rank 0 alone looks at the run folder: the others must not wait for it."""
+    (text.parent / "taken").mkdir()
+    (text.parent / "taken" / "mine").write_text("")
+    port = free_port()
+    more = ("--ring=1", "--data", str(text), "--folder", "taken")
+    ranks = [joined(rank, 2, port, text.parent, *more) for rank in range(2)]
+    for rank in ranks:
+        _, error = rank.communicate(timeout=TIMEOUT_S)
+        assert rank.returncode == 2
+        assert "'taken' is not empty" in error
+        assert len(error.splitlines()) == 1
+
+
+def test_launched_ranks_join_and_train(text: Path) -> None:
+    port, folder = free_port(), text.parent / "joined"
+    ranks = [joined(rank, 2, port, text.parent, "--ring=1", "--data", str(text), "--steps=3", "--folder", str(folder)) for rank in range(2)]
+    outputs = [rank.communicate(timeout=TIMEOUT_S) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    assert json.loads((folder / "report.json").read_text())["matches_one_rank"] is True
+    assert outputs[0][1] == ""
+    assert outputs[1] == ("", "")
+
+
+class LongRun:
+    """A run that would go on for long, its first step done; the process group is its own."""
+
+    def __init__(self, text: Path, folder: Path, *more: str) -> None:
+        arguments = ("train", *TINY, "--data", str(text), "--steps", "100000", "--folder", str(folder), *more)
+        self.process = subprocess.Popen(
+            command(*arguments),
+            cwd=folder.parent,
+            env=environment(),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            start_new_session=True,
+        )
+        metrics, deadline = folder / "metrics.jsonl", time.monotonic() + TIMEOUT_S
+        while not (metrics.exists() and metrics.stat().st_size):
+            assert time.monotonic() < deadline
+            assert self.process.poll() is None, self.process.communicate()
+            time.sleep(0.05)
+        self.ranks = _children(self.process.pid)
+
+    def end(self) -> tuple[int, str]:
+        """Exit code and stderr."""
+        _, error = self.process.communicate(timeout=TIMEOUT_S)
+        return self.process.returncode, error
+
+    def survivors(self) -> list[int]:
+        return [pid for pid in self.ranks if Path(f"/proc/{pid}").exists()]
+
+
+def _children(pid: int) -> list[int]:
+    return [int(child) for child in Path(f"/proc/{pid}/task/{pid}/children").read_text().split()]
+
+
+@pytest.fixture
+def long_run(text: Path, tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[LongRun]:
+    run = LongRun(text, tmp_path / "run", *getattr(request, "param", ()))
+    yield run
+    if run.process.poll() is None:
+        os.killpg(run.process.pid, signal.SIGKILL)
+        run.process.communicate()
+
+
+needs_proc = pytest.mark.skipif(not Path("/proc").exists(), reason="looks for the ranks in /proc")
+
+
+@needs_proc
+def test_ctrl_c_stops_all_ranks_with_one_line_and_exit_code_130(long_run: LongRun) -> None:
+    assert len(long_run.ranks) == 4
+    os.killpg(long_run.process.pid, signal.SIGINT)  # what a terminal does: parent and ranks all get it
+    code, error = long_run.end()
+    assert code == 130
+    assert len(error.splitlines()) == 1
+    assert error.startswith("seqmesh: stopped by Ctrl-C after ")
+    assert long_run.survivors() == []
+
+
+@needs_proc
+def test_a_terminated_parent_leaves_no_rank_behind(long_run: LongRun) -> None:
+    long_run.process.terminate()
+    assert long_run.end() == (128 + signal.SIGTERM, "")
+    assert long_run.survivors() == []
+
+
+@needs_proc
+def test_a_killed_rank_is_named_and_the_others_end(long_run: LongRun) -> None:
+    os.kill(long_run.ranks[2], signal.SIGKILL)
+    code, error = long_run.end()
+    assert code == 1
+    assert error.splitlines() == ["seqmesh: error: rank 2 was killed by SIGKILL (out of memory?); the other ranks were stopped"]
+    assert long_run.survivors() == []
+
+
+@needs_proc
+@pytest.mark.parametrize("long_run", [("--timeout_s=3",)], indirect=True)
+def test_a_hung_rank_is_named_after_the_timeout(long_run: LongRun) -> None:
+    os.kill(long_run.ranks[1], signal.SIGSTOP)
+    code, error = long_run.end()
+    assert code == 1
+    assert error.splitlines() == ["seqmesh: error: rank 1 did not answer for run.timeout_s=3 seconds; the other ranks were stopped"]
+    assert long_run.survivors() == []
+
+
+def test_a_diverging_run_ends_with_one_line(text: Path, tmp_path: Path) -> None:
+    done = seqmesh_command(
+        "train", *TINY, "--data", str(text), "--lr=1e30", "--warmup=0", "--steps=50", "--folder", str(tmp_path / "run"), cwd=tmp_path
+    )
+    assert "lower train.lr" in one_line_error(done, code=1)
+
+
+def test_a_time_limit_stops_all_ranks_at_the_same_step(text: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    limits = ("--steps=100000", "--minutes=0.03", "--compare-steps=1")
+    done = seqmesh_command("train", *TINY, "--data", str(text), *limits, "--folder", str(folder), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert 1 <= json.loads((folder / "report.json").read_text())["steps"] < 10000

@@ -17,8 +17,10 @@ from seqmesh.heads import HeadShare, split_heads
 from seqmesh.kernels import Kernel, Problem, select
 from seqmesh.sharding import Schedule
 
-MOST_HEAD_CHUNKS = 8
-"""Default limit of head chunks: with eight, the buffers of a mesh of any degree stay below the size of the inputs."""
+MOST_HEAD_CHUNKS = 2
+"""Default limit of head chunks on a ring alone: its buffers are then at most 2x the local K + V forward, 4x backward."""
+MOST_HEAD_CHUNKS_EXCHANGED = 8
+"""The same where heads are exchanged: what is kept for the backward takes 2x, so the rest must be smaller."""
 CHUNK_ELEMENTS = 1 << 17
 """By default a chunk holds at least this many elements of K per rank: below, latency costs more than memory is worth."""
 
@@ -70,7 +72,7 @@ def plan_for(
     """The plan of a call that was checked: q (b, n, h, d), or its gradient, gives the sizes, device and dtype."""
     (b, _, h, d), mesh = q.shape, schedule.mesh
     if head_chunks is None:
-        head_chunks = default_chunks(mesh.size, schedule.mask.k_len, b * kv_heads * d)
+        head_chunks = default_chunks(mesh.ulysses, mesh.ring, schedule.mask.k_len, b * kv_heads * d)
     return Plan(
         schedule=schedule,
         chunks=split_heads(h, kv_heads, mesh.ulysses, head_chunks),
@@ -80,9 +82,10 @@ def plan_for(
     )
 
 
-def default_chunks(ranks: int, k_len: int, elements_per_token: int) -> int:
+def default_chunks(ulysses: int, ring: int, k_len: int, elements_per_token: int) -> int:
     """Head chunks when the caller names none. From global sizes only: every rank must come to the same number."""
-    return 1 if ranks == 1 else max(1, min(MOST_HEAD_CHUNKS, k_len * elements_per_token // ranks // CHUNK_ELEMENTS))
+    most = MOST_HEAD_CHUNKS_EXCHANGED if ulysses > 1 else MOST_HEAD_CHUNKS
+    return 1 if ulysses * ring == 1 else max(1, min(most, k_len * elements_per_token // (ulysses * ring) // CHUNK_ELEMENTS))
 
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, schedule: Schedule) -> None:

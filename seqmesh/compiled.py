@@ -102,7 +102,7 @@ def _forward_fake(
     ulysses, me, ring = map(int, sizes[:3])  # fixed in a graph; the rest may be symbolic
     k_len, rows, kv_rows, same_rows = sizes[3:]
     outputs = [torch.empty_like(q, memory_format=torch.contiguous_format)]
-    chunks = default_chunks(ulysses * ring, k_len, b * g * d) if head_chunks is None else head_chunks
+    chunks = default_chunks(ulysses, ring, k_len, b * g * d) if head_chunks is None else head_chunks
     for shares in split_heads(int(h), int(g), ulysses, int(chunks)):
         mine = shares[me]
         if ulysses > 1:

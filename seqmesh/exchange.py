@@ -33,9 +33,15 @@ class Pending(NamedTuple):
     received: Tensor
     sent: Tensor
 
-    def wait(self) -> Tensor:
-        """The received elements, flat, in the order of the peers."""
-        return torch.ops._c10d_functional.wait_tensor(self.received)  # type: ignore[no-any-return]
+    def wait(self, *, keep_sent: bool = False) -> Tensor:
+        """The received elements, flat, in the order of the peers. Frees the sent buffer, unless it is to be kept.
+
+        The backend's thread may hold the message for a while after it has left: freed by hand, memory does not depend on that.
+        """
+        received: Tensor = torch.ops._c10d_functional.wait_tensor(self.received)
+        if not keep_sent:
+            self.sent.untyped_storage().resize_(0)
+        return received
 
 
 def start_exchange(send: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], group: str) -> Pending:
@@ -98,7 +104,7 @@ def gather_heads(x: Tensor, rows: Sequence[int], widths: Sequence[int], ulysses_
     n = rows[ulysses_rank]
     sizes = [n * b * d * width for width in widths]
     pending = start_exchange(x.contiguous().view(-1), [r * b * d * mine for r in rows], sizes, group)
-    received = pending.wait().split(sizes)
+    received = pending.wait(keep_sent=True).split(sizes)
     return [part.view(n, b, width, d) for part, width in zip(received, widths, strict=True)]
 
 

@@ -210,7 +210,7 @@ class _Unshard(torch.autograd.Function):
             if group is not None:
                 size = gathered.numel()
                 copies = gathered.expand(len(counts), size).reshape(-1)
-                gathered = start_exchange(copies, [size] * len(counts), [n * row for n in counts], group).wait()
+                gathered = start_exchange(copies, [size] * len(counts), [n * row for n in counts], group).wait(keep_sent=True)
         stored = gathered.view(-1, *shape)
         order = torch.cat([_positions(layout, mesh, r, u) for r in range(mesh.ring) for u in range(mesh.ulysses)])
         return torch.empty_like(stored).index_copy_(0, order.to(x.device), stored).movedim(0, dim)
@@ -235,7 +235,7 @@ def _sum_to_owner(grad: Tensor, schedule: Schedule, keys: bool) -> Tensor:
     for group, counts, me in ((mesh.ring_group, layout.counts, mesh.ring_rank), (mesh.ulysses_group, rows, mesh.ulysses_rank)):
         if group is not None:
             sizes = [n * row for n in counts]
-            received = start_exchange(stored.reshape(-1), sizes, [sizes[me]] * len(counts), group).wait()
+            received = start_exchange(stored.reshape(-1), sizes, [sizes[me]] * len(counts), group).wait(keep_sent=True)
             stored = received.view(len(counts), counts[me], *grad.shape[1:]).sum(0)
     return stored
 

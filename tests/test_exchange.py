@@ -75,14 +75,20 @@ def memory(case: Case) -> tuple[float, float, float]:
     return (forward - out.nbytes) / unit, (both - out.nbytes - q.nbytes - k.nbytes - v.nbytes) / unit, unit
 
 
-@pytest.mark.parametrize("mesh", [(1, 1), (2, 1), (1, 4), (2, 2), (4, 2), (2, 4)], ids=lambda m: f"u{m[0]}r{m[1]}")
-@pytest.mark.parametrize("mask", ["causal zigzag", "full contiguous"])
+FULL, CAUSAL = "full contiguous", "causal zigzag"
+
+
+@pytest.mark.parametrize(
+    ("mask", "mesh"),
+    [(FULL, (1, 1)), (FULL, (2, 1)), (FULL, (1, 4)), (FULL, (2, 2)), (CAUSAL, (2, 2)), (FULL, (2, 4))],
+    ids=lambda x: x if isinstance(x, str) else f"u{x[0]}r{x[1]}",
+)
 def test_buffers_stay_below_3x_and_6x_of_the_local_kv_whatever_the_mesh(ranks: Ranks, mesh: tuple[int, int], mask: str) -> None:
     u, r = mesh
     s, heads = 128 * u * r, 32  # 4 MiB of K per rank: large enough for every default chunk
     case = Case(
-        mask=masks.causal(s) if mask == "causal zigzag" else masks.full(s),
-        layout="zigzag" if mask == "causal zigzag" else "contiguous",
+        mask=masks.causal(s) if mask == CAUSAL else masks.full(s),
+        layout="zigzag" if mask == CAUSAL else "contiguous",
         ulysses=u,
         ring=r,
         heads=heads,

@@ -14,7 +14,7 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     """Most bytes that were allocated at a time while `run()` ran, beyond what was allocated before. Its result is kept until then."""
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         kept = run()
-    results = profiler.profiler.kineto_results  # type: ignore[union-attr]
+    results = profiler.profiler.kineto_results
     changes = sorted((event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]")
     del kept
     now = peak = 0

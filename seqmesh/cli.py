@@ -1,4 +1,4 @@
-"""The command line: `seqmesh train [recipe.toml] [--key value]...` and `seqmesh --version`.
+"""The command line: `seqmesh train [recipe.toml] [--key value]...`, `seqmesh bench [--quick]` and `seqmesh --version`.
 
 Exit codes: 0 done; 1 a rank failed or a check of the report did not pass; 2 wrong input; 130 Ctrl-C. Whatever goes wrong with the
 input is one line on stderr, `seqmesh: error: ...`, with the remedy.
@@ -10,6 +10,7 @@ Where it sits: the top layer, the only one that reads the environment. typer and
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import seqmesh
@@ -77,6 +78,16 @@ def _app() -> "typer.Typer":
     def train_command(given: Annotated[list[str] | None, arguments] = None) -> int:
         """Train a model on local ranks, or as one of torchrun's. Without a recipe, the one of recipes/stdlib.toml."""
         return train(given or [])
+
+    @app.command("bench")
+    def bench_command(
+        quick: Annotated[bool, typer.Option("--quick", help="Small sizes: seconds instead of minutes; times are not judged.")] = False,
+        json: Annotated[Path | None, typer.Option("--json", help="Also write every figure to this file.")] = None,
+    ) -> int:
+        """Measure speed against one process, memory, bytes, schedules and load balance, with their targets."""
+        from seqmesh.bench.report import run_bench
+
+        return run_bench(quick, json)
 
     return app
 

@@ -24,6 +24,9 @@ TIMEOUT_SECONDS = 60
 
 def serve(address: str, requests: Connection) -> None:
     """The server process: fork a pool of ranks for each request (world, rendezvous file)."""
+    import torch._dynamo  # what the first mesh and attention would import: once here, not in every rank
+    import torch.distributed.tensor  # noqa: F401
+
     while True:
         try:
             world, rendezvous = requests.recv()

@@ -1,0 +1,23 @@
+"""Draw the pictures of the README and of the docs anew, next to this file: python docs/pictures/make.py [FOLDER]"""
+
+import sys
+from pathlib import Path
+
+from seqmesh import layouts, masks
+from seqmesh.picture import draw_mesh, draw_schedule
+
+DOCUMENTS = (700, 90, 260, 60, 420, 130, 40, 348)
+PAIRS_PER_ROW = 10.0
+"""Documents are short here, so that they can be seen; with the default of 1000 a row would cost more than computing alone."""
+
+
+def make(folder: Path) -> None:
+    """Write mesh.png, zigzag.png and documents.png."""
+    draw_mesh(4, 2, folder / "mesh.png")
+    draw_schedule(masks.causal(64), layouts.zigzag(64, 4), folder / "zigzag.png")
+    packed = masks.documents(DOCUMENTS)
+    draw_schedule(packed, layouts.balanced(packed, 4, pairs_per_row=PAIRS_PER_ROW), folder / "documents.png")
+
+
+if __name__ == "__main__":
+    make(Path(sys.argv[1]) if len(sys.argv) > 1 else Path(__file__).parent)

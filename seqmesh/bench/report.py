@@ -1,0 +1,109 @@
+"""The benchmark: every figure in one run, printed as a table next to its target, and written as JSON if asked.
+
+    seqmesh bench [--quick] [--json FILE]
+
+The header says hardware, versions, commit and command, without which a number means nothing. Times are ratios of two sides that
+were measured in turns; bytes, memory and loads are exact. `--quick` is the same program on small sizes: exact figures are judged,
+times are not.
+
+Where it sits: bench, above speed.py (time), costs.py (memory, bytes) and schedules.py (schedules, loads), which return figures.
+"""
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
+from itertools import chain
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+
+from seqmesh.bench import costs, schedules, speed
+from seqmesh.bench.figures import Figure
+from seqmesh.train.report import commit, machine, this_command
+
+MESHES = ((1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4))
+"""(ulysses, ring) whose memory and bytes are measured."""
+QUICK_MESHES = ((2, 1), (1, 2), (2, 2))
+WIDTH = 140
+"""Of the table where the output is not a terminal."""
+
+
+def run_bench(quick: bool, json_path: Path | None) -> int:
+    """Measure and print all figures. Forks processes: call it before any tensor work.
+
+    Args:
+        quick: small sizes and one repeat, half a minute; times are then shown but not judged.
+        json_path: also write the figures there.
+
+    Returns:
+        0, or 1 if an exact figure (memory, bytes, load) missed its target. Times depend on what else the machine does: they are
+        judged in the table only.
+
+    Raises:
+        ValueError: json_path cannot be written; before anything is measured.
+    """
+    if json_path is not None:
+        _check_writable(json_path)
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=WIDTH)
+    header = _header()
+    for name, value in header.items():
+        console.print(f"{name:<8} {value}", highlight=False, markup=False)
+    figures = []
+    for figure in measure(quick):
+        figures.append(figure)
+        console.print(f"measured {len(figures)}: {figure.what}", end="\r" if console.is_terminal else "\n", highlight=False, markup=False)
+    console.print(_table(figures))
+    if json_path is not None:
+        document = {**header, "quick": quick, "figures": [asdict(figure) for figure in figures]}
+        json_path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    return int(any(figure.ok is False and figure.exact for figure in figures))
+
+
+def measure(quick: bool) -> Iterator[Figure]:
+    """All figures, one after the other."""
+    if quick:
+        return chain(
+            speed.measure(speed.Problem(tokens=512, repeats=1)),
+            costs.measure(costs.memory_cases(512, QUICK_MESHES), costs.bytes_cases(1024, QUICK_MESHES)),
+            schedules.measure_times(schedules.BATCHES[:1]),
+            schedules.measure_load([replace(tail, seeds=1) for tail in schedules.TAILS[:1]]),
+        )
+    return chain(
+        speed.measure(speed.Problem()),
+        costs.measure(costs.memory_cases(512, MESHES), costs.bytes_cases(1024, MESHES)),
+        schedules.measure_times(),
+        schedules.measure_load(),
+    )
+
+
+def _header() -> dict[str, str]:
+    found = machine()
+    return {
+        "machine": f"{found['cores']} cores, {found['cpu']}",
+        "torch": f"{found['torch']}, Python {found['python']}",
+        "seqmesh": f"{found['seqmesh']}, commit {commit() or 'unknown'}",
+        "command": this_command(),
+    }
+
+
+def _table(figures: Iterable[Figure]) -> Table:
+    table = Table("what", "measured", "target", "", show_edge=False, pad_edge=False, header_style="")
+    section = None
+    for figure in figures:
+        if figure.section != section:
+            section = figure.section
+            table.add_section()
+            table.add_row(f"[bold]{section}[/bold]")
+        verdict = {None: "", True: "ok", False: "[bold]missed[/bold]"}[figure.ok]
+        table.add_row(figure.what, figure.measured, figure.target, verdict)
+    return table
+
+
+def _check_writable(path: Path) -> None:
+    try:
+        path.open("a", encoding="utf-8").close()
+    except OSError as error:
+        raise ValueError(f"cannot write {path}: {error.strerror}; name a file in an existing folder") from None

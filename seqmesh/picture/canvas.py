@@ -1,0 +1,79 @@
+"""What the pictures share: colours, a figure measured in inches, boxes, and files that come out the same every time.
+
+Where it sits: picture, below schedule.py and mesh.py. matplotlib loads on use, and no window is opened.
+"""
+
+from pathlib import Path
+from typing import Any
+
+MOST_DEGREE = 8
+"""Ring or ulysses ranks that a picture can hold."""
+COLORS = ("#2b6cb0", "#dd6b20", "#2f855a", "#b83280", "#6b46c1", "#b7791f", "#0987a0", "#c53030")
+"""One per ring rank, dark enough for white paper; later stages are lighter."""
+INK, FAINT, EMPTY = "#1a202c", "#718096", "#f1f4f8"
+DPI = 200
+
+Color = tuple[float, float, float] | str
+
+
+def check_degrees(**degrees: int) -> None:
+    """Refuse what does not fit.
+
+    Raises:
+        ValueError: a degree below 1 or above 8.
+    """
+    for name, degree in degrees.items():
+        if not 1 <= degree <= MOST_DEGREE:
+            raise ValueError(f"{name}={degree} does not fit in a picture; draw 1 to {MOST_DEGREE}, or use seqmesh.picture.describe")
+
+
+def figure(width: float, height: float) -> Any:
+    """An empty white figure of these inches.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        raise ImportError("pictures need matplotlib, which is not installed; pip install 'seqmesh[train]'") from None
+    made = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
+    FigureCanvasAgg(made)
+    return made
+
+
+def inches(page: Any, left: float, top: float, width: float, height: float) -> Any:
+    """Axes without lines at this place of a figure, whose units are inches, downwards."""
+    across, down = page.get_size_inches()
+    axes = page.add_axes((left / across, 1 - (top + height) / down, width / across, height / down))
+    axes.set_xlim(0, width)
+    axes.set_ylim(height, 0)
+    axes.set_axis_off()
+    return axes
+
+
+def save(page: Any, path: Path) -> None:
+    """Write a figure. PNG files carry no version of matplotlib, so that equal pictures are equal files."""
+    page.savefig(path, metadata={"Software": None} if path.suffix == ".png" else None)
+
+
+def rgb(color: str) -> tuple[float, float, float]:
+    """`#rrggbb` as three numbers from 0 to 1."""
+    red, green, blue = (int(color[n : n + 2], 16) / 255 for n in (1, 3, 5))
+    return red, green, blue
+
+
+def shade(color: str, stage: int, stages: int) -> tuple[float, float, float]:
+    """The colour, mixed with up to 65 % of white for the last stage."""
+    white = 0.65 * stage / max(1, stages - 1)
+    red, green, blue = (white + (1 - white) * part for part in rgb(color))
+    return red, green, blue
+
+
+def box(axes: Any, place: tuple[float, float, float, float], fill: Color, edge: str | None = None) -> None:
+    """A rectangle (x, y, width, height), with a thin edge if it has a colour."""
+    from matplotlib.patches import Rectangle
+
+    x, y, width, height = place
+    axes.add_patch(Rectangle((x, y), width, height, facecolor=fill, edgecolor=edge, linewidth=0.6 if edge else 0))

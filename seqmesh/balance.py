@@ -123,7 +123,7 @@ def _pack(mask: Mask, ring: int, pairs_per_row: float) -> _Measured:
         runs.append(sorted(fill(pool, count, before / left, slack)))
         areas.append(before - pool.area)
     runs.extend([] for _ in range(ring - len(runs)))
-    layout = layouts._from_runs(mask.q_len, runs, "balanced", f"{len(parts)} segments, whole where they fit")
+    layout = layouts.from_runs(mask.q_len, runs, "balanced", f"{len(parts)} segments, whole where they fit")
     rows = load.rows_received(mask, layout)
     cost = max((pairs + pairs_per_row * received for pairs, received in zip(areas, rows, strict=False)), default=0.0)
     return _Measured(layout=layout, area=max(areas, default=0), rows=max(rows), cost=cost)

@@ -71,6 +71,8 @@ def plan_for(
 ) -> Plan:
     """The plan of a call that was checked: q (b, n, h, d), or its gradient, gives the sizes, device and dtype."""
     (b, _, h, d), mesh = q.shape, schedule.mesh
+    if head_chunks is not None and (not isinstance(head_chunks, int) or head_chunks < 1):
+        raise ValueError(f"head_chunks={head_chunks!r}: use a whole number, at least 1, or None")
     if head_chunks is None:
         head_chunks = default_chunks(mesh.ulysses, mesh.ring, schedule.mask.k_len, b * kv_heads * d)
     return Plan(
@@ -90,6 +92,8 @@ def default_chunks(ulysses: int, ring: int, k_len: int, elements_per_token: int)
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, schedule: Schedule) -> None:
     """Refuse what does not fit, on this rank, before anything is sent."""
+    if not isinstance(schedule, Schedule):
+        raise ValueError(f"schedule is a {type(schedule).__name__}; pass Schedule.build(mask, mesh)")
     shapes = f"q {tuple(q.shape)}, k {tuple(k.shape)}, v {tuple(v.shape)}"
     if q.ndim != 4 or k.ndim != 4 or k.shape != v.shape or q.shape[0] != k.shape[0] or q.shape[3] != k.shape[3]:
         raise ValueError(f"{shapes}: need q (b, n, h, d) and k, v (b, n, g, d) with one b and one d; transpose or slice the inputs")
@@ -101,6 +105,11 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, schedul
                 f"{name} has {x.shape[1]} tokens but rank {schedule.mesh.rank} of the mesh holds {rows[schedule.mesh.ulysses_rank]};"
                 " pass what schedule.shard returned for this schedule"
             )
+    mesh_device = schedule.mesh.device_mesh.device_type if schedule.mesh.device_mesh is not None else q.device.type
+    if q.device.type not in (mesh_device, "meta"):
+        raise ValueError(
+            f"q is on {q.device} but the mesh exchanges {mesh_device} tensors; move the inputs, or build the mesh for their device"
+        )
     extra = () if sinks is None else (("sinks", sinks),)
     for name, x in (("k", k), ("v", v), *extra):
         if x.device != q.device:
@@ -115,7 +124,8 @@ def _check_inputs(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, schedul
 
 def _check_logits(scale: float | None, softcap: float | None) -> None:
     """Flash kernels scale after masking: a scale of 0 or less would turn their -inf into NaN or +inf."""
-    if scale is not None and not 0 < scale < inf:
-        raise ValueError(f"scale={scale}: the factor of the logits must be positive and finite; negate q to flip the sign")
-    if softcap is not None and not 0 < softcap < inf:
-        raise ValueError(f"softcap={softcap}: the cap must be positive and finite; use None for no softcap")
+    for name, number, instead in (("scale", scale, "negate q to flip the sign"), ("softcap", softcap, "use None for no softcap")):
+        if isinstance(number, Tensor):
+            raise ValueError(f"{name} is a tensor, whose gradient would be lost; pass a float, and multiply q by a learned factor")
+        if number is not None and not 0 < number < inf:
+            raise ValueError(f"{name}={number}: it must be positive and finite; {instead}")

@@ -47,7 +47,7 @@ def compiled_attention(
         raise ValueError(f"kernel={kernel!r} under torch.compile; pass the name of a kernel, or call attention outside the compiled region")
     mesh = schedule.mesh
     sizes = [mesh.ulysses, mesh.ulysses_rank, mesh.ring, schedule.mask.k_len, schedule.ring.q_rows, schedule.ring.kv_rows]
-    sizes.append(int(schedule.layout is schedule.kv_layout))
+    sizes.append(int(schedule.rows == schedule.kv_rows))
     names = f"{mesh.ulysses_group or ''}|{mesh.ring_group or ''}|{kernel}"
     out: Tensor = _forward_op(q, k, v, sinks, schedule.token, sizes, names, scale, softcap, head_chunks)[0]
     return out

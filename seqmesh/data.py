@@ -21,6 +21,7 @@ text is held in memory, which is right for files up to a few GB.
 
 import os
 import platform
+import stat
 import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -112,31 +113,55 @@ def read(source: str) -> Corpus:
         paths = [path for path in _files(root, _STDLIB_SKIPS) if path.suffix == ".py"]
         source = f"standard library of Python {platform.python_version()}"
     else:
-        paths = _user_files(Path(source).expanduser())
+        paths = _user_files(source)
     documents = tuple(text for text in map(_read_text, paths) if text)
     if not documents:
         raise ValueError(f"data path {source!r} has no text: {len(paths)} files, all empty; point data.path at a file or folder with text")
     return Corpus(source=source, documents=documents)
 
 
-def _user_files(path: Path) -> list[Path]:
-    if path.is_dir():
+def _user_files(source: str) -> list[Path]:
+    try:
+        path = Path(source).expanduser()
+        mode = path.stat().st_mode
+    except RuntimeError:  # of expanduser
+        raise ValueError(f"data path {source!r} names a home folder that does not exist; write data.path in full") from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(f"data path {source!r} does not exist; pass a text file, a folder of text files, or {STDLIB!r}") from None
+    except OSError as error:
+        raise _unreadable(error, source) from None
+    if stat.S_ISDIR(mode):
         paths = [file for file in _files(path, frozenset({"__pycache__"})) if not file.name.startswith(".")]
         if not paths:
             raise ValueError(f"data path {str(path)!r} is a folder without files; point data.path at text, or use {STDLIB!r}")
         return paths
-    if not path.exists():
-        raise ValueError(f"data path {str(path)!r} does not exist; pass a text file, a folder of text files, or {STDLIB!r}")
     return [path]
 
 
+def _unreadable(error: OSError, path: str | Path) -> ValueError:
+    return ValueError(f"cannot read {str(path)!r}: {error.strerror}; fix its permissions or choose another data.path")
+
+
 def _files(root: Path, skipped: frozenset[str]) -> list[Path]:
-    """Regular files below `root` in sorted order, without skipped and hidden folders."""
+    """Regular files below `root` in sorted order, without skipped and hidden folders. A folder that cannot be read is an error."""
+
+    def refuse(error: OSError) -> None:
+        raise _unreadable(error, error.filename)
+
     found = []
-    for folder, folders, names in os.walk(root):
+    for folder, folders, names in os.walk(root, onerror=refuse):
         folders[:] = sorted(name for name in folders if name not in skipped and not name.startswith("."))
-        found += [path for path in (Path(folder, name) for name in sorted(names)) if path.is_file()]
+        found += [path for path in (Path(folder, name) for name in sorted(names)) if _is_regular(path)]
     return found
+
+
+def _is_regular(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except FileNotFoundError:  # a dangling link
+        return False
+    except OSError as error:
+        raise _unreadable(error, path) from None
 
 
 def _read_text(path: Path) -> bytes:
@@ -144,7 +169,7 @@ def _read_text(path: Path) -> bytes:
     try:
         text = path.read_bytes()
     except OSError as error:
-        raise ValueError(f"cannot read {str(path)!r}: {error.strerror}; fix its permissions or choose another data.path") from None
+        raise _unreadable(error, path) from None
     remedy = "remove it, convert it to UTF-8, or point data.path elsewhere"
     if b"\0" in text:
         raise ValueError(f"{str(path)!r} is binary (byte {text.index(0)} is NUL), training needs text; {remedy}")

@@ -11,7 +11,7 @@ pair can deadlock, nothing waits for a handshake, and the functional form is wha
 Tensors are rows-first: a rank's rows are then one slice of memory, so rows need no packing on the receiving side.
 Legend: n local rows, N rows of the ulysses group, b batch, h query heads, g K/V heads, d head dim, U ulysses degree.
 
-Where it sits: the torch layer; called by attention.py only. Source: the paper's SP-Ulysses and SP-Ring communication.
+Where it sits: the torch layer; called by ulysses.py, ring.py and sharding.py. Source: the paper's SP-Ulysses and SP-Ring communication.
 """
 
 from collections.abc import Sequence

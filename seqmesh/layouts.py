@@ -61,7 +61,7 @@ class Layout:
         object.__setattr__(self, "ranks", ranks)
         held, total = bytearray(self.s), 0
         for span in chain.from_iterable(ranks):
-            tokens = span.tokens
+            tokens = span.tokens if span.stride else range(0)
             if span.count < 0 or span.stride < 1 or span.start < 0 or tokens[-1] >= self.s:
                 raise ValueError(f"{span} leaves the sequence of {self.s} tokens; use count >= 0, stride >= 1 and positions inside it")
             held[tokens.start : tokens[-1] + 1 : tokens.step] = b"\1" * span.count
@@ -98,7 +98,7 @@ def _check(s: int, ring: int) -> None:
         raise ValueError(f"s={s} tokens over ring={ring}: use s >= 0 and ring >= 1")
 
 
-def _from_runs(s: int, runs: Iterable[Iterable[tuple[int, int]]], name: str, reason: str) -> Layout:
+def from_runs(s: int, runs: Iterable[Iterable[tuple[int, int]]], name: str, reason: str) -> Layout:
     """A layout from (start, stop) runs per rank; runs that touch become one span."""
     ranks = []
     for rank_runs in runs:
@@ -120,7 +120,7 @@ def contiguous(s: int, ring: int) -> Layout:
     """
     _check(s, ring)
     cut = split_evenly(s, ring)
-    return _from_runs(s, ([(cut[r], cut[r + 1])] for r in range(ring)), "contiguous", "asked for")
+    return from_runs(s, ([(cut[r], cut[r + 1])] for r in range(ring)), "contiguous", "asked for")
 
 
 def zigzag(s: int, ring: int) -> Layout:
@@ -134,7 +134,7 @@ def zigzag(s: int, ring: int) -> Layout:
     head = list(accumulate(((count + 1) // 2 for count in counts), initial=0))
     tail = list(accumulate((count // 2 for count in counts), initial=0))
     chunks = (((head[r], head[r + 1]), (s - tail[r + 1], s - tail[r])) for r in range(ring))
-    return _from_runs(s, chunks, "zigzag", "asked for")
+    return from_runs(s, chunks, "zigzag", "asked for")
 
 
 def striped(s: int, ring: int) -> Layout:

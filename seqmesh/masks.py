@@ -21,7 +21,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
-from operator import attrgetter
+from operator import attrgetter, index
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -160,6 +160,8 @@ class Mask:
     bands: tuple[Band, ...]
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "q_len", _whole(self.q_len))
+        object.__setattr__(self, "k_len", _whole(self.k_len))
         if self.q_len < 0 or self.k_len < 0:
             raise ValueError(f"a mask of {self.q_len} queries x {self.k_len} keys: lengths must not be negative; pass lengths >= 0")
         for band in self.bands:
@@ -225,6 +227,14 @@ class Mask:
         return allowed
 
 
+def _whole(number: int) -> int:
+    """A number of tokens as an int. NumPy and torch integers pass, 3.7 does not: truncated lengths would shift every document."""
+    try:
+        return index(number)
+    except TypeError:
+        raise ValueError(f"{number!r} is not a whole number of tokens; pass an int") from None
+
+
 def full(s: int) -> Mask:
     """Every one of s tokens sees every other (an encoder, a diffusion transformer)."""
     return Mask(s, s, (Band(0, s, 0, s),))
@@ -241,6 +251,7 @@ def sliding_window(s: int, window: int, sink_tokens: int = 0) -> Mask:
     Raises:
         ValueError: window < 1 or sink_tokens < 0.
     """
+    s, window, sink_tokens = _whole(s), _whole(window), _whole(sink_tokens)
     if window < 1 or sink_tokens < 0:
         raise ValueError(f"window={window}, sink_tokens={sink_tokens}: a token sees at least itself; use window >= 1 and sink_tokens >= 0")
     local = Band(0, s, 0, s, lo=0, hi=window - 1)
@@ -258,7 +269,7 @@ def documents(lengths: Iterable[int], causal: bool = True) -> Mask:
         ValueError: a negative length.
     """
     bands, start = [], 0
-    for length in map(int, lengths):
+    for length in map(_whole, lengths):
         if length < 0:
             raise ValueError(f"document length {length} is negative; pass lengths >= 0 (not cumulative offsets)")
         bands.append(Band(start, start + length, start, start + length, 0 if causal else None))
@@ -272,6 +283,9 @@ def chunked(s: int, chunk: int) -> Mask:
     Raises:
         ValueError: chunk < 1.
     """
+    s, chunk = _whole(s), _whole(chunk)
+    if s < 0:
+        raise ValueError(f"s={s}: a sequence has at least 0 tokens; pass s >= 0")
     if chunk < 1:
         raise ValueError(f"chunk={chunk}: a chunk holds at least one token; use chunk >= 1")
     return documents(min(chunk, s - start) for start in range(0, s, chunk))
@@ -283,6 +297,7 @@ def prefix_lm(s: int, prefix: int) -> Mask:
     Raises:
         ValueError: prefix outside 0..s.
     """
+    s, prefix = _whole(s), _whole(prefix)
     if not 0 <= prefix <= s:
         raise ValueError(f"prefix={prefix} of a sequence of {s} tokens; use 0 <= prefix <= s")
     return Mask(s, s, (Band(0, s, 0, prefix), Band(prefix, s, prefix, s, lo=0)))

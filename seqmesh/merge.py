@@ -5,8 +5,10 @@
 An empty row is (0, -inf) and stays so: no NaN from inf - inf. The running pair is fp32 (fp64 for fp64 inputs).
 Legend: b batch, h heads, n rows, d head dim. out (n, b, h, d), lse (b, h, n) natural log.
 
-Where it sits: the torch layer, used by attention.py after each block. Source: Milakov & Gimelshein 2018; Ring-Attention.
+Where it sits: the torch layer, used by ring.py after each block. Source: Milakov & Gimelshein 2018; Ring-Attention.
 """
+
+from bisect import bisect_left, bisect_right
 
 import torch
 from torch import Tensor
@@ -129,13 +131,17 @@ class RowSums:
 
 
 class _Rows:
-    """Which rows were touched."""
+    """Which rows were touched, as sorted disjoint ranges that grow together: thousands of strips cost a bisection each."""
 
     def __init__(self) -> None:
-        self._ranges: list[tuple[int, int]] = []
+        self._starts: list[int] = []
+        self._stops: list[int] = []
 
     def add(self, start: int, stop: int) -> bool:
         """Mark rows; True if none of them was marked before. A partly marked range counts as marked: zeros merge exactly."""
-        fresh = all(stop <= first or last <= start for first, last in self._ranges)
-        self._ranges.append((start, stop))
+        first, last = bisect_left(self._stops, start), bisect_right(self._starts, stop)  # the ranges that meet or touch
+        fresh = all(b <= start or stop <= a for a, b in zip(self._starts[first:last], self._stops[first:last], strict=True))
+        if first < last:
+            start, stop = min(start, self._starts[first]), max(stop, self._stops[last - 1])
+        self._starts[first:last], self._stops[first:last] = [start], [stop]
         return fresh

@@ -16,7 +16,7 @@ Causal, zigzag, R = 2, 4 chunks A B C D: rank 0 stores A D, rank 1 stores B C. `
 
 Stage 0 of each is ONE causal block over both chunks: blocks are coalesced whenever their union is a band.
 
-Where it sits: pure, above masks and layouts. The same object is executed (attention.py), counted, priced and drawn.
+Where it sits: pure, above masks and layouts. The same object is executed (ring.py), counted, priced and drawn.
 Source: Ring-Attention (Liu et al. 2023), zigzag as in the USP paper; exactly-needed rows are ours.
 """
 

@@ -6,7 +6,7 @@ A ring rank's storage order (layouts.py) is cut in U near-equal consecutive piec
 labels and position ids are sharded with the same call, so nothing can get out of step. Build one schedule per mask (per
 batch when documents differ), not per layer.
 
-Where it sits: the torch layer, between the pure schedule (schedule.py) and attention.py.
+Where it sits: the torch layer, between the pure schedule (schedule.py) and the engine.
 """
 
 import itertools

@@ -157,5 +157,6 @@ def _sinks_grad(grad_out: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Te
     """d loss / d sinks (h,): the sink's softmax weight times minus rowsum(dout out), summed over batch and rows."""
     dtype = accumulator_dtype(out.dtype)
     delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1)  # (N, b, h)
-    weight = (sinks.to(dtype)[None, :, None] - lse).exp().permute(2, 0, 1)
+    logits = sinks.to(dtype)[None, :, None]  # -inf, no sink for a head, has weight 0 also in rows that see nothing
+    weight = torch.where(logits == -torch.inf, 0.0, (logits - lse).exp()).permute(2, 0, 1)
     return -(weight * delta).sum((0, 1)).to(sinks.dtype)

@@ -74,7 +74,7 @@ def attention(
 
 
 class _Attention(torch.autograd.Function):
-    """The two functions above as one differentiable operation."""
+    """`attend` and `attend_backward` (ulysses.py) as one differentiable operation."""
 
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan) -> Tensor:

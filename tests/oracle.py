@@ -34,6 +34,7 @@ class Case:
     strided: bool = False
     seed: int = 0
     logit_scale: float = 1.0
+    own_keys: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,7 +104,8 @@ def mesh_of(ulysses: int, ring: int) -> SequenceMesh:
 def build(case: Case) -> Schedule:
     """The schedule of a case on the default process group."""
     mesh = mesh_of(case.ulysses, case.ring)
-    kv_layout = None if case.mask.q_len == case.mask.k_len else layouts.contiguous(case.mask.k_len, case.ring)
+    own_keys = case.mask.q_len != case.mask.k_len or case.own_keys
+    kv_layout = layouts.contiguous(case.mask.k_len, case.ring) if own_keys else None
     return Schedule.build(case.mask, mesh, case.layout, kv_layout=kv_layout, stages=case.stages)
 
 

@@ -10,6 +10,7 @@ from ranks import Ranks
 
 from seqmesh import attention, masks
 from seqmesh.masks import Band, Mask
+from seqmesh.merge import _Rows
 
 MESHES = [(1, 1), (2, 1), (1, 2), (4, 1), (1, 4), (2, 2), (4, 2), (2, 4), (1, 8)]
 
@@ -183,3 +184,32 @@ def random_case(draw: random.Random) -> Case:
 def test_random_problems(ranks: Ranks, seed: int) -> None:
     draw = random.Random(seed)
     check(ranks, [random_case(draw) for _ in range(25)])
+
+
+def minus_infinite_sink() -> tuple[torch.Tensor, torch.Tensor]:
+    """On one rank: gradients of sinks of which one is -inf, with queries that see nothing."""
+    schedule = build(Case(mask=Mask(8, 8, (Band(4, 8, 0, 8),))))
+    q, k, v = (torch.randn(1, 8, 2, 8, dtype=torch.float64) for _ in range(3))
+    sinks = torch.tensor([-torch.inf, 0.0], dtype=torch.float64, requires_grad=True)
+    out = attention(q, k, v, schedule, sinks=sinks)
+    out.square().sum().backward()
+    return out.detach(), sinks.grad
+
+
+def test_a_sink_of_minus_infinity_is_no_sink_and_has_no_nan_gradient(ranks: Ranks) -> None:
+    ((out, grad),) = ranks.run(1, minus_infinite_sink)
+    assert torch.isfinite(out).all()
+    assert grad[0] == 0
+    assert torch.isfinite(grad[1])
+
+
+def test_thousands_of_strips_mark_their_rows_exactly() -> None:
+    """Touched rows are kept as merged ranges: against a plain set, in any order and overlap."""
+    draw = random.Random(0)
+    for _ in range(200):
+        rows, marked = _Rows(), set()
+        for _ in range(20):
+            start = draw.randrange(60)
+            some = range(start, start + draw.randrange(1, 12))
+            assert rows.add(some.start, some.stop) == marked.isdisjoint(some)
+            marked |= set(some)

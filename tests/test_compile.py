@@ -52,3 +52,14 @@ def test_a_full_graph_gives_the_eager_numbers_and_new_documents_do_not_recompile
 def test_one_process_without_a_group_compiles_too() -> None:
     (error,), _ = compiled([Case(mask=masks.causal(33), dtype=torch.float32, heads=4, kv_heads=2)], "aot_eager")
     assert error <= 2e-6
+
+
+def test_keys_with_a_layout_of_their_own_compile_too(ranks: Ranks) -> None:
+    """Queries and keys of as many rows, of other numbers of rows, and of as many on one rank only."""
+    cases = [
+        Case(mask=masks.cross(q, k), ulysses=2, ring=2, dtype=torch.float32, layout="contiguous", own_keys=True)
+        for q, k in ((16, 16), (8, 24), (8, 9))
+    ]
+    for case in cases:
+        for (error,), _ in ranks.run(4, compiled, [case], "aot_eager"):
+            assert error <= 2e-6

@@ -48,6 +48,7 @@ def test_even_splits_differ_by_at_most_one(total: int, parts: int) -> None:
         (lambda: Layout(4, ((Span(0, 3),), (Span(2, 2),))), "holds 1 tokens twice"),
         (lambda: Layout(4, ((Span(0, 5),),)), "leaves the sequence of 4 tokens"),
         (lambda: Layout(4, ((Span(0, 3, 2),),)), "leaves the sequence of 4 tokens"),
+        (lambda: Layout(8, ((Span(0, 8, 0),),)), "use count >= 0, stride >= 1"),
         (lambda: Layout(0, ()), "at least one rank"),
         (lambda: layouts.zigzag(4, 0), "use s >= 0 and ring >= 1"),
     ],

@@ -2,6 +2,8 @@
 
 import subprocess
 import sys
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,8 +33,13 @@ def tensors(n: int = 8, h: int = 4, g: int = 2, d: int = 8, dtype: torch.dtype =
         (lambda: attention(*tensors(dtype=torch.int32), SCHEDULE), "needs a floating dtype"),
         (lambda: attention(tensors()[0], *(x.to("meta") for x in tensors()[1:]), SCHEDULE), "k is on meta but q is on cpu"),
         (lambda: attention(*tensors(), SCHEDULE, sinks=torch.zeros(3)), r"need one floating logit per query head, \(4,\)"),
-        (lambda: attention(*tensors(), SCHEDULE, softcap=0.0), "softcap=0.0: the cap must be positive"),
-        (lambda: attention(*tensors(), SCHEDULE, scale=-1.0), "scale=-1.0: the factor of the logits must be positive"),
+        (lambda: attention(*tensors(), SCHEDULE, softcap=0.0), "softcap=0.0: it must be positive"),
+        (lambda: attention(*tensors(), SCHEDULE, scale=-1.0), "scale=-1.0: it must be positive"),
+        (lambda: attention(*tensors(), SCHEDULE, scale=torch.tensor(0.5)), "scale is a tensor, whose gradient would be lost"),
+        (lambda: attention(*tensors(), SCHEDULE, softcap=torch.tensor(5.0)), "softcap is a tensor"),
+        (lambda: attention(*tensors(), masks.causal(8)), "schedule is a Mask; pass Schedule.build"),
+        (lambda: attention(*tensors(), SCHEDULE, kernel=None), "kernel=None is neither a name nor a Kernel"),
+        (lambda: attention(*tensors(), SCHEDULE, head_chunks=2.5), "head_chunks=2.5: use a whole number"),
         (lambda: attention(*tensors(), SCHEDULE, kernel="cuda"), "cuda: it runs on cuda, not on cpu"),
         (lambda: attention(*tensors(), SCHEDULE, kernel="cpu", softcap=1.0), "cpu: it has no softcap"),
         (lambda: attention(*tensors(), SCHEDULE, head_chunks=0), "head_chunks=0"),
@@ -86,6 +93,19 @@ def wrong_world() -> str:
 @pytest.mark.parametrize("task", [too_many_heads, wrong_world])
 def test_every_rank_refuses_what_is_wrong_for_all(ranks: Ranks, task) -> None:
     assert all(ranks.run(2, task))
+
+
+def wrong_device() -> str:
+    mesh = SequenceMesh.build(ulysses=2)
+    cuda_mesh = SimpleNamespace(device_type="cuda")
+    schedule = Schedule.build(masks.causal(8), replace(mesh, device_mesh=cuda_mesh))
+    with pytest.raises(ValueError, match="q is on cpu but the mesh exchanges cuda tensors") as caught:
+        attention(*tensors(n=4), schedule)
+    return str(caught.value)
+
+
+def test_tensors_on_another_device_than_the_mesh_are_refused(ranks: Ranks) -> None:
+    assert all(ranks.run(2, wrong_device))
 
 
 def test_double_backward_is_refused_not_wrong() -> None:

@@ -99,6 +99,8 @@ def select(kernel: "str | Kernel", problem: Problem) -> Kernel:
     Raises:
         ValueError: an unknown name, or no kernel left; the message lists every refusal.
     """
+    if not isinstance(kernel, str) and not hasattr(kernel, "refusal"):
+        raise ValueError(f"kernel={kernel!r} is neither a name nor a Kernel; use 'auto', a name, or an object with the members of Kernel")
     kernels = available() if isinstance(kernel, str) else (kernel,)
     names = [known.name for known in kernels]
     if isinstance(kernel, str) and kernel != "auto":

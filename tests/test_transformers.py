@@ -5,13 +5,14 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+import transformers
 from ranks import Ranks
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
 from seqmesh import Schedule, SequenceMesh, masks
-from seqmesh.integrations.transformers import NAME, furthest, plug_in, register
+from seqmesh.integrations.transformers import NAME, furthest, plug_in, refuse_padding, register
 from seqmesh.loss import next_token_loss
 from seqmesh.masks import Mask
 
@@ -146,8 +147,11 @@ def test_a_sliding_schedule_of_another_layout_is_refused() -> None:
 def test_a_padding_mask_is_refused_even_when_the_inner_model_is_called() -> None:
     """transformers drops a 2-D mask silently for attention names without a mask function."""
     model, call = plugged()
+    padding = torch.ones(1, 33, dtype=torch.int64)
+    with pytest.raises(ValueError, match=r"LlamaModel.* got an attention_mask"):
+        model.model(**call, attention_mask=padding)
     with pytest.raises(ValueError, match="attention_mask was given"):
-        model.model(**call, attention_mask=torch.ones(1, 33, dtype=torch.int64))
+        refuse_padding(attention_mask=padding)
 
 
 def test_no_dense_mask_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,6 +168,143 @@ def test_labels_shifted_before_sharding_can_use_the_models_own_loss() -> None:
     _, labels, _ = inputs()
     out = model(**call, labels=labels, shift_labels=labels, num_items_in_batch=int((labels != -100).sum()))
     torch.testing.assert_close(out.loss, nn.functional.cross_entropy(out.logits[0].float(), labels[0]), check_dtype=False)
+
+
+def refusal(function: Any, *args: Any, **kwargs: Any) -> str:
+    """The message of a ValueError, which must be one line."""
+    with pytest.raises(ValueError, match=r"\S") as error:
+        function(*args, **kwargs)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+ROPE: dict[str, dict[str, Any]] = {
+    "dynamic": {"factor": 2.0},
+    "longrope": {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 32, "factor": 2.0},
+    "linear": {"factor": 2.0},
+    "yarn": {"factor": 2.0, "original_max_position_embeddings": 32},
+}
+
+
+def rope(kind: str) -> dict[str, Any]:
+    return {"rope_type": kind, "rope_theta": 10000.0, **ROPE[kind]}
+
+
+@pytest.mark.parametrize("kind", ["dynamic", "longrope"])
+def test_rotary_frequencies_that_depend_on_the_longest_local_position_are_refused(kind: str) -> None:
+    assert f"RoPE of type {kind}" in refusal(plug_in, model_of("llama", rope_parameters=rope(kind)))
+    in_config_only = model_of("llama")
+    in_config_only.config.rope_parameters = {"full_attention": rope(kind)}
+    assert f"RoPE of type {kind}" in refusal(plug_in, in_config_only)
+    in_module_only = model_of("llama")
+    in_module_only.model.rotary_emb.rope_type = {"full_attention": "default", "sliding_attention": kind}
+    assert "use rope_type default, linear, yarn or llama3" in refusal(plug_in, in_module_only)
+
+
+@pytest.mark.parametrize("kind", ["linear", "yarn"])
+def test_rotary_frequencies_that_are_fixed_are_accepted(kind: str) -> None:
+    model, call = plugged(rope_parameters=rope(kind))
+    assert model(**call).logits.shape == (1, 33, VOCABULARY)
+
+
+def encoder_config(kind: str) -> Any:
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "embedding_size": 32}
+    more = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return AutoConfig.for_model(kind, vocab_size=VOCABULARY, max_position_embeddings=64, **sizes, **more)
+
+
+@pytest.mark.parametrize(
+    "head",
+    [
+        transformers.BertForSequenceClassification,
+        transformers.BertForQuestionAnswering,
+        transformers.BertForMultipleChoice,
+        transformers.BertForPreTraining,
+    ],
+)
+def test_a_head_that_pools_over_the_sequence_is_refused(head: Any) -> None:
+    assert "would pool the shard; use the base model" in refusal(plug_in, head(encoder_config("bert")))
+
+
+def test_a_llama_that_classifies_sequences_is_refused() -> None:
+    assert "would pool the shard" in refusal(plug_in, transformers.LlamaForSequenceClassification(model_of("llama").config))
+
+
+@pytest.mark.parametrize(("kind", "pooler"), [("bert", "BertPooler"), ("albert", "Linear")])
+def test_a_pooler_in_a_base_model_is_refused_and_the_model_without_it_runs(kind: str, pooler: str) -> None:
+    said = refusal(plug_in, transformers.AutoModel.from_config(encoder_config(kind)))
+    assert f"has a {pooler} at 'pooler'" in said
+    assert "add_pooling_layer=False" in said
+    model = plug_in(transformers.AutoModel.from_config(encoder_config(kind), add_pooling_layer=False))
+    _, call = plugged()
+    assert model(**call).last_hidden_state.shape == (1, 33, 32)
+
+
+@pytest.mark.parametrize("head", [transformers.BertForMaskedLM, transformers.BertForTokenClassification])
+def test_labels_are_refused_where_the_loss_is_not_the_causal_one(head: Any) -> None:
+    model = plug_in(head(encoder_config("bert")))
+    _, call = plugged()
+    labels = torch.zeros(1, 33, dtype=torch.int64)
+    assert model(**call).logits.shape[:2] == (1, 33)
+    said = refusal(model, **call, labels=labels, shift_labels=labels, num_items_in_batch=33)
+    assert "seqmesh.loss.next_token_loss on the logits" in said
+
+
+def test_labels_are_refused_where_a_causal_model_has_another_loss() -> None:
+    model, call = plugged()
+    model.loss_function = lambda logits, **_: logits.mean()
+    labels = inputs()[1]
+    assert "not transformers' ForCausalLMLoss" in refusal(model, **call, labels=labels, shift_labels=labels, num_items_in_batch=29)
+
+
+def test_router_logits_are_refused_for_their_local_auxiliary_loss() -> None:
+    experts = {"num_local_experts": 2, "num_experts_per_tok": 1}
+    assert "MixtralForCausalLM's config has output_router_logits=True" in refusal(
+        plug_in, model_of("mixtral", output_router_logits=True, **experts)
+    )
+    _, call = plugged()
+    model = plug_in(model_of("mixtral", **experts))
+    for value in (None, False):
+        assert model(**call, output_router_logits=value).logits.shape == (1, 33, VOCABULARY)
+    assert "pass output_router_logits=False" in refusal(model, **call, output_router_logits=True)
+    model.config.output_router_logits = True
+    assert "pass output_router_logits=False" in refusal(model, **call)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"position_ids": None}, "LlamaModel(...) got no position_ids"),
+        ({"schedule": None}, "LlamaModel(...) got schedule=None"),
+        ({"use_cache": True}, "LlamaModel(...) was asked for a K/V cache"),
+    ],
+)
+def test_the_inner_model_is_guarded_like_the_outer(change: dict[str, Any], said: str) -> None:
+    model, call = plugged()
+    assert said in refusal(model.model, **(call | change))
+    embeds = model.model.embed_tokens(call.pop("input_ids"))
+    assert model(inputs_embeds=embeds, **call).logits.shape == (1, 33, VOCABULARY)
+    assert model.model(inputs_embeds=embeds, **call).last_hidden_state.shape == (1, 33, 32)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "gpt_oss"])
+def test_a_model_of_full_and_sliding_layers_needs_both_schedules(kind: str) -> None:
+    model = plug_in(model_of(kind))
+    _, call = plugged()
+    full, sliding = (Schedule.build(mask, SequenceMesh.build()) for mask in both_masks())
+    for schedule in (full, sliding):  # with the sliding one alone, the full layers would be windowed
+        said = refusal(model, **(call | {"schedule": schedule}))
+        assert "mixes full and sliding layers" in said
+        assert "pass sliding_schedule=" in said
+    assert model(**(call | {"schedule": full}), sliding_schedule=sliding).logits.shape == (1, 33, VOCABULARY)
+
+
+def test_query_scales_from_local_positions_are_refused() -> None:
+    more = {"num_local_experts": 2, "layer_types": ["full_attention"] * 2, "head_dim": 8, "intermediate_size_mlp": 48}
+    with torch.device("meta"):
+        tuned, plain = (model_of("llama4_text", attn_temperature_tuning=tuning, **more) for tuning in (True, False))
+    assert "build the model with attn_temperature_tuning=False" in refusal(plug_in, tuned)
+    assert plug_in(plain).config._attn_implementation == NAME
 
 
 @pytest.mark.parametrize(

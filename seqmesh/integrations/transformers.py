@@ -8,9 +8,9 @@ How it works: transformers keeps public tables of attention and mask functions; 
 patch nothing. Extra keyword arguments of a model's forward travel through its layers to the attention function, so the schedule
 does too: no state is global, and two meshes work in one process. Rank-local layers (norms, MLPs, embeddings) need no change.
 
-What the function gets is honoured or refused, never ignored. What the model alone could do wrong on a shard is refused by a
-forward hook, before any communication and on every rank alike: no position ids (it would count from 0 on each rank), labels
-without their shift (it would shift inside the shard), a K/V cache, a padding mask (the mask lives in the schedule).
+What the function gets is honoured or refused, never ignored. What the model alone could do wrong on a shard is refused too (see
+refusals.py): when it is plugged in (heads that pool, rotary tables that depend on the longest position), and by a hook on every
+forward, the inner model's included, before any communication and on every rank alike (no position ids, labels, a K/V cache).
 
 Sliding windows: a layer's window must be in its schedule's mask. A model that mixes full and sliding layers takes two schedules
 over one layout: `schedule=` for the full layers and `sliding_schedule=` (mask & masks.sliding_window(s, w)) for the others.
@@ -19,12 +19,13 @@ Legend: b batch, n local tokens, h query heads, g K/V heads, d head dim.
 Where it sits: above the engine, beside other integrations. Checked against transformers 5.23; needs >= 5.0.
 """
 
-import re
+import inspect
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from seqmesh.integrations.refusals import check_forward, check_labels, check_pluggable, no_interface
 from seqmesh.masks import Mask
 from seqmesh.sharding import Schedule
 from seqmesh.unified_attention import attention
@@ -42,7 +43,6 @@ _HARMLESS = frozenset(
         "use_cache",
         "is_causal",
         "output_hidden_states",
-        "output_router_logits",
         "return_dict",
         "labels",
         "shift_labels",
@@ -52,11 +52,6 @@ _HARMLESS = frozenset(
     }
 )
 """Keywords that travel through the layers and change nothing that attention computes once the schedule holds the mask."""
-_LAYER_TYPES = frozenset({"full_attention", "sliding_attention"})
-_MIXES_TOKENS = re.compile(
-    r"Mamba|SSM|DeltaNet|GatedDelta|ShortConv|LinearAttention|LightningAttention|Recurrent|R[wW][kK][vV]|Retention|LSTM"
-)
-"""Layers that pass information along the sequence outside attention: on a shard they would miss what the other ranks hold."""
 
 
 def register() -> None:
@@ -81,68 +76,18 @@ def plug_in(model: Model) -> Model:
     Raises:
         ValueError: the model's attention cannot be plugged in, or other layers of it need the whole sequence.
     """
-    _check_pluggable(model)
+    check_pluggable(model)
     register()
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     if any(part.config._attn_implementation != NAME for part in model.modules() if isinstance(part, PreTrainedModel)):
         model.set_attn_implementation(before)
-        raise ValueError(_no_interface(model))
-    model.register_forward_pre_hook(_check_forward, with_kwargs=True)
+        raise ValueError(no_interface(model))
+    model.register_forward_pre_hook(check_labels, with_kwargs=True)
+    for part in model.modules():
+        if part is model or (isinstance(part, PreTrainedModel) and "position_ids" in inspect.signature(part.forward).parameters):
+            part.register_forward_pre_hook(check_forward, with_kwargs=True)
     return model
-
-
-def _no_interface(model: PreTrainedModel) -> str:
-    return (
-        f"{type(model).__name__} cannot be plugged in: it does not call its attention through transformers' AttentionInterface;"
-        " use a model that does (Llama, Mistral, Qwen, Gemma, gpt-oss, ...)"
-    )
-
-
-def _check_pluggable(model: PreTrainedModel) -> None:
-    name = type(model).__name__
-    if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"{name} is not a transformers model; pass the PreTrainedModel itself, before wrapping it (DDP, FSDP, compile)")
-    config = model.config
-    if not model.is_backend_compatible():
-        raise ValueError(_no_interface(model))
-    if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
-        raise ValueError(f"{name} has cross-attention, which needs a schedule of its own; plug in a decoder-only or encoder-only model")
-    if config.sub_configs:
-        parts = ", ".join(sorted(config.sub_configs))
-        raise ValueError(f"{name} has several parts ({parts}) with sequences of their own; plug in its language model alone")
-    unknown = sorted(set(getattr(config, "layer_types", None) or ()) - _LAYER_TYPES)
-    if unknown:
-        raise ValueError(
-            f"{name} has layers of type {', '.join(unknown)}, which need the whole sequence; use a model of attention layers only"
-        )
-    for path, module in model.named_modules():
-        if isinstance(module, (nn.Conv1d, nn.RNNBase)) or _MIXES_TOKENS.search(type(module).__name__):
-            raise ValueError(
-                f"{name} has a {type(module).__name__} at {path!r}, which mixes tokens outside attention and needs the whole sequence;"
-                " use a model of attention layers only"
-            )
-
-
-def _check_forward(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Refuse, before any layer runs, what a model would silently get wrong on a shard. Turns the K/V cache off."""
-    call = f"{type(model).__name__}(...)"
-    if len(args) > 1:
-        raise ValueError(f"{call} got {len(args)} positional arguments; pass everything but input_ids by name")
-    if not isinstance(kwargs.get("schedule"), Schedule):
-        raise ValueError(f"{call} got schedule={kwargs.get('schedule')!r}; pass schedule=Schedule.build(mask, mesh) on every call")
-    if kwargs.get("position_ids") is None:
-        raise ValueError(f"{call} got no position_ids, and would count from 0 on every rank; pass schedule.shard(position_ids, 1)")
-    if kwargs.get("attention_mask") is not None:
-        raise ValueError(f"{call} got an attention_mask, but the mask lives in the schedule; pass attention_mask=None")
-    if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
-        raise ValueError(f"{call} was asked for a K/V cache, which is not sharded; pass use_cache=False and no past_key_values")
-    if kwargs.get("labels") is not None and (kwargs.get("shift_labels") is None or kwargs.get("num_items_in_batch") is None):
-        raise ValueError(
-            f"{call} got labels, and would shift them inside the shard and average over it; use seqmesh.loss.next_token_loss on the logits,"
-            " or pass shift_labels (shifted before sharding) and num_items_in_batch (of all ranks) too"
-        )
-    return args, kwargs | {"use_cache": False}
 
 
 def refuse_padding(*, attention_mask: Tensor | None = None, q_length: int = 0, kv_length: int = 0, **_: Any) -> None:

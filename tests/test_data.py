@@ -1,5 +1,6 @@
 """Text to batches: sources and their errors, byte tokens, packing, labels that stay inside documents."""
 
+import os
 from itertools import islice
 from pathlib import Path
 
@@ -66,6 +67,36 @@ def test_a_path_without_text_is_refused_in_one_line(tmp_path: Path, name: str, c
         data.read(str(tmp_path / name))
     assert "\n" not in str(error.value)
     assert name in str(error.value)
+
+
+@pytest.mark.parametrize(("path", "said"), [("~nosuchuser/x", "in full"), ("x" * 5000, "File name too long"), ("file/x", "not exist")])
+def test_a_path_that_cannot_be_looked_up_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, said: str):
+    (tmp_path / "file").write_text("text")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ValueError, match=said):
+        data.read(path)
+
+
+def test_an_unreadable_subfolder_is_refused_and_not_left_out(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    """os.walk leaves such folders out. Permissions are simulated: root, as whom CI may run, has them all."""
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "closed").mkdir()
+    scandir = os.scandir
+
+    def closed(path: str) -> object:
+        if str(path).endswith("closed"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", closed)
+    with pytest.raises(ValueError, match=r"cannot read '.*closed': Permission denied; fix its permissions"):
+        data.read(str(tmp_path))
+
+
+def test_a_dangling_link_in_a_folder_is_left_out(tmp_path: Path):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "b.txt").symlink_to("nowhere")
+    assert data.read(str(tmp_path)).documents == (b"text",)
 
 
 def test_a_folder_without_files_is_refused(tmp_path: Path):

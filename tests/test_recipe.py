@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from seqmesh.train.config import Config
+from seqmesh.train.launch import _fingerprint
 from seqmesh.train.recipe import dump, load, split_arguments
-from seqmesh.train.trainer import learning_rate
+from seqmesh.train.trainer import _check_agreement, learning_rate, weight_checksum
 
 ROOT = Path(__file__).parent.parent
 
@@ -47,3 +49,24 @@ def test_the_learning_rate_warms_up_and_decays() -> None:
     assert max(rates) == rates[9] == 1.0
     assert all(a >= b for a, b in pairwise(rates[9:]))
     assert rates[-1] == pytest.approx(0.1)
+
+
+@pytest.mark.parametrize("seed", [0, 2**63 - 1])
+def test_seeds_that_torch_takes_are_taken(seed: int) -> None:
+    assert load(None, [f"--seed={seed}"]).train.seed == seed
+
+
+def test_a_rank_with_other_weights_is_named() -> None:
+    """The gradient norm, which was compared before, is the same on every rank whatever its weights are."""
+    model = torch.nn.Linear(64, 64)
+    weights = weight_checksum(model)
+    with torch.no_grad():
+        model.weight[3, 5] = torch.nextafter(model.weight[3, 5], torch.tensor(9.0))
+    facts = [(1.0, 2.0, 0.0, 0.0, checksum) for checksum in (weights, weights, weight_checksum(model))]
+    _check_agreement(facts[:2], step=7)
+    with pytest.raises(RuntimeError, match="rank 2 diverged at step 7: its weights"):
+        _check_agreement(facts, step=7)
+
+
+def test_the_text_that_ranks_compare_knows_where_documents_end() -> None:
+    assert _fingerprint([b"ab", b"c"]) == _fingerprint(iter([b"ab", b"c"])) != _fingerprint([b"a", b"bc"])

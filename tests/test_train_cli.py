@@ -156,7 +156,15 @@ WRONG_INPUT = [
     ("--architecture=mamba", "cannot be plugged in"),
     ("--architecture=mixtral", "not a dense decoder"),
     ("--architecture=lama", "is not a model type of transformers"),
+    ("--architecture=gemma2", "gemma2"),
+    ("--architecture=olmo3", "sliding windows"),
+    ("--seed=99999999999999999999", "at least 0 and below 2^63"),
+    ("--seed=-1", "at least 0 and below 2^63"),
+    ("--timeout_s=1e7", "use at most 1000000 seconds"),
+    ("--data=~nosuchuser/x", "write data.path in full"),
     ("--folder=full", "is not empty; choose a new folder"),
+    ("--folder=~nosuchuser/x", "write --folder in full"),
+    ("--folder=" + "x" * 5000, "File name too long; choose another with --folder"),
 ]
 
 
@@ -178,7 +186,7 @@ def mistakes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("argument", "said"), WRONG_INPUT, ids=[argument for argument, _ in WRONG_INPUT])
+@pytest.mark.parametrize(("argument", "said"), WRONG_INPUT, ids=[argument[:40] for argument, _ in WRONG_INPUT])
 def test_wrong_input_is_one_line_with_a_remedy_and_exit_code_2(
     mistakes: Path, argument: str, said: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -253,6 +261,58 @@ def test_a_mistake_that_one_launched_rank_sees_ends_all_of_them(text: Path) -> N
         assert rank.returncode == 2
         assert "'taken' is not empty" in error
         assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("difference", "said"), [("lr", "configuration"), ("text", "text")])
+def test_launched_ranks_with_another_recipe_or_text_are_named_on_every_rank(tmp_path: Path, difference: str, said: str) -> None:
+    port = free_port()
+    ranks = []
+    for rank in range(2):
+        cwd = tmp_path / str(rank)
+        cwd.mkdir()
+        (cwd / "fox.txt").write_text(TEXT + "more" * (rank if difference == "text" else 0))
+        lr = f"--lr={1e-3 * (1 + rank if difference == 'lr' else 1)}"
+        ranks.append(joined(rank, 2, port, cwd, "--ring=1", "--data=fox.txt", lr))
+    for process in ranks:
+        _, error = process.communicate(timeout=TIMEOUT_S)
+        assert process.returncode == 2, error
+        assert len(error.splitlines()) == 1
+        assert f"rank 1 has another {said} than rank 0; " in error
+
+
+def test_a_launched_rank_that_meets_nobody_ends_with_one_line(text: Path) -> None:
+    rank = joined(1, 2, free_port(), text.parent, "--ring=1", "--data", str(text), "--timeout_s=1")
+    _, error = rank.communicate(timeout=TIMEOUT_S)
+    assert rank.returncode == 1
+    assert "Traceback" not in error
+    assert error.splitlines()[-1].startswith("seqmesh: error: rank 1 failed: ")
+
+
+def test_ranks_find_loaded_what_pytorch_loads_on_use(tmp_path: Path) -> None:
+    """In a fresh process: this one may have loaded it already."""
+    program = """
+import sys
+from pathlib import Path
+from seqmesh.train.launch import LOADED_ON_USE, run_local
+assert "torch._dynamo" not in sys.modules
+run_local(lambda place, emit: emit([name in sys.modules for name in LOADED_ON_USE]), 1, 60.0, print, Path())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", program], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+    )
+    assert (done.stdout, done.stderr) == ("[True, True]\n", "")
+
+
+def test_mistral_trains_on_documents_longer_than_its_default_window(text: Path) -> None:
+    """Its configuration has a window of 4096 tokens, and the first longer document ended the run."""
+    from seqmesh.data import read
+    from seqmesh.mesh import SequenceMesh
+    from seqmesh.train.trainer import Trainer
+
+    tiny = ("--hidden=32", "--layers=1", "--heads=4", "--kv-heads=2", "--intermediate=64", "--seq_len=5000")
+    config = load(None, [*tiny, "--architecture=mistral"])
+    trainer = Trainer(config, read(str(text)), SequenceMesh.build(), peak_flops_per_s=1.0)
+    assert trainer.step().documents == 1
 
 
 def test_launched_ranks_join_and_train(text: Path) -> None:

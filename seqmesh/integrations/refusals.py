@@ -167,6 +167,8 @@ def check_forward(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[st
         raise ValueError(f"{call} got no position_ids, and would count from 0 on every rank; pass schedule.shard(position_ids, 1)")
     if kwargs.get("attention_mask") is not None:
         raise ValueError(f"{call} got an attention_mask, but the mask lives in the schedule; pass attention_mask=None")
+    if kwargs.get("logits_to_keep") not in (None, 0):
+        raise ValueError(f"{call} got logits_to_keep, which would keep the shard's last tokens; leave it out and select from the logits")
     if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
         raise ValueError(f"{call} was asked for a K/V cache, which is not sharded; pass use_cache=False and no past_key_values")
     asked = kwargs.get("output_router_logits")

@@ -14,6 +14,10 @@ _STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}
 """How pydantic reads a section: no unknown key, no conversion between types (an int is a float, nothing else is anything else)."""
 
 
+LONGEST_TIMEOUT_S = 1e6
+"""12 days: beyond some 1e9 seconds the C++ clocks of PyTorch overflow, and a rank would give up at once."""
+
+
 def _require(rule: bool, message: str) -> None:
     if not rule:
         raise ValueError(message)
@@ -22,7 +26,10 @@ def _require(rule: bool, message: str) -> None:
 def _at_least(section: str, config: object, **least: float) -> None:
     for name, bound in least.items():
         value = getattr(config, name)
-        _require(math.isfinite(value) and value >= bound, f"{section}.{name}={value}: use a finite value of at least {bound}")
+        if isinstance(value, int):
+            _require(bound <= value < 2**63, f"{section}.{name}={value}: use a value of at least {bound} and below 2^63")
+        else:
+            _require(math.isfinite(value) and value >= bound, f"{section}.{name}={value}: use a finite value of at least {bound}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +110,7 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _at_least("data", self, seq_len=16, sequences=1)
+        _require("\0" not in self.path, f"data.path={self.path!r} has a NUL character, which no path may have; remove it")
         _require(self.path != "", 'data.path="" is empty; give a text file, a folder of text files, or "stdlib"')
 
     @property
@@ -115,7 +123,7 @@ class DataConfig:
 class TrainConfig:
     """Optimisation: AdamW, linear warm-up, cosine decay."""
 
-    steps: int = 100
+    steps: int = 64
     """Optimiser steps."""
     minutes: float = 0.0
     """Stop after this many minutes even if steps are left; 0 for no limit."""
@@ -130,7 +138,7 @@ class TrainConfig:
     clip: float = 1.0
     """Largest gradient norm."""
     seed: int = 0
-    """Of the weights and of the order of documents."""
+    """Of the weights and of the order of documents; 0 <= seed < 2^63."""
     compare_steps: int = 3
     """First steps that are repeated on one rank after training, to compare loss and gradient norm; 0 for none."""
 
@@ -149,7 +157,7 @@ class RunConfig:
     folder: str = ""
     """Folder for the results, new or empty; default: runs/ and the time of the start."""
     timeout_s: float = 120.0
-    """Seconds after which a rank that waits for another gives up."""
+    """Seconds after which a rank that waits for another gives up; at most 1e6."""
     threads: int = 1
     """CPU threads of each rank."""
 
@@ -157,6 +165,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _at_least("run", self, timeout_s=1, threads=1)
+        _require(self.timeout_s <= LONGEST_TIMEOUT_S, f"run.timeout_s={self.timeout_s}: use at most {LONGEST_TIMEOUT_S:.0f} seconds")
+        _require("\0" not in self.folder, f"run.folder={self.folder!r} has a NUL character, which no path may have; remove it")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,15 +10,17 @@ Trade-off: fork starts 4 ranks in 0.3 s where spawn takes 15 s, and exists on Li
 Where it sits: below train/session.py, which says what a rank does. No environment is read here.
 """
 
+import hashlib
 import multiprocessing
 import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
+from importlib import import_module
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -31,6 +33,9 @@ GRACE_SECONDS = 2.0
 """After a rank's failure: time for the others to say what they saw, before they are ended."""
 STOP_SECONDS = 3.0
 """Between asking a rank to end and killing it."""
+
+LOADED_ON_USE = ("torch.distributed.tensor", "torch._dynamo")
+"""What PyTorch would load at a mesh's first use, in every rank anew, for 1.5 s each: loaded once, before the fork."""
 
 Work = Callable[["Place", Callable[[Any], None]], None]
 """What a rank does, given its place and a function that sends an event to the parent. A ValueError is the user's mistake."""
@@ -96,6 +101,37 @@ def agree(mistake: str | None, world: int) -> None:
             raise ValueError(found)
 
 
+def agree_on(world: int, **facts: tuple[Iterable[bytes], str]) -> None:
+    """Raise the same ValueError on every rank if a rank has other facts than rank 0.
+
+    Args:
+        world: number of ranks.
+        facts: name of each fact -> its content, in parts that are told apart, and the remedy if ranks differ.
+
+    Raises:
+        ValueError: the first fact that differs and the first rank where it does.
+    """
+    mine = {name: _fingerprint(parts) for name, (parts, _) in facts.items()}
+    everyone: list[dict[str, str]] = [mine]
+    if world > 1:
+        gathered: list[Any] = [None] * world
+        dist.all_gather_object(gathered, mine)
+        everyone = gathered
+    for name, (_, remedy) in facts.items():
+        for rank, found in enumerate(everyone):
+            if found[name] != everyone[0][name]:
+                raise ValueError(f"rank {rank} has another {name} than rank 0; {remedy}")
+
+
+def _fingerprint(parts: Iterable[bytes]) -> str:
+    """sha256 of the parts and their lengths: moving bytes from one part to the next changes it."""
+    digest = hashlib.sha256()
+    for part in parts:
+        digest.update(len(part).to_bytes(8, "little"))
+        digest.update(part)
+    return digest.hexdigest()
+
+
 def run_local(work: Work, world: int, timeout_s: float, on_event: Callable[[Any], None], log_folder: Path) -> None:
     """Run `work` on `world` forked ranks and handle what they send, until all have ended. No rank outlives this call.
 
@@ -111,6 +147,8 @@ def run_local(work: Work, world: int, timeout_s: float, on_event: Callable[[Any]
         RankFailedError: a rank failed otherwise, was killed, or hung.
         KeyboardInterrupt: Ctrl-C, after all ranks have ended.
     """
+    for name in LOADED_ON_USE:
+        import_module(name)
     with TemporaryDirectory(prefix="seqmesh-") as meeting:
         ranks: list[_Rank] = []
         previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))

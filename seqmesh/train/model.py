@@ -48,8 +48,11 @@ def check(config: Config) -> None:
 
 
 def _transformers_config(model: ModelConfig, seq_len: int) -> PreTrainedConfig:
+    """Without a sliding window where the architecture has one: a batch has one schedule, of whole documents, for all layers."""
+    full: dict[str, None] = {"sliding_window": None} if hasattr(CONFIG_MAPPING[model.architecture](), "sliding_window") else {}
     return AutoConfig.for_model(
         model.architecture,
+        **full,
         hidden_size=model.hidden,
         num_hidden_layers=model.layers,
         num_attention_heads=model.heads,
@@ -67,7 +70,17 @@ def _transformers_config(model: ModelConfig, seq_len: int) -> PreTrainedConfig:
 
 
 def _check(built: PreTrainedModel, model: ModelConfig) -> None:
-    """An architecture that names its sizes differently would ignore the recipe; one with experts has other FLOPs."""
+    """An architecture that names its sizes differently would ignore the recipe; one with experts has other FLOPs.
+
+    Layers that slide (gemma2, olmo3, ...) would be refused at the first document longer than their window: too late.
+    """
+    windows = [getattr(module, "sliding_window", None) for module in built.modules()]
+    types = set(getattr(built.config, "layer_types", None) or ())
+    if any(window is not None for window in windows) or types - {"full_attention"}:
+        raise ValueError(
+            f"model.architecture={model.architecture!r} has layers that do not attend to whole documents (sliding windows);"
+            " use llama, mistral, qwen2, ..., whose layers all can"
+        )
     weights = {name: tuple(parameter.shape) for name, parameter in built.named_parameters()}
     queries = [shape for name, shape in weights.items() if name.endswith("self_attn.q_proj.weight")]
     keys = [shape for name, shape in weights.items() if name.endswith("self_attn.k_proj.weight")]

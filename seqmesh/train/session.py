@@ -8,6 +8,7 @@ Where it sits: above launch.py, trainer.py and report.py; cli.py calls it.
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from transformers.utils import logging as transformers_logging
 from seqmesh.data import Corpus, batches, read
 from seqmesh.train import model as models
 from seqmesh.train.config import Config
-from seqmesh.train.launch import Place, RankFailedError, agree, connect, one_line, run_local
+from seqmesh.train.launch import Place, RankFailedError, agree, agree_on, connect, one_line, run_local
 from seqmesh.train.recipe import dump
 from seqmesh.train.report import Report, Reporter, this_command
 from seqmesh.train.trainer import train
@@ -63,15 +64,28 @@ def _prepare(config: Config) -> Corpus:
 
 def _make_folder(config: Config) -> Path:
     """The run's folder, new or empty: results of two runs must not mix."""
-    folder = Path(config.run.folder or f"runs/{time.strftime('%Y%m%d-%H%M%S')}").expanduser()
+    folder = Path(config.run.folder or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
     try:
+        folder = folder.expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
             raise ValueError(f"run.folder={str(folder)!r} is not empty; choose a new folder with --folder, or remove it")
         (folder / "config.toml").write_text(dump(config), encoding="utf-8")
     except OSError as error:
         raise ValueError(f"cannot make run.folder={str(folder)!r}: {error.strerror}; choose another with --folder") from None
+    except RuntimeError:  # of expanduser
+        raise ValueError(f"run.folder={str(folder)!r} names a home folder that does not exist; write --folder in full") from None
     return folder
+
+
+def _agree_on_run(config: Config, corpus: Corpus) -> None:
+    """Ranks with other recipes or texts would train a model that is nobody's, without an error."""
+    recipe = dump(replace(config, run=replace(config.run, folder=""))).encode()
+    agree_on(
+        config.mesh.world,
+        configuration=([recipe], "start every rank with the same recipe and options (run.folder apart)"),
+        text=(corpus.documents, f"put the same files at data.path={config.data.path!r} for every rank"),
+    )
 
 
 def _run_local(config: Config) -> Report:
@@ -81,6 +95,7 @@ def _run_local(config: Config) -> Report:
     logs.mkdir()
 
     def work(_: Place, emit: Callable[[Any], None]) -> None:
+        _agree_on_run(config, corpus)
         train(config, corpus, folder, emit)
 
     with Reporter(config, corpus, folder, this_command()) as reporter:
@@ -91,17 +106,25 @@ def _run_local(config: Config) -> Report:
     return reporter.finish()
 
 
+def _join(place: Place, timeout_s: float) -> None:
+    try:
+        connect(place, timeout_s)
+    except ValueError as error:  # PyTorch's, for missing or malformed MASTER_ADDR and MASTER_PORT
+        raise ValueError(f"{one_line(error)}; start the ranks with torchrun, or unset RANK and WORLD_SIZE to train locally") from None
+
+
 def _run_joined(config: Config, place: Place) -> Report | None:
     corpus, folder, mistake = None, Path(), None
     try:
         corpus = _prepare(config)
         folder = _make_folder(config) if place.rank == 0 else folder
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         mistake = one_line(error)
-    connect(place, config.run.timeout_s)
-    agree(mistake, place.world)
-    assert corpus is not None
     try:
+        _join(place, config.run.timeout_s)
+        agree(mistake, place.world)
+        assert corpus is not None
+        _agree_on_run(config, corpus)
         if place.rank:
             train(config, corpus, folder, lambda _: None)
             return None

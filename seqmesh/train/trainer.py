@@ -73,9 +73,10 @@ class Trainer:
             loss.backward()
         sum_gradients(self.model, self.mesh.size)
         grad_norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip))
-        facts = _gather((loss.item(), grad_norm, counted.bytes_sent, self._scheduled_bytes(schedule)), self.mesh.size)
-        _check_agreement(facts, self.taken + 1)
         self.optimizer.step()
+        mine = (loss.item(), grad_norm, counted.bytes_sent, self._scheduled_bytes(schedule), weight_checksum(self.model))
+        facts = _gather(mine, self.mesh.size)
+        _check_agreement(facts, self.taken + 1)
         self.taken += 1
         return self._metrics(batch, schedule, facts, lr, time.perf_counter() - start)
 
@@ -92,7 +93,7 @@ class Trainer:
 
     def _metrics(self, batch: Batch, schedule: Schedule, facts: Sequence[Sequence[float]], lr: float, seconds: float) -> StepMetrics:
         data, model = self.config.data, self.config.model
-        losses, norms, sent, scheduled = zip(*facts, strict=True)
+        losses, norms, sent, scheduled, _ = zip(*facts, strict=True)
         flops, flops_noncausal = (
             models.step_flops(weights=self.weights, tokens=data.tokens, model=model, area=area)
             for area in (batch.mask.area, data.sequences * data.seq_len**2)
@@ -136,6 +137,12 @@ def sum_gradients(model: nn.Module, ranks: int) -> None:
         parameter.grad = grad.view_as(parameter)
 
 
+@torch.no_grad()
+def weight_checksum(model: nn.Module) -> float:
+    """Sum over all weights w of w + w^2, in fp64: a change in the last bit of an fp32 weight shows."""
+    return float(sum(w.sum() + w.square().sum() for w in (parameter.double() for parameter in model.parameters())))
+
+
 def _gather(facts: Sequence[float], ranks: int) -> list[list[float]]:
     """The facts of every rank, by rank. fp64 holds byte counts exactly up to 2^53."""
     mine = torch.tensor(facts, dtype=torch.float64)
@@ -147,12 +154,20 @@ def _gather(facts: Sequence[float], ranks: int) -> list[list[float]]:
 
 
 def _check_agreement(facts: Sequence[Sequence[float]], step: int) -> None:
-    """Gradients are summed to the same bits everywhere: a rank with another norm has other weights, and must not go on."""
-    loss, norms = sum(rank[0] for rank in facts), [rank[1] for rank in facts]
-    if not (math.isfinite(loss) and all(map(math.isfinite, norms))):
-        raise FloatingPointError(f"step {step} has loss {loss} and gradient norm {norms[0]}; lower train.lr or lengthen train.warmup")
-    if strays := [rank for rank, norm in enumerate(norms) if norm != norms[0]]:
-        raise RuntimeError(f"rank {strays[0]} diverged at step {step}: its gradient norm is {norms[strays[0]]}, rank 0 has {norms[0]}")
+    """Nobody sends weights, so a rank with others than rank 0 must not go on.
+
+    Only the weights can tell: gradients, and their norm, are summed to the same bits everywhere, whatever weights made them.
+    """
+    loss, norm, weights = sum(rank[0] for rank in facts), facts[0][1], [rank[4] for rank in facts]
+    if not all(map(math.isfinite, (loss, norm, *weights))):
+        raise FloatingPointError(
+            f"step {step} has loss {loss}, gradient norm {norm} and weight checksum {weights[0]}; lower train.lr or lengthen train.warmup"
+        )
+    if strays := [rank for rank, checksum in enumerate(weights) if checksum != weights[0]]:
+        raise RuntimeError(
+            f"rank {strays[0]} diverged at step {step}: its weights have checksum {weights[strays[0]]!r}, rank 0's have {weights[0]!r};"
+            " run all ranks on equal machines and libraries, or report this as a bug"
+        )
 
 
 def train(config: Config, corpus: Corpus, folder: Path, emit: Emit) -> None:

@@ -112,6 +112,7 @@ def plugged(**more: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
         ({"attention_mask": torch.ones(1, 33)}, "the mask lives in the schedule"),
         ({"labels": torch.ones(1, 33, dtype=torch.int64)}, "would shift them inside the shard"),
         ({"use_cache": True}, "K/V cache"),
+        ({"logits_to_keep": 1}, "would keep the shard.s last tokens"),
         ({"cu_seq_lens_q": torch.tensor([0, 33])}, "cu_seq_lens_q"),
         ({"input_ids": torch.ones(1, 30, dtype=torch.int64), "position_ids": torch.arange(30)[None]}, "30 tokens"),
     ],

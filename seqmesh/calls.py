@@ -17,7 +17,7 @@ from seqmesh.heads import HeadShare, split_heads
 from seqmesh.kernels import Kernel, Problem, select
 from seqmesh.sharding import Schedule
 
-MOST_HEAD_CHUNKS = 2
+MOST_HEAD_CHUNKS = 4
 """Default limit of head chunks on a ring alone: enough for its buffers to stay below 3x the local K + V forward, 6x backward."""
 MOST_HEAD_CHUNKS_EXCHANGED = 8
 """The same where heads are exchanged: what is kept for the backward takes 2x, so the rest must be smaller."""

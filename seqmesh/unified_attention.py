@@ -55,7 +55,7 @@ def attention(
         sinks: (h,) one learned logit per head that joins the softmax's denominator, the same on every rank.
         kernel: "auto", the name of a kernel, or a Kernel.
         head_chunks: compute the heads in that many parts, one after the other, which divides the memory of buffers; default: up to
-            2 on a ring alone, 8 where heads are exchanged, while the parts stay large. Must be the same on every rank.
+            4 on a ring alone, 8 where heads are exchanged, while the parts stay large. Must be the same on every rank.
 
     Returns:
         (b, n, h, d) in q's dtype; a query that the mask allows nothing is 0.

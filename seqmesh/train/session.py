@@ -12,6 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import torch.distributed as dist
 from transformers.utils import logging as transformers_logging
 
 from seqmesh.data import Corpus, batches, read
@@ -130,6 +131,10 @@ def _run_joined(config: Config, place: Place) -> Report | None:
             return None
         with Reporter(config, corpus, folder, this_command()) as reporter:
             train(config, corpus, folder, reporter.handle)
+    except ValueError:
+        if dist.is_initialized():
+            dist.destroy_process_group()  # or its threads may abort the process as it exits, which would hide the exit code
+        raise
     except (RuntimeError, ArithmeticError) as error:
         raise RankFailedError(f"rank {place.rank} failed: {one_line(error)}") from error
     return reporter.finish()

@@ -1,6 +1,6 @@
 """The oracle: dense attention in fp64 under autograd, on one device, straight from the definition."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -46,7 +46,6 @@ class Result:
     dk: Tensor
     dv: Tensor
     dsinks: Tensor | None
-    extra: dict[str, Any] = field(default_factory=dict)
 
 
 def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:

@@ -338,6 +338,8 @@ class LongRun:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
+            # a shell starts background jobs with Ctrl-C ignored, and children inherit that: a CI job may be one
+            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         metrics, deadline = folder / "metrics.jsonl", time.monotonic() + TIMEOUT_S
         while not (metrics.exists() and metrics.stat().st_size):

@@ -13,16 +13,9 @@ from math import inf
 
 from torch import Tensor
 
-from seqmesh.heads import HeadShare, split_heads
+from seqmesh.heads import HeadShare, default_chunks, split_heads
 from seqmesh.kernels import Kernel, Problem, select
 from seqmesh.sharding import Schedule
-
-MOST_HEAD_CHUNKS = 4
-"""Default limit of head chunks on a ring alone: enough for its buffers to stay below 3x the local K + V forward, 6x backward."""
-MOST_HEAD_CHUNKS_EXCHANGED = 8
-"""The same where heads are exchanged: what is kept for the backward takes 2x, so the rest must be smaller."""
-CHUNK_ELEMENTS = 1 << 17
-"""By default a chunk holds at least this many elements of K per rank: below, latency costs more than memory is worth."""
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -82,12 +75,6 @@ def plan_for(
         scale=d**-0.5 if scale is None else scale,
         softcap=softcap,
     )
-
-
-def default_chunks(ulysses: int, ring: int, k_len: int, elements_per_token: int) -> int:
-    """Head chunks when the caller names none. From global sizes only: every rank must come to the same number."""
-    most = MOST_HEAD_CHUNKS_EXCHANGED if ulysses > 1 else MOST_HEAD_CHUNKS
-    return 1 if ulysses * ring == 1 else max(1, min(most, k_len * elements_per_token // (ulysses * ring) // CHUNK_ELEMENTS))
 
 
 def _check_inputs(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, schedule: Schedule) -> None:

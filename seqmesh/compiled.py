@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seqmesh.calls import default_chunks, make_plan, plan_for
-from seqmesh.heads import split_heads
+from seqmesh.calls import make_plan, plan_for
+from seqmesh.heads import default_chunks, split_heads
 from seqmesh.kernels import Kernel
 from seqmesh.merge import accumulator_dtype
 from seqmesh.sharding import Schedule, from_token

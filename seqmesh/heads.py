@@ -20,6 +20,14 @@ from typing import NamedTuple
 from seqmesh.layouts import split_evenly
 
 
+MOST_HEAD_CHUNKS = 4
+"""Default limit of head chunks on a ring alone: enough for its buffers to stay below 3x the local K + V forward, 6x backward."""
+MOST_HEAD_CHUNKS_EXCHANGED = 8
+"""The same where heads are exchanged: what is kept for the backward takes 2x, so the rest must be smaller."""
+CHUNK_ELEMENTS = 1 << 17
+"""By default a chunk holds at least this many elements of K per rank: below, latency costs more than memory is worth."""
+
+
 class HeadGroup(NamedTuple):
     """Local query heads [q_start, q_stop) that share local K/V heads [kv_start, kv_stop), each serving equally many."""
 
@@ -105,3 +113,9 @@ def _part(share: HeadShare, chunk: int, chunks: int, per_kv: int) -> HeadShare:
     first, last = share.kv_start + cut[chunk], share.kv_start + cut[chunk + 1]
     q_start, q_stop = max(share.q_start, first * per_kv), min(share.q_stop, last * per_kv)
     return _share(min(q_start, share.q_stop), max(q_start, q_stop) if first < last else min(q_start, share.q_stop), per_kv)
+
+
+def default_chunks(ulysses: int, ring: int, k_len: int, elements_per_token: int) -> int:
+    """Head chunks when the caller names none. From global sizes only: every rank must come to the same number."""
+    most = MOST_HEAD_CHUNKS_EXCHANGED if ulysses > 1 else MOST_HEAD_CHUNKS
+    return 1 if ulysses * ring == 1 else max(1, min(most, k_len * elements_per_token // (ulysses * ring) // CHUNK_ELEMENTS))

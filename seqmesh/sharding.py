@@ -24,14 +24,7 @@ from seqmesh.layouts import Layout, Span, split_evenly
 from seqmesh.masks import Band, Mask
 from seqmesh.mesh import SequenceMesh
 from seqmesh.schedule import RingSchedule, ring_schedule
-
-
-@dataclass(frozen=True, kw_only=True)
-class Traffic:
-    """Bytes that one rank sends to others in one call of `attention`."""
-
-    forward_bytes: int
-    backward_bytes: int
+from seqmesh.traffic import Traffic, attention_traffic
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -154,15 +147,16 @@ class Schedule:
             dtype: of q, k and v.
         """
         (shares,) = split_heads(heads, kv_heads, self.mesh.ulysses)
-        me, rows, kv_rows = self.mesh.ulysses_rank, self.rows, self.kv_rows
-        mine, others = shares[me], [u for u in range(self.mesh.ulysses) if u != me]
-        out = sum(rows[u] * mine.q for u in others)  # heads of mine for the rows of others
-        kv_back = sum(kv_rows[u] * 2 * mine.kv for u in others)
-        q = sum(rows[me] * shares[u].q for u in others)  # rows of mine for the heads of others
-        kv = sum(kv_rows[me] * 2 * shares[u].kv for u in others)
-        fetch, bring_home = self.ring.rows_sent * 2 * mine.kv, self.ring.rows_received * 2 * mine.kv
         unit = batch * head_dim * dtype.itemsize
-        return Traffic(forward_bytes=(q + kv + fetch + out) * unit, backward_bytes=(q + fetch + bring_home + out + kv_back) * unit)
+        return attention_traffic(
+            rows_sent=self.ring.rows_sent,
+            rows_received=self.ring.rows_received,
+            rows=self.rows,
+            kv_rows=self.kv_rows,
+            shares=shares,
+            ulysses_rank=self.mesh.ulysses_rank,
+            row_head_bytes=unit,
+        )
 
 
 def _named(layout: str | Layout, mask: Mask, s: int, ring: int, auto: str) -> Layout:

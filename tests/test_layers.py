@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent / "seqmesh"
-PURE = ["masks", "layouts", "load", "segments", "filling", "balance", "schedule", "heads", "kernels.tiles"]
+PURE = ["masks", "layouts", "load", "segments", "filling", "balance", "schedule", "heads", "traffic", "kernels.tiles"]
 TORCH = ["mesh", "exchange", "merge", "kernels", "sharding", "calls", "ring", "ulysses", "compiled", "unified_attention"]
 TRAINING = ["data", "loss", "integrations", "parallel"]
 PROGRAMS = ["train", "bench", "verify", "planner", "picture", "cli", "__main__"]

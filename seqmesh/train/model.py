@@ -21,8 +21,12 @@ from seqmesh.integrations.transformers import plug_in
 from seqmesh.train.config import Config, ModelConfig
 
 
-def build(config: Config) -> PreTrainedModel:
+def build(config: Config, vocabulary: int = VOCAB_SIZE) -> PreTrainedModel:
     """The model with random fp32 weights from the run's seed, the same on every rank, attention plugged in.
+
+    Args:
+        config: the run.
+        vocabulary: token ids, byte tokens by default; the memory trace (planner/tracing.py) has those of other models.
 
     Raises:
         ValueError: an architecture that transformers does not know, that has other dimensions, or that cannot be plugged in.
@@ -32,7 +36,7 @@ def build(config: Config) -> PreTrainedModel:
         raise ValueError(f"model.architecture={model.architecture!r} is not a model type of transformers; use llama, mistral, qwen2, ...")
     torch.manual_seed(config.train.seed)
     try:
-        built = AutoModelForCausalLM.from_config(_transformers_config(model, config.data.seq_len), dtype=torch.float32)
+        built = AutoModelForCausalLM.from_config(_transformers_config(model, config.data.seq_len, vocabulary), dtype=torch.float32)
     except Exception as error:  # each configuration class of transformers has checks, and exceptions, of its own
         what = str(error).strip().splitlines()[0]
         raise ValueError(f"model.architecture={model.architecture!r} refuses [model] ({what}); use llama, mistral, qwen2, ...") from None
@@ -47,7 +51,7 @@ def check(config: Config) -> None:
         build(config)
 
 
-def _transformers_config(model: ModelConfig, seq_len: int) -> PreTrainedConfig:
+def _transformers_config(model: ModelConfig, seq_len: int, vocabulary: int) -> PreTrainedConfig:
     """Without a sliding window where the architecture has one: a batch has one schedule, of whole documents, for all layers."""
     full: dict[str, None] = {"sliding_window": None} if hasattr(CONFIG_MAPPING[model.architecture](), "sliding_window") else {}
     return AutoConfig.for_model(
@@ -59,7 +63,7 @@ def _transformers_config(model: ModelConfig, seq_len: int) -> PreTrainedConfig:
         num_key_value_heads=model.kv_heads,
         head_dim=model.head_dim,
         intermediate_size=model.intermediate,
-        vocab_size=VOCAB_SIZE,
+        vocab_size=vocabulary,
         max_position_embeddings=seq_len,
         rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
         tie_word_embeddings=model.tie_embeddings,

@@ -27,7 +27,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import ByT5Tokenizer, PreTrainedModel
 
-from seqmesh.data import Batch, Corpus, batches
+from seqmesh.data import VOCAB_SIZE, Batch, Corpus, batches
 from seqmesh.exchange import CountBytes
 from seqmesh.loss import next_token_loss
 from seqmesh.mesh import SequenceMesh
@@ -51,9 +51,11 @@ def learning_rate(step: int, train: TrainConfig) -> float:
 class Trainer:
     """Model, optimiser and batches of one rank of a mesh."""
 
-    def __init__(self, config: Config, corpus: Corpus, mesh: SequenceMesh, peak_flops_per_s: float) -> None:
+    def __init__(
+        self, config: Config, corpus: Corpus, mesh: SequenceMesh, peak_flops_per_s: float, *, vocabulary: int = VOCAB_SIZE
+    ) -> None:
         self.config, self.mesh, self.peak = config, mesh, peak_flops_per_s
-        self.model = models.build(config).train()
+        self.model = models.build(config, vocabulary).train()
         self.weights = models.matmul_parameters(self.model)
         self.batches = batches(corpus, seq_len=config.data.seq_len, sequences=config.data.sequences, seed=config.train.seed)
         self.optimizer = _adamw(self.model, config.train)

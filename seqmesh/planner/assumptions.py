@@ -1,0 +1,103 @@
+"""Every constant of the cost model that is not a fact of the model, the schedule or the data sheet, with where it comes from.
+
+A measured profile overrides any of them: `[gpu.NAME.assumptions]` in a TOML file given by `--profile` (hardware.py). None is fitted
+to a row of a published table. What the tables did decide is a yes or no: whether a group that holds a part of a node's GPUs gets more
+than one of its network cards (docs/planner.md).
+
+Where it sits: planner, pure.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, replace
+
+from seqmesh.planner.nearest import unknown
+
+
+def _assumed(value: float, unit: str, source: str) -> float:
+    default: float = field(default=value, metadata={"unit": unit, "source": source})
+    return default
+
+
+@dataclass(frozen=True, kw_only=True)
+class Assumptions:
+    """Efficiencies, latencies and overlap rules. `explain()` lists them with their sources."""
+
+    matmul: float = _assumed(0.68, "of peak", "assumption; 0.65 to 0.75 is what large bf16 matrix products reach on A100-class GPUs")
+    attention_forward: float = _assumed(0.62, "of peak", "assumption; FlashAttention-2 reports 0.5 to 0.73 on A100")
+    attention_backward: float = _assumed(0.52, "of peak", "assumption; FlashAttention-2 reports 0.4 to 0.63 on A100")
+    attention_half_rows: float = _assumed(
+        256.0, "rows", "assumption; a block this long on its shorter side runs at half efficiency: two tiles of 128 rows of flash attention"
+    )
+    small_head: float = _assumed(64.0, "head dim", "assumption; heads of at most this dim run at `small_head_rate`")
+    small_head_rate: float = _assumed(0.8, "of the rate at 128", "assumption; FlashAttention-2's figures at head dim 64 against 128")
+    memory: float = _assumed(0.8, "of peak", "assumption; usual for streaming kernels")
+    scale_up: float = _assumed(0.8, "of the one-way rate", "assumption; NCCL bus bandwidth on NVLink is 0.75 to 0.85 of it")
+    network: float = _assumed(0.8, "of the one-way rate", "assumption; NCCL over RDMA")
+    pcie: float = _assumed(
+        0.3, "of the one-way rate", "assumption; without peer-to-peer a copy passes PCIe twice, through host memory (Table 3's 10 GB/s)"
+    )
+    pcie_contention: float = _assumed(
+        1.0,
+        "",
+        "assumption; over PCIe an all-to-all of k + 1 GPUs takes 1 + this * (k - 1) times as long as its bytes (Table 3, u = 2, 4, 8)",
+    )
+    scale_up_latency: float = _assumed(20e-6, "s per collective", "assumption")
+    pcie_latency: float = _assumed(40e-6, "s per collective", "assumption")
+    network_latency: float = _assumed(40e-6, "s per collective", "assumption")
+    launch: float = _assumed(20e-6, "s per stage", "assumption; a handful of kernel launches for each ring stage")
+    one_nic_per_partial_node: float = _assumed(
+        1.0,
+        "1 yes, 0 no",
+        "inferred from Table 6: collectives of a group that holds only a part of a node's GPUs run at one network card's rate",
+    )
+    tp_exposed: float = _assumed(
+        0.6, "of TP traffic", "Megatron-LM's source: of 10 collectives a layer, 4 of the backward run beside a matrix product"
+    )
+    gradient_overlap: float = _assumed(
+        0.0, "of gradient traffic", "seqmesh reduces gradients after the backward; so did the paper's set-up"
+    )
+    merge_bytes: float = _assumed(26.0, "bytes per output element", "merge.py: fp32 out scaled (r, w), block cast (r, w), added (r, r, w)")
+    dq_bytes: float = _assumed(10.0, "bytes per element", "merge.py RowSums: fp32 sum read and written, bf16 part read")
+    dkv_bytes: float = _assumed(22.0, "bytes per element", "ring.py: copied to fp32, cast to bf16, and added to fp32 where it comes home")
+    optimizer_bytes: float = _assumed(
+        28.0, "bytes per parameter", "AdamW: master, two moments and gradient read, three written, bf16 written"
+    )
+    host_copy: float = _assumed(0.75, "of the one-way PCIe rate", "assumption; pinned memory")
+    host_memory: float = _assumed(20e9, "bytes/s per GPU", "assumption; for an optimizer step on the host's memory, shared by 8 GPUs")
+    overhead: float = _assumed(
+        0.01, "of memory", "assumption; CUDA context, NCCL buffers, fragmentation. The paper's margins are 1 to 5 GB"
+    )
+
+    def __post_init__(self) -> None:
+        for name in (f.name for f in fields(self)):
+            value, zero = getattr(self, name), name in _MAY_BE_ZERO
+            if not (0 <= value < float("inf")) or (value == 0 and not zero):
+                raise ValueError(f"assumption {name} = {value}: use a {'non-negative' if zero else 'positive'} finite number")
+            if name in _SHARES and value > 1:
+                raise ValueError(f"assumption {name} = {value}: it is a share; use at most 1")
+
+    def override(self, given: Mapping[str, float], where: str) -> "Assumptions":
+        """The same with some replaced.
+
+        Raises:
+            ValueError: an unknown name or a value out of range.
+        """
+        known = [f.name for f in fields(self)]
+        for name in given:
+            if name not in known:
+                raise unknown(f"assumption in {where}", name, known)
+        return replace(self, **given)
+
+    def explain(self) -> list[tuple[str, float, str, str]]:
+        """(name, value, unit, source) of each."""
+        return [(f.name, getattr(self, f.name), f.metadata["unit"], f.metadata["source"]) for f in fields(self)]
+
+
+_SHARES = {
+    "matmul", "attention_forward", "attention_backward", "small_head_rate", "memory", "scale_up", "network", "pcie", "host_copy",
+    "one_nic_per_partial_node", "tp_exposed", "gradient_overlap", "overhead",
+}  # fmt: skip
+_MAY_BE_ZERO = {
+    "attention_half_rows", "small_head", "pcie_contention", "scale_up_latency", "pcie_latency", "network_latency", "launch",
+    "one_nic_per_partial_node", "tp_exposed", "gradient_overlap", "merge_bytes", "dq_bytes", "dkv_bytes", "overhead",
+}  # fmt: skip

@@ -1,0 +1,264 @@
+"""Attention on a ulysses x ring mesh: how long it takes and what it sends, from the very schedule that would be executed.
+
+The ring rank with the most work is the one that all wait for; its schedule (schedule.py) gives the blocks and rows of every stage:
+
+    stage 0     compute own rows          fetch 1 in flight      exposed = what the fetch takes longer than the compute
+    stage 1     compute received rows     fetch 2 in flight      in the backward also: partial dK/dV of stage 0 on their way home
+    ...         merge in fp32
+
+Stages that are alike are priced once. The exchange of heads is not overlapped, as in ulysses.py.
+
+Where it sits: planner, pure; above schedule, load, heads, traffic and network.
+"""
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from itertools import groupby, pairwise
+
+from seqmesh import layouts, load
+from seqmesh.heads import default_chunks, split_heads
+from seqmesh.layouts import Layout, split_evenly
+from seqmesh.masks import Mask
+from seqmesh.planner.assumptions import Assumptions
+from seqmesh.planner.job import Job
+from seqmesh.planner.network import Group, Network
+from seqmesh.schedule import Stage, ring_schedule
+from seqmesh.traffic import attention_traffic
+
+BACKWARD_FLOPS = 2.5
+"""Of the forward's: flash attention computes five products where the forward has two, the scores once more."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageLoad:
+    """What one stage of the busiest rank computes and moves, and how many such stages follow one another."""
+
+    count: int
+    hop: int
+    """Distance of the first of them, in ring ranks; 0 for a rank's own rows."""
+    pairs: int
+    slow_pairs: float
+    """Pairs, each weighed by the inverse of its block's efficiency."""
+    blocks: int
+    q_rows: int
+    """Query rows of all blocks: what is merged."""
+    sent: int
+    received: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RingLoad:
+    """One ring degree: the busiest rank's stages, and what all ranks move."""
+
+    layout: Layout
+    stages: tuple[StageLoad, ...]
+    imbalance: float
+    """Pairs of the busiest rank over the mean."""
+    rows_moved: int
+    """K/V rows that all ring ranks send in a forward."""
+
+    def off_node(self, per_node: int) -> float:
+        """Share of the rows that leave their node when so many neighbours of the ring share one."""
+        ring = self.layout.ring
+        if per_node >= ring:
+            return 0.0
+        moved = left = 0.0
+        for stage in self.stages[1:]:
+            for hop in range(stage.hop, stage.hop + stage.count):
+                moved += stage.received
+                left += stage.received * min(1.0, hop / per_node, (ring - hop) / per_node)
+        return left / moved if moved else 0.0
+
+
+def ring_load(mask: Mask, layout: str, ring: int, half_rows: float) -> RingLoad:
+    """The load of a ring degree under a layout of this name (the name is one of `Schedule.build`'s)."""
+    laid = _layout(mask, layout, ring)
+    areas, received = load.areas(mask, laid), load.rows_received(mask, laid)
+    busiest = max(range(ring), key=lambda r: areas[r] + layouts.DEFAULT_PAIRS_PER_ROW * received[r])
+    plan = ring_schedule(mask, laid, laid, busiest)
+    alike = [(number, _measure(stage, half_rows)) for number, stage in enumerate(plan.stages)]
+    stages = []
+    for key, run in groupby(alike, key=lambda item: (item[0] == 0, item[1])):
+        members = list(run)
+        pairs, slow, blocks, q_rows, sent, got = key[1]
+        stages.append(
+            StageLoad(
+                count=len(members), hop=members[0][0], pairs=pairs, slow_pairs=slow, blocks=blocks, q_rows=q_rows, sent=sent, received=got
+            )
+        )
+    return RingLoad(
+        layout=laid, stages=tuple(stages), imbalance=max(areas) * ring / mask.area if mask.area else 1.0, rows_moved=sum(received)
+    )
+
+
+def _layout(mask: Mask, name: str, ring: int) -> Layout:
+    match name:
+        case "contiguous":
+            return layouts.contiguous(mask.q_len, ring)
+        case "zigzag":
+            return layouts.zigzag(mask.q_len, ring)
+        case "striped":
+            return layouts.striped(mask.q_len, ring)
+        case "balanced":
+            return layouts.balanced(mask, ring)
+    return layouts.auto(mask, ring)
+
+
+def _measure(stage: Stage, half_rows: float) -> tuple[int, float, int, int, int, int]:
+    pairs, slow, q_rows = 0, 0.0, 0
+    for block in stage.blocks:
+        rows, area = block.q_stop - block.q_start, block.area
+        pairs += area
+        slow += area * (1 + half_rows / min(rows, area / rows))
+        q_rows += rows
+    return pairs, slow, len(stage.blocks), q_rows, stage.rows_sent, stage.rows_received
+
+
+@dataclass(frozen=True, kw_only=True)
+class Pass:
+    """Seconds of one attention call on the busiest rank, in one direction."""
+
+    kernel: float = 0.0
+    merge: float = 0.0
+    """Adding partial results up in fp32, and launching kernels."""
+    heads: float = 0.0
+    """Exchange of heads: never hidden."""
+    rows: float = 0.0
+    """Exchange of K/V rows, hidden or not."""
+    rows_exposed: float = 0.0
+    """The part of `rows` that no compute hides."""
+    heads_bytes: int = 0
+    """Sent to ulysses groups, by all ulysses x ring ranks together."""
+    rows_bytes: int = 0
+    """Sent to ring groups, by all ulysses x ring ranks together."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Shape:
+    """One call of attention: sizes on a tensor-parallel rank."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+    batch: int
+    ulysses: int
+    element: int
+    """Bytes of a number."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionCost:
+    """One attention call: time of the busiest rank, and bytes of all ranks of the sequence mesh together."""
+
+    forward: Pass
+    backward: Pass
+
+
+def price_attention(job: Job, ring: RingLoad, shape: Shape, ulysses_group: Group, ring_group: Group) -> AttentionCost:
+    """The cost of one attention call, forward and backward."""
+    network = Network(job.cluster, job.assumptions)
+    timing, sent, most = _Timing(job, ring, shape, network, ring_group), *_bytes(ring, shape)
+    walked = timing.forward(), timing.backward()
+    seconds = [network.all_to_all_seconds(ulysses_group, heads, calls=2 * timing.chunks) for heads in most]
+    forward, backward = (
+        replace(one, heads=heads, heads_bytes=heads_bytes, rows_bytes=rows_bytes)
+        for one, heads, (heads_bytes, rows_bytes) in zip(walked, seconds, sent, strict=True)
+    )
+    return AttentionCost(forward=forward, backward=backward)
+
+
+def _bytes(ring: RingLoad, shape: Shape) -> tuple[list[tuple[int, int]], tuple[int, int]]:
+    """(to ulysses groups, to ring groups) of all ranks, forward and backward; and the most that one rank sends for heads in each."""
+    (shares,) = split_heads(shape.heads, shape.kv_heads, shape.ulysses)
+    unit = shape.batch * shape.head_dim * shape.element
+    heads, rows, most = [0, 0], [0, 0], [0, 0]
+    for count in sorted(set(ring.layout.counts)):
+        pieces = [stop - start for start, stop in pairwise(split_evenly(count, shape.ulysses))]
+        ranks = ring.layout.counts.count(count)
+        for rank in range(shape.ulysses):
+            sent = attention_traffic(
+                rows_sent=0, rows_received=0, rows=pieces, kv_rows=pieces, shares=shares, ulysses_rank=rank, row_head_bytes=unit
+            )
+            for way, one in enumerate((sent.heads_forward, sent.heads_backward)):
+                heads[way] += ranks * one
+                most[way] = max(most[way], one)
+    for share in shares:
+        moved = ring.rows_moved
+        sent = attention_traffic(
+            rows_sent=moved, rows_received=moved, rows=[0], kv_rows=[0], shares=[share], ulysses_rank=0, row_head_bytes=unit
+        )
+        rows = [rows[0] + sent.rows_forward, rows[1] + sent.rows_backward]
+    return list(zip(heads, rows, strict=True)), (most[0], most[1])
+
+
+class _Timing:
+    """Walks over the stages as ring.py does."""
+
+    def __init__(self, job: Job, ring: RingLoad, shape: Shape, network: Network, group: Group) -> None:
+        self._stages, self._shape, self._network, self._group = ring.stages, shape, network, group
+        self._a, self._gpu = job.assumptions, job.cluster.gpu
+        (shares,) = split_heads(shape.heads, shape.kv_heads, shape.ulysses)
+        self._heads, self._kv_heads = max(share.q for share in shares), max(share.kv for share in shares)
+        per_token = shape.batch * shape.kv_heads * shape.head_dim
+        self.chunks = min(self._kv_heads, default_chunks(shape.ulysses, ring.layout.ring, ring.layout.s, per_token))
+
+    def forward(self) -> Pass:
+        """Kernel, merges, and the fetch of the next stage beside them."""
+        times = [self._compute(stage, self._a.attention_forward, 1.0, self._a.merge_bytes, 0.0) for stage in self._stages]
+        return self._walk(times, [self._row_bytes(stage.sent, stage.received) for stage in self._stages])
+
+    def backward(self) -> Pass:
+        """The same with twice the rows: K and V in, dK and dV home, which the next stage hides."""
+        times = [
+            self._compute(stage, self._a.attention_backward, BACKWARD_FLOPS, self._a.dq_bytes, self._a.dkv_bytes) for stage in self._stages
+        ]
+        return self._walk(times, [2 * self._row_bytes(stage.sent, stage.received) for stage in self._stages])
+
+    def _row_bytes(self, sent: int, received: int) -> float:
+        """Of K and V, both ways at once: the larger decides."""
+        return max(sent, received) * 2 * self._kv_heads * self._shape.batch * self._shape.head_dim * self._shape.element
+
+    def _compute(self, stage: StageLoad, efficiency: float, times: float, q_bytes: float, kv_bytes: float) -> tuple[float, float]:
+        """Seconds in the kernel, and in merges and launches, of one such stage."""
+        s, rate = self._shape, self._gpu.flops_per_s * efficiency * _head_rate(self._shape.head_dim, self._a)
+        kernel = times * 4 * s.head_dim * self._heads * s.batch * stage.slow_pairs / rate
+        launches = self._a.launch * stage.blocks * self.chunks
+        if not stage.hop:
+            return kernel, launches
+        elements = s.batch * s.head_dim
+        moved = q_bytes * stage.q_rows * self._heads * elements + kv_bytes * stage.received * 2 * self._kv_heads * elements
+        return kernel, launches + moved / (self._gpu.memory_bytes_per_s * self._a.memory)
+
+    def _walk(self, times: list[tuple[float, float]], sent: list[float]) -> Pass:
+        kernel = merge = rows = exposed = 0.0
+        before = 0.0
+        for stage, (run, extra), moved in zip(self._stages, times, sent, strict=True):
+            kernel += stage.count * run
+            merge += stage.count * extra
+            if stage.hop:
+                took = self._network.hop_seconds(self._group, moved) + (self.chunks - 1) * self._network.latency(
+                    self._network.reach(self._group)
+                )
+                rows += stage.count * took
+                exposed += max(0.0, took - before) + (stage.count - 1) * max(0.0, took - run - extra)
+            before = run + extra
+        return Pass(kernel=kernel, merge=merge, rows=rows, rows_exposed=exposed)
+
+
+def _head_rate(head_dim: int, a: Assumptions) -> float:
+    return a.small_head_rate if head_dim <= a.small_head else 1.0
+
+
+class Loads:
+    """Ring loads of a job, each computed once."""
+
+    def __init__(self, job: Job) -> None:
+        self._job = job
+        self._of = lru_cache(maxsize=None)(self._load)
+
+    def __call__(self, ring: int) -> RingLoad:
+        """The load of a ring degree."""
+        return self._of(ring)
+
+    def _load(self, ring: int) -> RingLoad:
+        return ring_load(self._job.mask, self._job.layout, ring, self._job.assumptions.attention_half_rows)

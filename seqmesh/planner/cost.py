@@ -1,0 +1,193 @@
+"""Prices points: memory, time and bytes of a step, from the parts below, with the overlap rules.
+
+    every micro-batch    matrix products, attention, head      ulysses and ring exchange, tensor parallelism, activations to the host
+    once a step          optimizer                             gradients, weights (ZeRO-2 and 3: every micro-batch)
+    pipeline             bubble = (pp - 1) micro-batches       boundary activations
+
+What hides what: ring stages behind the compute of the stage before (attention.py); ZeRO-3's gathers and offloaded activations
+behind the whole compute; a share of gradients and of tensor parallelism by assumption; the exchange of heads behind nothing.
+
+Where it sits: planner, pure; above attention, compute, memory and network.
+"""
+
+from collections.abc import Iterator
+from functools import lru_cache
+
+from seqmesh.planner.attention import AttentionCost, Loads, Shape, price_attention
+from seqmesh.planner.compute import Compute
+from seqmesh.planner.job import Job, Point
+from seqmesh.planner.memory import MemoryModel
+from seqmesh.planner.network import PCIE, Group, Network, add_bytes, place
+from seqmesh.planner.price import PIPELINE, Piece, Price, compute
+
+TP_FORWARD, TP_BACKWARD = 4, 6
+"""Collectives of (tokens, hidden) in a layer under tensor parallelism with its sequence parallelism: PAPER.md, 4M and 10M."""
+
+
+class Pricer:
+    """Prices the points of one job; what points share is computed once."""
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.loads = Loads(job)
+        self.memory = MemoryModel(job, self.loads)
+        self.compute = Compute(job)
+        self.network = Network(job.cluster, job.assumptions)
+        self._attention = lru_cache(maxsize=None)(self._price_attention)
+
+    def price(self, point: Point) -> Price:
+        """Everything about a legal point."""
+        job, m = self.job, self.job.model
+        memory = self.memory.of(point)
+        work = list(self._work(point))
+        busy = sum(piece.seconds for piece in work)
+        every = [*work, *self._exchanges(point), *self._activations_to_host(point, busy)]
+        pieces = [*every, *self._bubble(point, every), *self._weights(point, busy), *self._optimizer(point)]
+        linear = 6.0 * m.matmul_parameters * job.seq_len * job.global_batch
+        pair = 12.0 * m.layers * m.heads * m.head_dim * job.global_batch
+        return Price(
+            point=point,
+            memory=memory,
+            fits=memory.total <= job.capacity,
+            pieces=tuple(piece for piece in pieces if piece.seconds),
+            bytes_per_step=add_bytes(self._bytes(point)),
+            tokens=job.seq_len * job.global_batch,
+            gpus=point.gpus,
+            flops=linear + pair * job.mask.area,
+            flops_noncausal=linear + pair * job.seq_len**2,
+            peak=job.cluster.gpu.flops_per_s,
+        )
+
+    def group(self, point: Point, *members: str) -> Group:
+        """The process group over some axes."""
+        degrees = (point.tp, point.ulysses, point.ring, point.dp, point.pp)
+        if self.job.axes != ("tp", "ulysses", "ring", "dp", "pp"):
+            degrees = tuple(int(getattr(point, axis)) for axis in self.job.axes)  # type: ignore[assignment]
+        return place(self.job.axes, degrees, frozenset(members), self.job.cluster.gpus_per_node)
+
+    def attention(self, point: Point) -> AttentionCost:
+        """One layer's attention for one micro-batch."""
+        return self._attention(point.tp, point.micro_batch, self.group(point, "ulysses"), self.group(point, "ring"))
+
+    def _price_attention(self, tp: int, batch: int, ulysses: Group, ring: Group) -> AttentionCost:
+        m, element = self.job.model, self.job.numerics.element
+        shape = Shape(
+            heads=m.heads // tp, kv_heads=m.kv_heads // tp, head_dim=m.head_dim, batch=batch, ulysses=ulysses.size, element=element
+        )
+        return price_attention(self.job, self.loads(ring.size), shape, ulysses, ring)
+
+    def runs(self, point: Point) -> int:
+        """How often a rank computes a layer in a step."""
+        return point.layers(self.job) * point.micro_batches(self.job)
+
+    def _work(self, point: Point) -> Iterator[Piece]:
+        layer, attention = self.compute.layer(point.tp, point.tokens(self.job)), self.attention(point)
+        runs, ahead, back = self.runs(point), attention.forward, attention.backward
+        yield compute("matrix products", runs * (layer.matmul_forward + layer.matmul_backward))
+        yield compute("attention kernel", runs * (ahead.kernel + back.kernel))
+        yield compute("attention merge and launches", runs * (ahead.merge + back.merge))
+        yield compute("norms, rotary, activation", runs * 3 * layer.elementwise)
+        again = layer.mlp_forward if point.tiling == "mlp" else 0.0
+        if point.checkpointing == "full":
+            again += layer.matmul_forward + layer.elementwise + ahead.kernel + ahead.merge
+        yield compute("recomputation", runs * again)
+        head = self.compute.head(point.tp, point.tokens(self.job), point.tiling != "none")
+        yield compute("output head and loss", point.micro_batches(self.job) * head)
+
+    def _exchanges(self, point: Point) -> Iterator[Piece]:
+        """Ulysses, ring and tensor parallelism, inside every layer. Recomputation repeats the forward's."""
+        attention, runs = self.attention(point), self.runs(point)
+        ahead, back, times = attention.forward, attention.backward, _forwards(point)
+        ulysses, ring, tp = (self.group(point, axis) for axis in ("ulysses", "ring", "tp"))
+        heads = runs * (times * ahead.heads + back.heads)
+        yield Piece(name="ulysses exchange", cause=self.network.reach(ulysses), seconds=heads, exposed=heads)
+        yield Piece(
+            name="ring exchange",
+            cause=self.network.reach(ring),
+            seconds=runs * (times * ahead.rows + back.rows),
+            exposed=runs * (times * ahead.rows_exposed + back.rows_exposed),
+        )
+        calls = times * TP_FORWARD + TP_BACKWARD
+        seconds = runs * self.network.round_seconds(tp, calls * self._tp_call(point), calls)
+        exposed = seconds * self.job.assumptions.tp_exposed
+        yield Piece(name="tensor parallel exchange", cause=self.network.reach(tp), seconds=seconds, exposed=exposed)
+
+    def _tp_call(self, point: Point) -> float:
+        """Bytes that a rank sends in one all-gather or reduce-scatter of (tokens, hidden)."""
+        return self._activation(point) * (point.tp - 1)
+
+    def _activation(self, point: Point) -> float:
+        """Bytes of one activation of hidden size of a rank's tokens: a checkpoint, or what crosses a pipeline boundary."""
+        return self.job.numerics.element * self.job.model.hidden * point.tokens(self.job) / point.tp
+
+    def _activations_to_host(self, point: Point, busy: float) -> Iterator[Piece]:
+        if point.offload in ("activations", "both"):
+            copied = 2 * self._activation(point) * self.runs(point) / self._host_rate()
+            yield Piece(name="activations to and from the host", cause=PCIE, seconds=copied, exposed=max(0.0, copied - busy))
+
+    def _host_rate(self) -> float:
+        return self.job.cluster.gpu.pcie_bytes_per_s * self.job.assumptions.host_copy
+
+    def _bubble(self, point: Point, every: list[Piece]) -> Iterator[Piece]:
+        """Idle time while the pipeline fills and drains, and its boundaries."""
+        if point.pp == 1:
+            return
+        bubble = (point.pp - 1) * sum(piece.exposed for piece in every) / point.micro_batches(self.job)
+        yield Piece(name="pipeline bubble", cause=PIPELINE, seconds=bubble, exposed=bubble)
+        group = self.group(point, "pp")
+        sends = 2 * (point.micro_batches(self.job) + point.pp - 1)
+        seconds = sends * self.network.hop_seconds(group, self._activation(point))
+        yield Piece(name="pipeline exchange", cause=self.network.reach(group), seconds=seconds, exposed=seconds)
+
+    def _weights(self, point: Point, busy: float) -> Iterator[Piece]:
+        """Data parallelism and ZeRO, over all ranks that hold the same weights."""
+        group = self.group(point, "ulysses", "ring", "dp")
+        link, runs = self.network.reach(group), self.runs(point)
+        gradients, gathers = self._sent_for_weights(point)
+        reduce = self.network.round_seconds(group, gradients, runs if point.zero >= 2 else 1)
+        exposed = reduce * (1 - self.job.assumptions.gradient_overlap)
+        yield Piece(name="gradient reduction", cause=link, seconds=reduce, exposed=exposed)
+        if point.zero:
+            gather = self.network.round_seconds(group, gathers, 2 * runs if point.zero == 3 else 1)
+            hidden = busy if point.zero == 3 else 0.0  # a layer's weights are fetched while the one before computes
+            yield Piece(name="weight gathering", cause=link, seconds=gather, exposed=max(0.0, gather - hidden))
+
+    def _sent_for_weights(self, point: Point) -> tuple[float, float]:
+        """Bytes that a rank sends in a step to reduce gradients, and to gather weights."""
+        numerics, n = self.job.numerics, self.memory.parameters(point)
+        part, micro = (point.replicas - 1) / point.replicas, point.micro_batches(self.job)
+        reductions = (2, 1, micro, micro)[point.zero]  # an all-reduce sends what a reduce-scatter and an all-gather do
+        gathers = (0, 1, 1, 2 * micro)[point.zero]
+        return numerics.gradient * n * part * reductions, numerics.element * n * part * gathers
+
+    def _optimizer(self, point: Point) -> Iterator[Piece]:
+        a, numerics = self.job.assumptions, self.job.numerics
+        mine = self.memory.parameters(point) / (point.replicas if point.zero else 1)
+        if point.offload not in ("optimizer", "both"):
+            yield compute("optimizer", self.compute.streamed(a.optimizer_bytes * mine))
+            return
+        copied = mine * (numerics.gradient + numerics.element) / self._host_rate()  # gradients down, then weights up
+        yield Piece(name="gradients and weights to and from the host", cause=PCIE, seconds=copied, exposed=copied)
+        yield compute("optimizer on the host", mine * a.optimizer_bytes / a.host_memory)
+
+    def _bytes(self, point: Point) -> Iterator[dict[str, float]]:
+        """Bytes per link class that one GPU sends in a step, on average."""
+        attention, network, runs, times = self.attention(point), self.network, self.runs(point), _forwards(point)
+        ulysses, ring, pp = (self.group(point, axis) for axis in ("ulysses", "ring", "pp"))
+        heads = times * attention.forward.heads_bytes + attention.backward.heads_bytes
+        rows = times * attention.forward.rows_bytes + attention.backward.rows_bytes
+        yield network.spread_bytes(ulysses.off_node, runs * heads / point.sp)
+        yield network.spread_bytes(self.loads(point.ring).off_node(ring.per_node), runs * rows / point.sp)
+        yield network.round_bytes(self.group(point, "tp"), runs * (times * TP_FORWARD + TP_BACKWARD) * self._tp_call(point))
+        yield network.round_bytes(self.group(point, "ulysses", "ring", "dp"), sum(self._sent_for_weights(point)))
+        yield {network.reach(pp): 2 * point.micro_batches(self.job) * self._activation(point) * (point.pp - 1) / point.pp}
+        if point.offload in ("optimizer", "both"):
+            mine = self.memory.parameters(point) / point.replicas
+            yield {PCIE: mine * (self.job.numerics.gradient + self.job.numerics.element)}
+        if point.offload in ("activations", "both"):
+            yield {PCIE: 2 * self._activation(point) * runs}
+
+
+def _forwards(point: Point) -> int:
+    """Forward passes of a layer for one backward."""
+    return 2 if point.checkpointing == "full" else 1

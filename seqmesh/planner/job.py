@@ -1,0 +1,175 @@
+"""What is to be planned: a model on a cluster, a sequence and its mask, a batch; and one way to do it, a `Point`.
+
+    ranks = pp x dp x ring x ulysses x tp        from the slowest links to the fastest (best practice 7)
+
+`violations` holds the rules that make a point legal. The search leaves illegal points out; for pins they become the error.
+
+Where it sits: planner, pure. Everything below reads these two objects and nothing else.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
+
+from seqmesh import masks
+from seqmesh.masks import Mask
+from seqmesh.planner.assumptions import Assumptions
+from seqmesh.planner.hardware import Cluster
+from seqmesh.planner.models import ModelShape
+
+AXES = ("tp", "ulysses", "ring", "dp", "pp")
+"""From the fastest links to the slowest: best practice 7."""
+CHECKPOINTING = ("none", "full")
+OFFLOAD = ("none", "activations", "optimizer", "both")
+TILING = ("none", "loss", "mlp")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Numerics:
+    """Bytes of one number, by what it is."""
+
+    element: int = 2
+    """Weights, activations and what is sent: 2 for bf16, 4 for fp32."""
+    gradient: int = 4
+    """Gradients as they are accumulated and reduced: fp32 by default, as Megatron-LM and FSDP2's reduce_dtype do."""
+    optimizer: int = 12
+    """Per parameter: Adam's two moments, and an fp32 master copy unless the weights are fp32 themselves."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """A training step to plan."""
+
+    model: ModelShape
+    cluster: Cluster
+    seq_len: int
+    """Tokens of one sequence."""
+    global_batch: int = 1
+    """Sequences of a step, over all ranks."""
+    documents: tuple[int, ...] = ()
+    """Lengths of the packed documents; empty: one causal sequence."""
+    layout: str = "auto"
+    """Layout on the ring: auto, contiguous, zigzag, striped, balanced."""
+    numerics: Numerics = field(default_factory=Numerics)
+    assumptions: Assumptions = field(default_factory=Assumptions)
+    memory_limit: int | None = None
+    """Bytes per rank that may be used; default: the GPU's memory."""
+    axes: tuple[str, ...] = AXES
+    """Mesh axes from the fastest links to the slowest."""
+
+    def __post_init__(self) -> None:
+        if self.seq_len < 1 or self.global_batch < 1:
+            raise ValueError(
+                f"seq_len={self.seq_len}, global_batch={self.global_batch}: both must be at least 1; use a positive length and batch"
+            )
+        if sorted(self.axes) != sorted(AXES):
+            raise ValueError(f"axes {','.join(self.axes)} must name each of {','.join(AXES)} once, from the fastest links to the slowest")
+        if self.documents and sum(self.documents) != self.seq_len:
+            raise ValueError(f"the documents hold {sum(self.documents)} tokens but seq_len={self.seq_len}; make them add up")
+
+    @cached_property
+    def mask(self) -> Mask:
+        """Which query meets which key in one sequence."""
+        causal = masks.documents(self.documents) if self.documents else masks.causal(self.seq_len)
+        window = self.model.sliding_window
+        return causal if window is None or window >= self.seq_len else causal & masks.sliding_window(self.seq_len, window)
+
+    @property
+    def capacity(self) -> int:
+        """Bytes of memory that one rank may use."""
+        return self.cluster.gpu.memory_bytes if self.memory_limit is None else self.memory_limit
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One way to run a job: the keys of `--pin`."""
+
+    tp: int = 1
+    ulysses: int = 1
+    ring: int = 1
+    dp: int = 1
+    pp: int = 1
+    zero: int = 1
+    checkpointing: str = "none"
+    offload: str = "none"
+    tiling: str = "none"
+    micro_batch: int = 1
+
+    @property
+    def sp(self) -> int:
+        """Ranks that share a sequence by its tokens."""
+        return self.ulysses * self.ring
+
+    @property
+    def replicas(self) -> int:
+        """Ranks with the same weights: N of the ZeRO formulas."""
+        return self.dp * self.sp
+
+    @property
+    def gpus(self) -> int:
+        """Ranks in all."""
+        return self.tp * self.sp * self.dp * self.pp
+
+    def micro_batches(self, job: Job) -> int:
+        """Forward and backward passes of a step on each rank."""
+        return job.global_batch // (self.dp * self.micro_batch)
+
+    def tokens(self, job: Job) -> int:
+        """Tokens of a micro-batch on the fullest rank."""
+        return self.micro_batch * -(-job.seq_len // self.sp)
+
+    def layers(self, job: Job) -> int:
+        """Layers of the fullest pipeline stage."""
+        return -(-job.model.layers // self.pp)
+
+    def __str__(self) -> str:
+        knobs = [f"zero {self.zero}", f"micro-batch {self.micro_batch}"]
+        knobs += [f"{name} {value}" for name in ("checkpointing", "offload", "tiling") if (value := getattr(self, name)) != "none"]
+        return f"tp{self.tp} u{self.ulysses} r{self.ring} dp{self.dp} pp{self.pp}, {', '.join(knobs)}"
+
+    def but(self, **changes: int | str) -> "Point":
+        """The same with some fields replaced."""
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+KEYS = tuple(f.name for f in fields(Point))
+
+
+def violations(job: Job, point: Point) -> Iterator[str]:
+    """The rules that a point breaks, each with what to do."""
+    m, c = job.model, job.cluster
+    if point.gpus != c.gpus:
+        product = f"tp={point.tp} x ulysses={point.ulysses} x ring={point.ring} x dp={point.dp} x pp={point.pp}"
+        yield f"{product} = {point.gpus} ranks on {c.gpus} GPUs; choose degrees whose product is {c.gpus}"
+    if m.heads % point.tp or (m.kv_heads % point.tp and point.tp % m.kv_heads):
+        yield f"tp={point.tp} does not divide {m.heads} query heads and {m.kv_heads} K/V heads; use a common divisor"
+    elif m.intermediate % point.tp or m.hidden % point.tp:
+        yield f"tp={point.tp} does not divide hidden={m.hidden} and intermediate={m.intermediate}; use a common divisor"
+    elif point.tp > m.kv_heads:
+        yield f"tp={point.tp} with {m.kv_heads} K/V heads would hold copies of them; use tp <= {m.kv_heads}, ulysses or ring for the rest"
+    elif point.ulysses > m.heads // point.tp:
+        left = m.heads // point.tp
+        yield (
+            f"ulysses={point.ulysses} with {left} query heads on each tp={point.tp} rank leaves ranks without a head;"
+            f" use ulysses <= {left} and put the rest on ring"
+        )
+    if point.pp > m.layers:
+        yield f"pp={point.pp} with {m.layers} layers leaves stages empty; use pp <= {m.layers}"
+    if point.sp > job.seq_len:
+        yield f"ulysses x ring = {point.sp} ranks share {job.seq_len} tokens; use at most {job.seq_len}"
+    elif job.seq_len % (point.tp * point.sp) and point.tp > 1:
+        yield (
+            f"tp={point.tp} with its sequence parallelism does not divide {job.seq_len} tokens over {point.sp} ranks;"
+            f" use a length that is a multiple of {point.tp * point.sp}, or tp=1"
+        )
+    if job.global_batch % (point.dp * point.micro_batch):
+        yield (
+            f"dp={point.dp} x micro_batch={point.micro_batch} does not divide global_batch={job.global_batch};"
+            f" use degrees whose product divides {job.global_batch}"
+        )
+    if point.zero > 1 and point.replicas == 1:
+        yield f"zero={point.zero} with dp x ulysses x ring = 1 has nothing to shard over; use zero=0 or 1"
+    if point.offload in ("activations", "both") and point.checkpointing == "none":
+        yield f"offload={point.offload} moves checkpoints to the host but checkpointing=none makes none; use checkpointing=full"
+    if point.offload in ("optimizer", "both") and point.zero == 0:
+        yield f"offload={point.offload} with zero=0 would step the whole model on every host; use zero >= 1"

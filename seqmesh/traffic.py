@@ -1,0 +1,74 @@
+"""Bytes that one rank sends in one call of attention, exactly: what is executed, counted, priced and shown, computed once, here.
+
+    forward    q, k, v to the heads' owners    K/V rows round the ring                      out home
+    backward   dout to the heads' owners       K/V rows again, dK/dV rows straight home     dq, dk, dv home
+
+The backward exchanges q, k and v no second time: what arrived is kept (PAPER: 4 (1 + κ) e (U - 1) / U bytes for Ulysses).
+
+Where it sits: pure, above heads. `Schedule.traffic` and the planner call it; `exchange.CountBytes` agrees with it.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from seqmesh.heads import HeadShare
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """Bytes that one rank sends to others in one call of `attention`, by what they are."""
+
+    heads_forward: int
+    """To the ulysses group: q, k, v out, then the output home."""
+    heads_backward: int
+    """To the ulysses group: the output's gradient out, then dq, dk, dv home."""
+    rows_forward: int
+    """To the ring group: K/V rows."""
+    rows_backward: int
+    """To the ring group: K/V rows again, and partial dK/dV rows."""
+
+    @property
+    def forward_bytes(self) -> int:
+        """Everything sent in the forward."""
+        return self.heads_forward + self.rows_forward
+
+    @property
+    def backward_bytes(self) -> int:
+        """Everything sent in the backward."""
+        return self.heads_backward + self.rows_backward
+
+
+def attention_traffic(
+    *,
+    rows_sent: int,
+    rows_received: int,
+    rows: Sequence[int],
+    kv_rows: Sequence[int],
+    shares: Sequence[HeadShare],
+    ulysses_rank: int,
+    row_head_bytes: int,
+) -> Traffic:
+    """What one rank sends.
+
+    Args:
+        rows_sent: K/V rows that its ring rank sends in a forward, all stages (RingSchedule has it).
+        rows_received: K/V rows that its ring rank receives in a forward.
+        rows: query tokens of every ulysses rank of this ring rank.
+        kv_rows: key tokens of every ulysses rank of this ring rank; `rows` itself in self-attention.
+        shares: heads of every ulysses rank.
+        ulysses_rank: which of them is meant.
+        row_head_bytes: bytes of one row of one head: batch x head dim x bytes of an element.
+    """
+    me, mine = ulysses_rank, shares[ulysses_rank]
+    others = [u for u in range(len(shares)) if u != me]
+    out = sum(rows[u] * mine.q for u in others)  # heads of mine for the rows of others
+    kv_back = sum(kv_rows[u] * 2 * mine.kv for u in others)
+    q = sum(rows[me] * shares[u].q for u in others)  # rows of mine for the heads of others
+    kv = sum(kv_rows[me] * 2 * shares[u].kv for u in others)
+    fetch, bring_home = rows_sent * 2 * mine.kv, rows_received * 2 * mine.kv
+    return Traffic(
+        heads_forward=(q + kv + out) * row_head_bytes,
+        heads_backward=(q + out + kv_back) * row_head_bytes,
+        rows_forward=fetch * row_head_bytes,
+        rows_backward=(fetch + bring_home) * row_head_bytes,
+    )

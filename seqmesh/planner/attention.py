@@ -236,13 +236,16 @@ class _Timing:
             kernel += stage.count * run
             merge += stage.count * extra
             if stage.hop:
-                took = self._network.hop_seconds(self._group, moved) + (self.chunks - 1) * self._network.latency(
-                    self._network.reach(self._group)
-                )
+                link = self._network.reach(self._group)
+                took = self._network.hop_seconds(self._group, moved) + (self.chunks - 1) * self._network.latency(link)
                 rows += stage.count * took
-                exposed += max(0.0, took - before) + (stage.count - 1) * max(0.0, took - run - extra)
+                exposed += self._exposed(took, before) + (stage.count - 1) * self._exposed(took, run + extra)
             before = run + extra
         return Pass(kernel=kernel, merge=merge, rows=rows, rows_exposed=exposed)
+
+    def _exposed(self, exchange: float, compute: float) -> float:
+        """What an exchange adds to the compute that it runs beside."""
+        return max(0.0, exchange - compute) + self._a.overlap_tax * min(exchange, compute)
 
 
 def _head_rate(head_dim: int, a: Assumptions) -> float:

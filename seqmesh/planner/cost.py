@@ -39,17 +39,13 @@ class Pricer:
         """Everything about a legal point."""
         job, m = self.job, self.job.model
         memory = self.memory.of(point)
-        work = list(self._work(point))
-        busy = sum(piece.seconds for piece in work)
-        every = [*work, *self._exchanges(point), *self._activations_to_host(point, busy)]
-        pieces = [*every, *self._bubble(point, every), *self._weights(point, busy), *self._optimizer(point)]
         linear = 6.0 * m.matmul_parameters * job.seq_len * job.global_batch
         pair = 12.0 * m.layers * m.heads * m.head_dim * job.global_batch
         return Price(
             point=point,
             memory=memory,
             fits=memory.total <= job.capacity,
-            pieces=tuple(piece for piece in pieces if piece.seconds),
+            pieces=self._pieces(point),
             bytes_per_step=add_bytes(self._bytes(point)),
             tokens=job.seq_len * job.global_batch,
             gpus=point.gpus,
@@ -57,6 +53,17 @@ class Pricer:
             flops_noncausal=linear + pair * job.seq_len**2,
             peak=job.cluster.gpu.flops_per_s,
         )
+
+    def seconds(self, point: Point) -> float:
+        """The estimate of a step alone."""
+        return sum(piece.exposed for piece in self._pieces(point))
+
+    def _pieces(self, point: Point) -> tuple[Piece, ...]:
+        work = list(self._work(point))
+        busy = sum(piece.seconds for piece in work)
+        every = [*work, *self._exchanges(point), *self._activations_to_host(point, busy)]
+        pieces = [*every, *self._bubble(point, every), *self._weights(point, busy), *self._optimizer(point)]
+        return tuple(piece for piece in pieces if piece.seconds)
 
     def group(self, point: Point, *members: str) -> Group:
         """The process group over some axes."""

@@ -146,7 +146,7 @@ def load_cluster(name: str, extra: Iterable[Path] = ()) -> Cluster:
     layers = _layers("cluster", files)
     table = next((layer[name.lower()] for layer in reversed(layers) if name.lower() in layer), None)
     if table is None:
-        raise unknown("cluster", name, _names(layers))
+        raise ValueError(f"{unknown('cluster', name, _names(layers))}; describe it as [cluster.NAME] in a TOML file")
     table.check_keys(_CLUSTER_KEYS)
     gpu = _find_gpu(table.text("gpu"), _layers("gpu", files), table.where)
     if "network_gb_per_s" in table:

@@ -1,0 +1,165 @@
+"""The search: every legal point of a job, best first, in well under the time that pricing all of them would take.
+
+    1. every mesh (tp, ulysses, ring, dp, pp) and micro-batch      priced without any memory saver: a lower bound of its time
+    2. in the order of that bound                                  add savers (ZeRO stage, tiling, checkpointing, offload) until it fits
+    3. stop                                                        when the next bound is above the worst of the best few
+
+A saver never makes a step faster, so once a point fits, the same point with one saver more is dominated and never priced; and a mesh
+whose bound is above the best few cannot enter them. Nothing else is left out: `tests/test_plan_search.py` compares with brute force.
+
+Where it sits: planner, pure; above cost.py.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from heapq import nsmallest
+from itertools import product
+from math import inf
+
+from seqmesh.planner.cost import Pricer
+from seqmesh.planner.job import CHECKPOINTING, KEYS, OFFLOAD, TILING, Job, Point, violations
+from seqmesh.planner.price import Price
+
+MESH = ("tp", "ulysses", "ring", "dp", "pp")
+SAVERS: dict[str, tuple[int | str, ...]] = {"zero": (0, 1, 2, 3), "tiling": TILING, "checkpointing": CHECKPOINTING, "offload": OFFLOAD}
+"""Values of each saver, each one at least as slow as those before it (zero=1 aside, which beats 0 where there are replicas)."""
+
+Pins = Mapping[str, int | str]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Found:
+    """What a search found."""
+
+    best: tuple[Price, ...]
+    """Points that fit, best first, one for every mesh."""
+    misfits: tuple[Price, ...]
+    """Points that do not fit, the smallest shortfall first: filled if nothing fits or something is pinned."""
+    meshes: int
+    """Legal meshes that were compared."""
+
+
+def search(pricer: Pricer, pins: Pins, top: int = 5) -> Found:
+    """The best points of a job.
+
+    Args:
+        pricer: of the job.
+        pins: values that are fixed, by the keys of `Point`.
+        top: how many meshes to return.
+
+    Raises:
+        ValueError: no legal point has these pins; the message is the rule that they break.
+    """
+    bounds = sorted(_bounds(pricer, pins), key=lambda bound: bound[0])
+    if not bounds:
+        raise ValueError(explain_pins(pricer.job, pins))
+    best: dict[tuple[int, ...], Price] = {}
+    limit = inf
+    for seconds, base in bounds:
+        if seconds >= limit:
+            break
+        for price in _fitting(pricer, base, pins):
+            mesh = mesh_of(price.point)
+            if mesh not in best or price.seconds < best[mesh].seconds:
+                best[mesh] = price
+        if len(best) >= top:
+            limit = nsmallest(top, (price.seconds for price in best.values()))[-1]
+    ranked = tuple(nsmallest(top, best.values(), key=lambda price: (price.seconds, price.memory.total)))
+    misfits = () if ranked and not pins else _misfits(pricer, bounds, pins, top)
+    return Found(best=ranked, misfits=misfits, meshes=len({mesh_of(base) for _, base in bounds}))
+
+
+def mesh_of(point: Point) -> tuple[int, ...]:
+    """The degrees of a point."""
+    return point.tp, point.ulysses, point.ring, point.dp, point.pp
+
+
+def _bounds(pricer: Pricer, pins: Pins) -> Iterator[tuple[float, Point]]:
+    """Every legal mesh and micro-batch with the fewest savers that the pins allow, and its time."""
+    for point in meshes(pricer.job, pins):
+        base = next(_savers(point, pins))
+        if not any(violations(pricer.job, base)):
+            yield pricer.seconds(base), base
+            continue
+        legal = next((p for p in _savers(point, pins) if not any(violations(pricer.job, p))), None)
+        if legal is not None:
+            yield pricer.seconds(legal), legal
+
+
+def meshes(job: Job, pins: Pins) -> Iterator[Point]:
+    """Every way to write the number of GPUs as tp x ulysses x ring x dp x pp, with every micro-batch, as far as the pins allow."""
+    m = job.model
+
+    def options(key: str, left: int, most: int) -> list[int]:
+        if key in pins:
+            return [int(pins[key])] if left % int(pins[key]) == 0 else []
+        return [d for d in divisors(left) if d <= most]
+
+    gpus = job.cluster.gpus
+    for tp in options("tp", gpus, m.kv_heads):
+        for ulysses in options("ulysses", gpus // tp, max(1, m.heads // tp)):
+            for pp in options("pp", gpus // tp // ulysses, m.layers):
+                for dp in options("dp", gpus // tp // ulysses // pp, job.global_batch):
+                    ring = gpus // tp // ulysses // pp // dp
+                    if pins.get("ring", ring) != ring or job.global_batch % dp:
+                        continue
+                    micro = [int(pins["micro_batch"])] if "micro_batch" in pins else divisors(job.global_batch // dp)
+                    for micro_batch in micro:
+                        yield Point(tp=tp, ulysses=ulysses, ring=ring, dp=dp, pp=pp, micro_batch=micro_batch)
+
+
+def divisors(n: int) -> list[int]:
+    """The divisors of n, ascending."""
+    small = [d for d in range(1, int(n**0.5) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
+
+
+def _savers(point: Point, pins: Pins) -> Iterator[Point]:
+    """A mesh with every combination of savers that the pins allow, fewest first."""
+    zero = (1, 2, 3) if point.replicas > 1 else (0,)
+    values = [(pins[key],) if key in pins else (zero if key == "zero" else SAVERS[key]) for key in SAVERS]
+    combinations = product(*(enumerate(options) for options in values))
+    for combination in sorted(combinations, key=lambda c: sum(level for level, _ in c)):
+        yield point.but(**{key: value for key, (_, value) in zip(SAVERS, combination, strict=True)})
+
+
+def _fitting(pricer: Pricer, base: Point, pins: Pins) -> Iterator[Price]:
+    """The points of a mesh that fit and that no other that fits dominates: savers are added one level at a time."""
+    fitted: list[Point] = []
+    for point in _savers(base, pins):
+        if any(_dominates(smaller, point) for smaller in fitted) or any(violations(pricer.job, point)):
+            continue
+        if pricer.memory.of(point).total <= pricer.job.capacity:
+            fitted.append(point)
+            yield pricer.price(point)
+
+
+def _dominates(a: Point, b: Point) -> bool:
+    """Whether b has every saver of a, at the same or a higher level."""
+    levels = ((SAVERS[key].index(getattr(a, key)), SAVERS[key].index(getattr(b, key))) for key in SAVERS)
+    return all(x <= y for x, y in levels) and (a.offload == b.offload or a.offload == "none" or b.offload == "both")
+
+
+def _misfits(pricer: Pricer, bounds: list[tuple[float, Point]], pins: Pins, top: int) -> tuple[Price, ...]:
+    """The legal points with all savers that still do not fit, the smallest first."""
+    smallest: list[tuple[int, Point]] = []
+    for _, base in bounds:
+        legal = [p for p in _savers(base, pins) if not any(violations(pricer.job, p))]
+        sizes = [(pricer.memory.of(p).total, p) for p in legal[-8:]]
+        total, point = min(sizes, key=lambda size: size[0])
+        if total > pricer.job.capacity:
+            smallest.append((total, point))
+    return tuple(pricer.price(point) for _, point in nsmallest(top, smallest, key=lambda size: size[0]))
+
+
+def explain_pins(job: Job, pins: Pins) -> str:
+    """Why no legal point has these pins: the rule that the nearest point breaks."""
+    named = {key: value for key, value in pins.items() if key in KEYS}
+    point = Point().but(**named)
+    free = [key for key in ("ring", "dp", "ulysses", "tp", "pp") if key not in pins]
+    rest = job.cluster.gpus // max(1, point.gpus)
+    if free and job.cluster.gpus % point.gpus == 0:
+        point = point.but(**{free[0]: rest * getattr(point, free[0])})
+    broken = list(violations(job, point))
+    what = ", ".join(f"{key}={value}" for key, value in pins.items()) or f"{job.cluster.gpus} GPUs"
+    return f"no legal mesh with {what}: {broken[0] if broken else 'no degrees divide these GPUs and this batch; change one of them'}"

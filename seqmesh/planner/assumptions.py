@@ -92,6 +92,10 @@ class Assumptions:
                 raise unknown(f"assumption in {where}", name, known)
         return replace(self, **given)
 
+    def moved(self, name: str, value: float) -> "Assumptions":
+        """The same with one moved; a share stays a share."""
+        return self.override({name: min(value, 1.0) if name in _SHARES else value}, "this program")
+
     def explain(self) -> list[tuple[str, float, str, str]]:
         """(name, value, unit, source) of each."""
         return [(f.name, getattr(self, f.name), f.metadata["unit"], f.metadata["source"]) for f in fields(self)]

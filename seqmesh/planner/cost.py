@@ -11,6 +11,7 @@ Where it sits: planner, pure; above attention, compute, memory and network.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import lru_cache
 
 from seqmesh.planner.attention import AttentionCost, Loads, Shape, price_attention
@@ -27,9 +28,9 @@ TP_FORWARD, TP_BACKWARD = 4, 6
 class Pricer:
     """Prices the points of one job; what points share is computed once."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, loads: Loads | None = None) -> None:
         self.job = job
-        self.loads = Loads(job)
+        self.loads = loads or Loads(job)
         self.memory = MemoryModel(job, self.loads)
         self.compute = Compute(job)
         self.network = Network(job.cluster, job.assumptions)
@@ -53,6 +54,19 @@ class Pricer:
             flops_noncausal=linear + pair * job.seq_len**2,
             peak=job.cluster.gpu.flops_per_s,
         )
+
+    def with_assumption(self, name: str, value: float) -> "Pricer":
+        """The same job under another assumption; shares are kept below 1."""
+        job = replace(self.job, assumptions=self.job.assumptions.moved(name, value))
+        return Pricer(job, None if name == "attention_half_rows" else self.loads)
+
+    def with_axes(self, axes: tuple[str, ...]) -> "Pricer":
+        """The same job with its mesh axes in another order."""
+        return Pricer(replace(self.job, axes=axes), self.loads)
+
+    def with_nodes(self, nodes: int) -> "Pricer":
+        """The same job on so many nodes."""
+        return Pricer(replace(self.job, cluster=replace(self.job.cluster, nodes=nodes)), self.loads)
 
     def seconds(self, point: Point) -> float:
         """The estimate of a step alone."""

@@ -152,6 +152,15 @@ def _misfits(pricer: Pricer, bounds: list[tuple[float, Point]], pins: Pins, top:
     return tuple(pricer.price(point) for _, point in nsmallest(top, smallest, key=lambda size: size[0]))
 
 
+def fits_at_all(pricer: Pricer, pins: Pins) -> bool:
+    """Whether any legal point with these pins fits. No time is computed."""
+    for mesh in meshes(pricer.job, pins):
+        points = [p for p in _savers(mesh, pins) if not any(violations(pricer.job, p))]
+        if any(pricer.memory.of(p).total <= pricer.job.capacity for p in reversed(points)):
+            return True
+    return False
+
+
 def explain_pins(job: Job, pins: Pins) -> str:
     """Why no legal point has these pins: the rule that the nearest point breaks."""
     named = {key: value for key, value in pins.items() if key in KEYS}

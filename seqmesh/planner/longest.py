@@ -1,0 +1,50 @@
+"""The longest sequence that fits a machine: `seqmesh plan --max-seq`.
+
+Bisection over lengths: whether a length fits is whether any legal point with these pins does, with every memory saver that is allowed.
+
+Where it sits: planner, pure; above search.py.
+"""
+
+from dataclasses import replace
+from math import lcm
+
+from seqmesh.planner.cost import Pricer
+from seqmesh.planner.job import Job
+from seqmesh.planner.search import Pins, fits_at_all
+
+LONGEST = 1 << 40
+"""Tokens beyond which nobody asks."""
+
+
+def longest(pricer: Pricer, pins: Pins) -> int:
+    """Tokens of the longest sequence that fits, in steps of 1024 tokens and of the number of GPUs; 0 if none does.
+
+    Packed documents keep their lengths in order and are repeated or cut to fill the sequence.
+    """
+    step = lcm(1024, pricer.job.cluster.gpus)
+    if not _fits(pricer.job, step, pins):
+        return 0
+    low, high = 1, 2
+    while high * step < LONGEST and _fits(pricer.job, high * step, pins):
+        low, high = high, 2 * high
+    while high - low > max(1, low // 256):
+        middle = (low + high) // 2
+        low, high = (middle, high) if _fits(pricer.job, middle * step, pins) else (low, middle)
+    return low * step
+
+
+def at_length(job: Job, seq_len: int) -> Job:
+    """The same job with another length."""
+    documents = []
+    left = seq_len if job.documents else 0
+    while left:
+        for length in job.documents:
+            documents.append(min(length, left))
+            left -= documents[-1]
+            if not left:
+                break
+    return replace(job, seq_len=seq_len, documents=tuple(documents))
+
+
+def _fits(job: Job, seq_len: int, pins: Pins) -> bool:
+    return fits_at_all(Pricer(at_length(job, seq_len)), pins)

@@ -1,0 +1,233 @@
+"""Why the best point is the best: each reason is a comparison with a point that differs in one thing, in numbers.
+
+The practices are the paper's: (1) unified rather than pure sequence parallelism, (2) data parallelism before sequence parallelism,
+(3) ZeRO-1 or 2 with it, ZeRO-3 and offload for memory, (4, 5) tensor parallelism, (7) the order of the axes on the links.
+
+Where it sits: planner, pure; above cost.py and search.py.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from seqmesh.planner.cost import Pricer
+from seqmesh.planner.job import Point, violations
+from seqmesh.planner.price import COMPUTE, PIPELINE, Price
+from seqmesh.planner.search import SAVERS, Pins, search
+from seqmesh.planner.units import format_bytes, format_seconds, format_tokens
+
+SWING = 0.2
+"""How far an assumption is moved, each way, to see what rests on it."""
+
+NODES_TRIED = (2, 4, 8, 16, 32, 64)
+"""Multiples of the machine that `remedy` tries."""
+
+
+def reasons(pricer: Pricer, price: Price) -> list[str]:
+    """Why a point is as it is; for a point that does not fit, what would make it fit."""
+    if not price.fits:
+        return [shortfall(pricer, price)]
+    parts = (_limit(price), _unified(pricer, price), _data_parallel(pricer, price), _zero(pricer, price), _tensor(pricer, price))
+    return [text for part in (*parts, _savers(pricer, price), _order(pricer, price)) for text in part]
+
+
+def _limit(price: Price) -> Iterator[str]:
+    causes = sorted(price.by_cause(lambda piece: piece.exposed).items(), key=lambda item: -item[1])
+    shares = ", ".join(f"{_cause(cause)} {seconds / price.seconds:.0%}" for cause, seconds in causes if seconds > 0.005 * price.seconds)
+    yield f"limited by {_cause(price.bound_by)}: {shares} of the step"
+
+
+def _cause(cause: str) -> str:
+    return {
+        COMPUTE: "compute",
+        PIPELINE: "the pipeline's bubble",
+        "scale_up": "scale-up links",
+        "pcie": "PCIe",
+        "network": "the node network",
+    }.get(cause, cause)
+
+
+def _compared(pricer: Pricer, price: Price, other: Point) -> str | None:
+    """How another point does, or None if it is not legal."""
+    if any(violations(pricer.job, other)):
+        return None
+    total = pricer.memory.of(other).total
+    if total > pricer.job.capacity:
+        return f"does not fit ({format_bytes(total - pricer.job.capacity)} too much)"
+    return _difference(pricer.seconds(other) / price.seconds - 1)
+
+
+def _difference(share: float) -> str:
+    if abs(share) < 0.0005:
+        return "takes as long"
+    return f"takes {abs(share):.1%} {'longer' if share > 0 else 'less'}"
+
+
+def _unified(pricer: Pricer, price: Price) -> Iterator[str]:
+    p, heads = price.point, pricer.job.model.heads
+    if p.sp == 1:
+        return
+    found = []
+    for name, other in (("ring alone", p.but(ulysses=1, ring=p.sp)), ("ulysses alone", p.but(ulysses=p.sp, ring=1))):
+        if (other.ulysses, other.ring) == (p.ulysses, p.ring):
+            continue
+        if other.ulysses > heads // p.tp:
+            found.append(f"{name} is impossible with {heads // p.tp} query heads a rank")
+        elif text := _compared(pricer, price, other):
+            found.append(f"{name} {text}")
+    if found:
+        yield f"ulysses {p.ulysses} x ring {p.ring} (practice 1): {'; '.join(found)}"
+
+
+def _data_parallel(pricer: Pricer, price: Price) -> Iterator[str]:
+    p, batch = price.point, pricer.job.global_batch
+    if p.sp == 1:
+        return
+    if p.dp == batch:
+        yield f"sequence parallelism because a batch of {batch} cannot be split over more than dp={batch} (practice 2)"
+        return
+    for ulysses, ring in ((p.ulysses, p.ring // 2), (p.ulysses // 2, p.ring)):
+        other = p.but(ulysses=max(1, ulysses), ring=max(1, ring), dp=p.dp * 2)
+        if text := _compared(pricer, price, other):
+            yield f"more dp and less sequence parallelism (practice 2), u{other.ulysses} r{other.ring} dp{other.dp}: {text}"
+            return
+
+
+def _zero(pricer: Pricer, price: Price) -> Iterator[str]:
+    p = price.point
+    if p.replicas == 1:
+        return
+    if p.zero > 1 and (text := _compared(pricer, price, p.but(zero=1))):
+        yield f"ZeRO-{p.zero} for memory (practice 3): with ZeRO-1 it {text}"
+    elif p.zero == 1:
+        size = format_bytes(price.memory.categories.get("optimizer", 0))
+        yield f"ZeRO-1 over dp x sp = {p.replicas} ranks (practice 3): the optimizer takes {size} of a rank"
+
+
+def _tensor(pricer: Pricer, price: Price) -> Iterator[str]:
+    p = price.point
+    if p.tp > 1:
+        others = [p.but(tp=1, **{axis: getattr(p, axis) * p.tp}) for axis in ("ring", "ulysses", "dp")]
+        name = "without tensor parallelism"
+    else:
+        others = [
+            p.but(tp=f, **{axis: getattr(p, axis) // f}) for axis in ("ulysses", "ring", "dp") for f in (2,) if getattr(p, axis) % f == 0
+        ]
+        name = "with tensor parallelism"
+    for other in others:
+        if text := _compared(pricer, price, other):
+            yield f"{name} (practice 4, 5), tp{other.tp} u{other.ulysses} r{other.ring} dp{other.dp}: {text}"
+            return
+
+
+def _savers(pricer: Pricer, price: Price) -> Iterator[str]:
+    p = price.point
+    for key in ("tiling", "checkpointing", "offload"):
+        value = getattr(p, key)
+        if value != "none" and (text := _compared(pricer, price, p.but(**{key: "none"}))):
+            yield f"{key}={value} for memory: without it {text}"
+
+
+def _order(pricer: Pricer, price: Price) -> Iterator[str]:
+    p = price.point
+    if p.ulysses == 1 or p.ring == 1:
+        return
+    swap = {"ulysses": "ring", "ring": "ulysses"}
+    other = pricer.with_axes(tuple(swap.get(axis, axis) for axis in pricer.job.axes))
+    text = _difference(other.seconds(p) / price.seconds - 1)
+    faster, slower = sorted(("ulysses", "ring"), key=pricer.job.axes.index)
+    yield f"{faster} inside, {slower} outside (practice 7): the other way round {text}"
+
+
+def why_not(best: Price, other: Price) -> str:
+    """What the runner-up loses by."""
+    mine = {piece.name: piece.exposed for piece in best.pieces}
+    theirs = {piece.name: piece.exposed for piece in other.pieces}
+    lost = sorted(((theirs.get(n, 0.0) - mine.get(n, 0.0), n) for n in {*mine, *theirs}), reverse=True)
+    shown = [f"{name} +{format_seconds(seconds)}" for seconds, name in lost[:3] if seconds > 0.001 * best.seconds]
+    gap = other.seconds - best.seconds
+    return f"{other.point}: {format_seconds(gap)} slower ({gap / best.seconds:.1%}): {', '.join(shown) or 'a little of everything'}"
+
+
+def shortfall(pricer: Pricer, price: Price, pins: Pins | None = None) -> str:
+    """By how much a point does not fit, and the cheapest thing that would make it fit."""
+    short = price.memory.total - pricer.job.capacity
+    size = f"{price.point} takes {format_bytes(price.memory.total)} of {format_bytes(pricer.job.capacity)}, {format_bytes(short)} too much"
+    return f"{size}; {_cheapest_remedy(pricer, price.point, pins or {})}"
+
+
+def _cheapest_remedy(pricer: Pricer, point: Point, pins: Pins) -> str:
+    """A saver, then more nodes, then a shorter sequence."""
+    changed = [
+        point.but(**{key: value})
+        for key, values in SAVERS.items()
+        for value in values[1:]
+        if value != getattr(point, key) and key not in pins
+    ]
+    legal = [p for p in changed if not any(violations(pricer.job, p)) and pricer.memory.of(p).total <= pricer.job.capacity]
+    if legal:
+        best = min(legal, key=pricer.seconds)
+        (key,) = (key for key in SAVERS if getattr(best, key) != getattr(point, key))
+        slower = _difference(pricer.seconds(best) / pricer.seconds(point) - 1)
+        return f"{key}={getattr(best, key)} would make it fit (it {slower})"
+    return remedy(pricer, pins)
+
+
+def remedy(pricer: Pricer, pins: Pins) -> str:
+    """What would make a job fit that does not: pins to release, more nodes, or the longest sequence that fits."""
+    job = pricer.job
+    for key in ("checkpointing", "tiling", "zero", "offload", "micro_batch", "tp", "ring", "ulysses", "dp", "pp"):
+        rest = {k: v for k, v in pins.items() if k != key}
+        if key in pins and (found := _fits(pricer, rest)):
+            return f"{key}={getattr(found.point, key)} would make it fit ({found.point}, {format_seconds(found.seconds)} a step)"
+    if pins and (found := _fits(pricer, {})):
+        return f"{found.point} would fit ({format_seconds(found.seconds)} a step)"
+    for times in NODES_TRIED:
+        bigger = pricer.with_nodes(job.cluster.nodes * times)
+        if _fits(bigger, {}):
+            return f"--nodes {job.cluster.nodes * times} would make it fit"
+    from seqmesh.planner.longest import longest  # it searches with this module's neighbours
+
+    length = longest(pricer, {})
+    return (
+        f"the longest sequence that fits is {format_tokens(length)}"
+        if length
+        else "no sequence fits: the weights alone do not; use a smaller model"
+    )
+
+
+def _fits(pricer: Pricer, pins: Pins) -> Price | None:
+    try:
+        return next(iter(search(pricer, pins, top=1).best), None)
+    except ValueError:
+        return None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rests:
+    """What moving one assumption does."""
+
+    name: str
+    low: float
+    """Change of the step time, as a share, when the assumption is 20% lower."""
+    high: float
+    """The same 20% higher."""
+    winner: Point | None
+    """The point that wins instead in one of the two cases."""
+
+
+def rests_on(pricer: Pricer, best: Sequence[Price]) -> list[Rests]:
+    """Every assumption with an effect on the best point's time, the strongest first; the candidates are priced anew."""
+    found = []
+    for name, value, *_ in pricer.job.assumptions.explain():
+        if name in ("overhead", "one_nic_per_partial_node", "small_head") or not value:
+            continue
+        changes, winner = [], None
+        for factor in (1 - SWING, 1 + SWING):
+            other = pricer.with_assumption(name, value * factor)
+            times = [(other.seconds(price.point), n) for n, price in enumerate(best)]
+            changes.append(times[0][0] / best[0].seconds - 1)
+            if (first := min(times)[1]) and min(times)[0] < times[0][0] * 0.9999:
+                winner = best[first].point
+        found.append(Rests(name=name, low=changes[0], high=changes[1], winner=winner))
+    found.sort(key=lambda rests: -max(abs(rests.low), abs(rests.high)))
+    return [rests for rests in found if max(abs(rests.low), abs(rests.high)) > 1e-4 or rests.winner]

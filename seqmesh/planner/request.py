@@ -1,0 +1,228 @@
+"""What the command line says, checked: a `Job` and pins from text. Every mistake is a one-line ValueError with its remedy.
+
+Where it sits: planner, above job.py; command.py calls it. No torch.
+"""
+
+import math
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from seqmesh.planner.assumptions import Assumptions
+from seqmesh.planner.hardware import Cluster, Gpu, load_cluster, load_gpu
+from seqmesh.planner.job import AXES, CHECKPOINTING, KEYS, OFFLOAD, TILING, Job, Numerics
+from seqmesh.planner.models import load_model
+from seqmesh.planner.nearest import unknown
+from seqmesh.planner.units import parse_bytes, parse_tokens
+
+CHOICES: dict[str, tuple[str, ...]] = {"checkpointing": CHECKPOINTING, "offload": OFFLOAD, "tiling": TILING}
+LAYOUTS = ("auto", "contiguous", "zigzag", "striped", "balanced")
+PRECISIONS = {"bf16": Numerics(), "fp32": Numerics(element=4, gradient=4, optimizer=8)}
+GRADIENTS = {"fp32": 4, "bf16": 2}
+MOST_DOCUMENTS = 1_000_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where to run."""
+
+    gpu: str | None = None
+    """A preset, or a name from `files`."""
+    cluster: str | None = None
+    """A [cluster.NAME] of `files`, in place of a GPU and numbers."""
+    nodes: int | None = None
+    gpus_per_node: int | None = None
+    files: tuple[Path, ...] = ()
+    """TOML files with GPUs, clusters, models, and measured profiles."""
+
+
+def build_cluster(machine: Machine) -> Cluster:
+    """The cluster; numbers given beside a named cluster override its own. One node of 8 GPUs unless said otherwise."""
+    if machine.cluster is not None:
+        named = load_cluster(machine.cluster, machine.files)
+        gpu = load_gpu(machine.gpu, machine.files) if machine.gpu else named.gpu
+        nodes, each = machine.nodes, machine.gpus_per_node
+        return Cluster(
+            gpu=gpu,
+            nodes=named.nodes if nodes is None else nodes,
+            gpus_per_node=named.gpus_per_node if each is None else each,
+        )
+    if machine.gpu is None:
+        raise ValueError("no GPU given; add --gpu NAME (see --help), or --cluster NAME with --hardware FILE")
+    return Cluster(
+        gpu=load_gpu(machine.gpu, machine.files),
+        nodes=1 if machine.nodes is None else machine.nodes,
+        gpus_per_node=8 if machine.gpus_per_node is None else machine.gpus_per_node,
+    )
+
+
+def assumptions_for(gpu: Gpu, given: Sequence[str]) -> Assumptions:
+    """The assumptions, overridden by the GPU's own (a measured profile's), then by `--assume name=value`."""
+    assumed = Assumptions().override(gpu.overrides, f"[gpu.{gpu.name}.assumptions]")
+    wanted: dict[str, float] = {}
+    for name, text in _pairs(given, "--assume", "network=0.7"):
+        try:
+            wanted[name] = float(text)
+        except ValueError:
+            raise ValueError(f"--assume {name}={text}: {text!r} is not a number; write for example {name}=0.7") from None
+    return assumed.override(wanted, "--assume")
+
+
+def numerics_for(precision: str, gradients: str) -> Numerics:
+    """Bytes of numbers for `--precision` and `--gradients`."""
+    if precision not in PRECISIONS:
+        raise unknown("precision", precision, PRECISIONS)
+    if gradients not in GRADIENTS:
+        raise unknown("gradient precision", gradients, GRADIENTS)
+    chosen = PRECISIONS[precision]
+    if precision == "fp32":
+        return chosen
+    return Numerics(element=chosen.element, gradient=GRADIENTS[gradients], optimizer=chosen.optimizer)
+
+
+def parse_pins(given: Sequence[str]) -> dict[str, int | str]:
+    """`tp=8,zero=1,checkpointing=none` as a dictionary.
+
+    Raises:
+        ValueError: an unknown key, a value of another kind, or a key pinned to two values.
+    """
+    pins: dict[str, int | str] = {}
+    for key, text in _pairs(given, "--pin", "tp=8,ring=2"):
+        if key not in KEYS:
+            raise unknown("pin", key, KEYS)
+        value = _pin(key, text)
+        if pins.get(key, value) != value:
+            raise ValueError(f"--pin {key}={pins[key]} and {key}={value} contradict each other; give {key} once")
+        pins[key] = value
+    return pins
+
+
+def _pin(key: str, text: str) -> int | str:
+    if key in CHOICES:
+        if text not in CHOICES[key]:
+            raise unknown(f"value of {key}", text, CHOICES[key])
+        return text
+    if not (text.isascii() and text.isdigit()) or len(text) > 9:
+        raise ValueError(f"--pin {key}={text}: {text!r} is not a whole number; write for example {key}=2")
+    number = int(text)
+    if key == "zero" and number > 3:
+        raise ValueError(f"--pin zero={text}: ZeRO has stages 0 to 3; use one of them")
+    if key != "zero" and number < 1:
+        raise ValueError(f"--pin {key}={text}: a degree is at least 1; use {key}=1 for none")
+    return number
+
+
+def _pairs(given: Iterable[str], option: str, example: str) -> Iterable[tuple[str, str]]:
+    for text in given:
+        for item in text.split(","):
+            key, equals, value = item.partition("=")
+            if not equals or not key.strip() or not value.strip():
+                raise ValueError(f"{option} {text!r}: {item!r} is not key=value; write for example {option} {example}")
+            yield key.strip().replace("-", "_"), value.strip()
+
+
+def parse_axes(text: str) -> tuple[str, ...]:
+    """`tp,ulysses,ring,dp,pp` from the fastest links to the slowest, in any order."""
+    axes = tuple(part.strip() for part in text.split(","))
+    for axis in axes:
+        if axis not in AXES:
+            raise unknown("axis", axis, AXES)
+    return axes
+
+
+def parse_documents(text: str, seq_len: int, seed: int = 0) -> tuple[int, ...]:
+    """Lengths that fill a sequence: `lognormal:7,1.3`, `fixed:8192`, `4096,4096,...` (repeated as needed), or a file of numbers.
+
+    The last document is cut where the sequence ends.
+
+    Raises:
+        ValueError: another form, a length below 1, or more than a million documents.
+    """
+    kind, colon, rest = text.partition(":")
+    if colon and kind == "lognormal":
+        mu, sigma = _two_numbers(text, rest)
+        draw = random.Random(seed)
+        return _fill(seq_len, iter(lambda: max(1, round(math.exp(min(draw.gauss(mu, sigma), 50.0)))), 0), text)
+    if colon and kind == "fixed":
+        length = parse_tokens(rest)
+        return _fill(seq_len, iter(lambda: length, 0), text)
+    lengths = _lengths(text)
+    return _fill(seq_len, (length for _ in iter(int, 1) for length in lengths), text)
+
+
+def _two_numbers(text: str, rest: str) -> tuple[float, float]:
+    try:
+        mu, sigma = (float(part) for part in rest.split(","))
+    except ValueError:
+        raise ValueError(f"--documents {text!r}: lognormal takes two numbers; write for example lognormal:7,1.3") from None
+    if not (math.isfinite(mu) and math.isfinite(sigma) and sigma >= 0 and abs(mu) < 50):
+        raise ValueError(f"--documents {text!r}: μ and σ of log-lengths must be finite and σ >= 0; write for example lognormal:7,1.3")
+    return mu, sigma
+
+
+def _lengths(text: str) -> list[int]:
+    source = text
+    if Path(text).is_file():
+        try:
+            source = Path(text).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--documents {text!r} cannot be read as text: {error}; give a file of numbers") from None
+    parts = source.replace(",", " ").split()
+    if not parts or not all(part.isascii() and part.isdigit() and int(part[:18]) > 0 for part in parts):
+        forms = "lognormal:MU,SIGMA, fixed:LENGTH, lengths such as 4096,1024, or a file of lengths"
+        raise ValueError(f"--documents {text!r} is none of: {forms}; write one of these")
+    return [int(part[:18]) for part in parts]
+
+
+def _fill(seq_len: int, lengths: Iterable[int], text: str) -> tuple[int, ...]:
+    documents, left = [], seq_len
+    for length in lengths:
+        documents.append(min(length, left))
+        left -= documents[-1]
+        if not left:
+            return tuple(documents)
+        if len(documents) > MOST_DOCUMENTS:
+            break
+    raise ValueError(f"--documents {text!r} gives more than {MOST_DOCUMENTS} documents; use longer ones")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The options that describe a job."""
+
+    model: str
+    machine: Machine
+    seq_len: str = "8K"
+    global_batch: int = 1
+    documents: str | None = None
+    layout: str = "auto"
+    precision: str = "bf16"
+    gradients: str = "fp32"
+    memory_limit: str | None = None
+    axes: str = ",".join(AXES)
+    assume: tuple[str, ...] = ()
+
+
+def build_job(request: Request) -> Job:
+    """The job that a request describes.
+
+    Raises:
+        ValueError: in one line, whatever is wrong with it.
+    """
+    cluster = build_cluster(request.machine)
+    if request.layout not in LAYOUTS:
+        raise unknown("layout", request.layout, LAYOUTS)
+    seq_len = parse_tokens(request.seq_len)
+    return Job(
+        model=load_model(request.model, request.machine.files),
+        cluster=cluster,
+        seq_len=seq_len,
+        global_batch=request.global_batch,
+        documents=parse_documents(request.documents, seq_len) if request.documents else (),
+        layout=request.layout,
+        numerics=numerics_for(request.precision, request.gradients),
+        assumptions=assumptions_for(cluster.gpu, request.assume),
+        memory_limit=None if request.memory_limit is None else parse_bytes(request.memory_limit),
+        axes=parse_axes(request.axes),
+    )

@@ -1,4 +1,4 @@
-"""The command line: `seqmesh train [recipe.toml] [--key value]...`, `seqmesh bench [--quick]` and `seqmesh --version`.
+"""The command line: `seqmesh train [recipe.toml] [--key value]...`, `seqmesh plan`, `seqmesh bench [--quick]` and `seqmesh --version`.
 
 Exit codes: 0 done; 1 a rank failed or a check of the report did not pass; 2 wrong input; 130 Ctrl-C. Whatever goes wrong with the
 input is one line on stderr, `seqmesh: error: ...`, with the remedy.
@@ -26,7 +26,7 @@ INTERRUPTED = 130
 def main() -> None:
     """Console entry point."""
     try:
-        code = _app()(standalone_mode=False)
+        code = _app()(_spelled_out(sys.argv[1:]), standalone_mode=False)
     except ModuleNotFoundError as error:
         code = _fail(f"{error.name} is not installed; pip install 'seqmesh[train]'", USAGE)
     except ValueError as error:
@@ -36,6 +36,16 @@ def main() -> None:
             raise
         code = _fail(f"{_one_line(getattr(error, 'message', error))} (see seqmesh --help)", USAGE)
     sys.exit(code)
+
+
+def _spelled_out(arguments: list[str]) -> list[str]:
+    """`plan --plot` without a file means plan.png: the option parser knows no optional values."""
+    spelled: list[str] = []
+    for at, argument in enumerate(arguments):
+        spelled.append(argument)
+        if argument == "--plot" and arguments[0] == "plan" and (arguments[at + 1 : at + 2] or ["-"])[0].startswith("-"):
+            spelled.append("plan.png")
+    return spelled
 
 
 def _fail(message: str, code: int) -> int:
@@ -89,6 +99,9 @@ def _app() -> "typer.Typer":
 
         return run_bench(quick, json)
 
+    from seqmesh.planner.command import add_to
+
+    add_to(app)
     return app
 
 

@@ -19,7 +19,6 @@ from typing import NamedTuple
 
 from seqmesh.layouts import split_evenly
 
-
 MOST_HEAD_CHUNKS = 4
 """Default limit of head chunks on a ring alone: enough for its buffers to stay below 3x the local K + V forward, 6x backward."""
 MOST_HEAD_CHUNKS_EXCHANGED = 8

@@ -54,6 +54,8 @@ class Job:
     assumptions: Assumptions = field(default_factory=Assumptions)
     memory_limit: int | None = None
     """Bytes per rank that may be used; default: the GPU's memory."""
+    max_micro_batch: int | None = None
+    """Largest micro-batch to consider."""
     axes: tuple[str, ...] = AXES
     """Mesh axes from the fastest links to the slowest."""
 
@@ -167,6 +169,8 @@ def violations(job: Job, point: Point) -> Iterator[str]:
             f"dp={point.dp} x micro_batch={point.micro_batch} does not divide global_batch={job.global_batch};"
             f" use degrees whose product divides {job.global_batch}"
         )
+    if job.max_micro_batch is not None and point.micro_batch > job.max_micro_batch:
+        yield f"micro_batch={point.micro_batch} is above the limit of {job.max_micro_batch}; raise --max-micro-batch, or use a smaller one"
     if point.zero > 1 and point.replicas == 1:
         yield f"zero={point.zero} with dp x ulysses x ring = 1 has nothing to shard over; use zero=0 or 1"
     if point.offload in ("activations", "both") and point.checkpointing == "none":

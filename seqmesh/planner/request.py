@@ -12,7 +12,7 @@ from pathlib import Path
 from seqmesh.planner.assumptions import Assumptions
 from seqmesh.planner.hardware import Cluster, Gpu, load_cluster, load_gpu
 from seqmesh.planner.job import AXES, CHECKPOINTING, KEYS, OFFLOAD, TILING, Job, Numerics
-from seqmesh.planner.models import load_model
+from seqmesh.planner.models import ModelShape
 from seqmesh.planner.nearest import unknown
 from seqmesh.planner.units import parse_bytes, parse_tokens
 
@@ -191,7 +191,6 @@ def _fill(seq_len: int, lengths: Iterable[int], text: str) -> tuple[int, ...]:
 class Request:
     """The options that describe a job."""
 
-    model: str
     machine: Machine
     seq_len: str = "8K"
     global_batch: int = 1
@@ -204,8 +203,8 @@ class Request:
     assume: tuple[str, ...] = ()
 
 
-def build_job(request: Request) -> Job:
-    """The job that a request describes.
+def build_job(request: Request, model: ModelShape) -> Job:
+    """The job that a request describes, for a model.
 
     Raises:
         ValueError: in one line, whatever is wrong with it.
@@ -215,7 +214,7 @@ def build_job(request: Request) -> Job:
         raise unknown("layout", request.layout, LAYOUTS)
     seq_len = parse_tokens(request.seq_len)
     return Job(
-        model=load_model(request.model, request.machine.files),
+        model=model,
         cluster=cluster,
         seq_len=seq_len,
         global_batch=request.global_batch,

@@ -93,8 +93,8 @@ def check_trainable(shape: ModelShape) -> None:
     """Raise ValueError if the trainer has no such model: it trains a Llama whose heads fill its width."""
     if shape.heads * shape.head_dim != shape.hidden:
         raise ValueError(
-            f"model {shape.name!r} has {shape.heads} heads of {shape.head_dim} for hidden={shape.hidden}; our trainer needs heads x head dim"
-            " = hidden: trace a model that has it"
+            f"model {shape.name!r} has {shape.heads} heads of {shape.head_dim} for hidden={shape.hidden}, but our trainer's heads fill the"
+            f" width; trace a model with head_dim={shape.hidden // shape.heads}"
         )
     for rule, what in ((shape.gated, "no gate"), (shape.sliding_window is None, f"a sliding window of {shape.sliding_window}")):
         if not rule:
@@ -140,34 +140,39 @@ class _Rank:
             yield self._attention(layer)
         yield from self._of_weights()
 
-    # What the forward saves, by who needs it in the backward.
+    # What the forward saves for the backward.
+
+    @cached_property
+    def _saved(self) -> dict[str, int]:
+        """By one layer, in the order of its forward."""
+        n, h, f = self.tokens, self.shape.hidden, self.shape.intermediate
+        return {
+            "input norm": self._norm,
+            "attention": self._attention_inputs,
+            "output": 0 if self.ulysses == 1 else n * h,  # the engine's, for the output projection's weight; U = 1: saved above
+            "feed-forward norm": self._norm,
+            "gate": n * f,  # before silu
+            "silu": n * f,  # a factor of the product
+            "up": n * f,  # the other
+            "product": n * f,  # for the down projection's weight
+        }
 
     @cached_property
     def _norm(self) -> int:
-        """The input for the gradient of its mean square; x/rms for the weight's; x/rms * weight for the matrices after it; 1/rms."""
+        """Its input x, for the gradient of the mean square; x/rms, for its weight's; x/rms * weight, for the matrices after it; 1/rms."""
         return self.tokens * (3 * self.shape.hidden + 1)
 
     @cached_property
-    def _saved_attention(self) -> int:
-        """For the engine's backward. U = 1: rotated q and k, v and out, and its lse. U > 1: the same of this rank's heads, all N rows."""
+    def _attention_inputs(self) -> int:
+        """For the engine: rotated q and k, v, out and lse; U = 1: of this rank's n tokens, U > 1: of its heads, as they were received."""
         m = self.shape
         if self.ulysses == 1:
             return self.tokens * (2 * m.hidden + 2 * m.kv_heads * m.head_dim + m.heads)
         return self.rows * sum(2 * W + K + W // m.head_dim for W, K in self.chunks)
 
     @cached_property
-    def _saved_projection(self) -> int:
-        """The engine's output, for the output projection's weight. At U = 1 the engine saves the same tensor."""
-        return 0 if self.ulysses == 1 else self.tokens * self.shape.hidden
-
-    @cached_property
-    def _saved_feed_forward(self) -> int:
-        """The gate before silu; silu(gate) and up, factors of the product; the product, for the down projection's weight."""
-        return 4 * self.tokens * self.shape.intermediate
-
-    @cached_property
     def _layer(self) -> int:
-        return 2 * self._norm + self._saved_attention + self._saved_projection + self._saved_feed_forward
+        return sum(self._saved.values())
 
     @cached_property
     def _beside_layers(self) -> int:
@@ -218,7 +223,7 @@ class _Rank:
         return self._moment(
             f"feed-forward of layer {layer}",
             gradients=self._gradients_after(layer) + f * h,
-            activations=self._beside_layers + (layer + 1) * self._layer - n * f,
+            activations=self._beside_layers + (layer + 1) * self._layer - self._saved["product"],
             layer_transients=n * h + 3 * n * f,
         )
 
@@ -228,7 +233,7 @@ class _Rank:
         return self._moment(
             f"attention of layer {layer}",
             gradients=self._gradients_after(layer) + 3 * f * h + h + h * h,
-            activations=self._beside_layers + layer * self._layer + self._norm + self._saved_attention,
+            activations=self._beside_layers + layer * self._layer + self._saved["input norm"] + self._saved["attention"],
             layer_transients=2 * n * h,
             attention_transients=self._engine(),
         )

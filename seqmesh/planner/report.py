@@ -1,0 +1,189 @@
+"""What `seqmesh plan` prints: the best few, why, why not the next, and what the answer rests on.
+
+Where it sits: planner, above reasons.py and records.py. It formats; it computes nothing.
+"""
+
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+
+from seqmesh.planner.cost import Pricer
+from seqmesh.planner.job import Job
+from seqmesh.planner.kernel import Split
+from seqmesh.planner.price import Price
+from seqmesh.planner.reasons import Rests, reasons, rests_on, why_not
+from seqmesh.planner.search import Found
+from seqmesh.planner.units import format_bytes, format_seconds, format_tokens
+
+WIDTH = 150
+"""Columns where the output is not a terminal."""
+MOST_RESTS = 5
+
+
+def console() -> Console:
+    """Standard output: as wide as the terminal, or WIDTH in a pipe."""
+    plain = Console(highlight=False, soft_wrap=False)
+    return plain if plain.is_terminal else Console(highlight=False, width=WIDTH)
+
+
+def show_found(out: Console, pricer: Pricer, found: Found) -> None:
+    """The answer to a search."""
+    _heading(out, pricer.job)
+    out.print(f"{found.meshes} legal meshes compared; one line for each of the best. Times are predicted, not measured.\n")
+    shown = (*found.best, *found.misfits)
+    out.print(candidates_table(shown))
+    if not found.best:
+        return
+    best = found.best[0]
+    show_memory(out, pricer, best)
+    _list(out, "Why this one", reasons(pricer, best))
+    _list(out, "Why not the next", [why_not(best, other) for other in found.best[1:3]])
+    _list(out, "What would change the answer", would_change(pricer, found.best))
+
+
+def show_one(out: Console, pricer: Pricer, price: Price) -> None:
+    """One point in full: `--explain`."""
+    _heading(out, pricer.job)
+    out.print()
+    out.print(candidates_table([price]))
+    show_memory(out, pricer, price)
+    _show_time(out, price)
+    _show_bytes(out, price)
+    _list(out, "Why", reasons(pricer, price))
+    _list(out, "What it rests on", would_change(pricer, [price]))
+    show_assumptions(out, pricer.job)
+
+
+def _heading(out: Console, job: Job) -> None:
+    c, m = job.cluster, job.model
+    batch = f"global batch {job.global_batch}"
+    packed = f", {len(job.documents)} packed documents" if job.documents else ""
+    state = "measured profile" if c.gpu.measured else "rates by data sheet, unmeasured"
+    out.print(
+        f"[bold]{m.name}[/] ({m.parameters / 1e9:.2f}B parameters), {format_tokens(job.seq_len)} tokens{packed}, {batch},"
+        f" on {c.nodes} x {c.gpus_per_node} {c.gpu.name} ({format_bytes(job.capacity)} each; {state})"
+    )
+
+
+def candidates_table(prices: Sequence[Price]) -> Table:
+    """One line a point."""
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("", "tp", "uly", "ring", "dp", "pp", "zero", "savers"):
+        table.add_column(title, no_wrap=title != "savers")
+    for title in (
+        "step",
+        "lower-upper",
+        "tokens/s",
+        "TFLOP/s\nper GPU",
+        "MFU\ncausal",
+        "MFU\nnon-causal",
+        "memory",
+        "sent per GPU\nand step",
+        "limited\nby",
+    ):
+        table.add_column(title, justify="right", no_wrap=True)
+    for number, price in enumerate(prices, 1):
+        p = price.point
+        savers = [f"{key} {value}" for key in ("checkpointing", "offload", "tiling") if (value := getattr(p, key)) != "none"]
+        savers += [f"micro-batch {p.micro_batch}"] if p.micro_batch > 1 else []
+        sent = "\n".join(f"{link.replace('_', '-')} {format_bytes(size)}" for link, size in price.bytes_per_step.items())
+        table.add_row(
+            str(number),
+            *map(str, (p.tp, p.ulysses, p.ring, p.dp, p.pp, p.zero)),
+            "\n".join(savers) or "-",
+            format_seconds(price.seconds),
+            f"{format_seconds(price.lower)} - {format_seconds(price.upper)}",
+            f"{price.tokens_per_second:,.0f}",
+            f"{price.tflops_per_gpu:.1f}",
+            f"{price.mfu_causal:.1%}",
+            f"{price.mfu_noncausal:.1%}",
+            format_bytes(price.memory.total) + ("" if price.fits else "\nDOES NOT FIT"),
+            sent or "-",
+            price.bound_by.replace("_", "-"),
+        )
+    return table
+
+
+def show_memory(out: Console, pricer: Pricer, price: Price) -> None:
+    """Memory at the peak by category."""
+    out.print(f"\n[bold]Memory of a rank at the peak[/]: {format_bytes(price.memory.total)} of {format_bytes(pricer.job.capacity)}")
+    parts = [f"{name.replace('_', ' ')} {format_bytes(size)}" for name, size in price.memory.categories.items()]
+    out.print("  " + ", ".join(parts))
+    moments = ", ".join(f"{name} {format_bytes(size)}" for name, size in price.memory.moments.items() if size)
+    out.print(f"  the largest of these moments counts: {moments}")
+    if price.memory.host:
+        out.print(f"  on the host: {format_bytes(price.memory.host)}")
+
+
+def _show_time(out: Console, price: Price) -> None:
+    out.print("\n[bold]Time of a step[/]")
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    for title in ("  piece", "cause"):
+        table.add_column(title)
+    for title in ("alone", "adds", "share"):
+        table.add_column(title, justify="right")
+    for piece in sorted(price.pieces, key=lambda piece: -piece.exposed):
+        row = (format_seconds(piece.seconds), format_seconds(piece.exposed), f"{piece.exposed / price.seconds:.1%}")
+        table.add_row(f"  {piece.name}", piece.cause.replace("_", "-"), *row)
+    out.print(table)
+
+
+def _show_bytes(out: Console, price: Price) -> None:
+    parts = [f"{link.replace('_', '-')} {format_bytes(size)}" for link, size in price.bytes_per_step.items()]
+    out.print(f"\n[bold]Bytes that a GPU sends in a step, on average[/]: {', '.join(parts) or 'none'}")
+
+
+def show_assumptions(out: Console, job: Job) -> None:
+    """Every constant with its source."""
+    out.print("\n[bold]Constants[/] (override with --assume name=value, or a measured profile with --profile)")
+    out.print(f"  {job.cluster.gpu.name}: {job.cluster.gpu.source or 'no source given'}")
+    given = job.cluster.gpu.overrides
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for name, value, unit, source in job.assumptions.explain():
+        note = f"of {job.cluster.gpu.name}'s file; else {source}" if name in given else source
+        table.add_row(f"  {name}", f"{value:g} {unit}".strip(), note)
+    out.print(table)
+
+
+def would_change(pricer: Pricer, best: Sequence[Price]) -> list[str]:
+    """The assumptions that the answer rests on most, and those that change the winner."""
+    rests = rests_on(pricer, best)
+    lines = [_rest(one) for one in rests[:MOST_RESTS]]
+    return lines + [_rest(one) for one in rests[MOST_RESTS:] if one.winner]
+
+
+def _rest(one: Rests) -> str:
+    winner = f"; then {one.winner} wins" if one.winner else ""
+    return f"{one.name} 20% lower: step {one.low:+.1%}, 20% higher: {one.high:+.1%}{winner}"
+
+
+def _list(out: Console, title: str, lines: Sequence[str]) -> None:
+    if lines:
+        out.print(f"\n[bold]{title}[/]")
+        for line in lines:
+            out.print(f"  - {line}", markup=False)
+
+
+def show_splits(out: Console, job: Job, splits: Sequence[Split]) -> None:
+    """The table of `--kernel`."""
+    c, m = job.cluster, job.model
+    out.print(
+        f"one attention forward: {m.heads} query heads, {m.kv_heads} K/V heads, head dim {m.head_dim}, {format_tokens(job.seq_len)} tokens,"
+        f" batch {job.global_batch}, on {c.nodes} x {c.gpus_per_node} {c.gpu.name}; predicted, not measured\n"
+    )
+    table = Table(box=None, pad_edge=False, header_style="bold")
+    columns = ("uly", "ring", "layout", "iterations/s", "time", "kernel", "merge", "heads exchange", "rows exchange", "of it exposed")
+    for title in (*columns, "sent per GPU", "limited by"):
+        table.add_column(title, justify="right")
+    for split in splits:
+        times = (split.seconds, split.parts.kernel, split.parts.merge, split.parts.heads, split.parts.rows, split.parts.rows_exposed)
+        sent = ", ".join(f"{link.replace('_', '-')} {format_bytes(size)}" for link, size in split.bytes_sent.items())
+        table.add_row(
+            *map(str, (split.ulysses, split.ring, split.layout)),
+            f"{1 / split.seconds:.2f}",
+            *map(format_seconds, times),
+            sent or "-",
+            split.bound_by.replace("_", "-"),
+        )
+    out.print(table)

@@ -34,7 +34,9 @@ def main() -> None:
     except Exception as error:
         if not _is_usage_error(error):
             raise
-        code = _fail(f"{_one_line(getattr(error, 'message', error))} (see seqmesh --help)", USAGE)
+        near = (getattr(error, "possibilities", None) or [])[:1]
+        suggestion = f"; did you mean {near[0]}?" if near else ""
+        code = _fail(f"{_one_line(getattr(error, 'message', error))}{suggestion} (see {_help_of(sys.argv)})", USAGE)
     sys.exit(code)
 
 
@@ -51,6 +53,10 @@ def _spelled_out(arguments: list[str]) -> list[str]:
 def _fail(message: str, code: int) -> int:
     print(f"seqmesh: error: {message}", file=sys.stderr)
     return code
+
+
+def _help_of(arguments: Sequence[str]) -> str:
+    return "seqmesh plan --help" if arguments[1:2] == ["plan"] else "seqmesh --help"
 
 
 def _one_line(message: object) -> str:

@@ -59,8 +59,23 @@ class Layout:
             raise ValueError("a layout of no ring ranks; a layout needs at least one rank")
         ranks = tuple(tuple(span for span in map(Span._make, spans) if span.count) for spans in self.ranks)
         object.__setattr__(self, "ranks", ranks)
+        if not self._is_partition():
+            self._refuse()
+
+    def _is_partition(self) -> bool:
+        """Whether the spans, if none has a stride, follow one another from 0 to s: a sort, where `_refuse` looks at every token."""
+        spans = sorted(chain.from_iterable(self.ranks))
+        stops = [span.start + span.count for span in spans]
+        return (
+            all(s.stride == 1 and s.count > 0 for s in spans)
+            and [s.start for s in spans] == [0, *stops][:-1]
+            and (stops or [0])[-1] == self.s
+        )
+
+    def _refuse(self) -> None:
+        """Raise if a token is held by no rank or by two, or a span leaves the sequence."""
         held, total = bytearray(self.s), 0
-        for span in chain.from_iterable(ranks):
+        for span in chain.from_iterable(self.ranks):
             tokens = span.tokens if span.stride else range(0)
             if span.count < 0 or span.stride < 1 or span.start < 0 or tokens[-1] >= self.s:
                 raise ValueError(f"{span} leaves the sequence of {self.s} tokens; use count >= 0, stride >= 1 and positions inside it")

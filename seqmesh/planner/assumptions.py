@@ -68,6 +68,7 @@ class Assumptions:
     )
     host_copy: float = _assumed(0.75, "of the one-way PCIe rate", "assumption; pinned memory")
     host_memory: float = _assumed(20e9, "bytes/s per GPU", "assumption; for an optimizer step on the host's memory, shared by 8 GPUs")
+    host_bytes: float = _assumed(137e9, "bytes per GPU", "assumption; a node with 1 TiB of memory and 8 GPUs")
     overhead: float = _assumed(
         0.01, "of memory", "assumption; CUDA context, NCCL buffers, fragmentation. The paper's margins are 1 to 5 GB"
     )

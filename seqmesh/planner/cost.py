@@ -45,13 +45,13 @@ class Pricer:
         return Price(
             point=point,
             memory=memory,
-            fits=memory.total <= job.capacity,
+            fits=memory.fits(job),
             pieces=self._pieces(point),
             bytes_per_step=add_bytes(self._bytes(point)),
             tokens=job.seq_len * job.global_batch,
             gpus=point.gpus,
             flops=linear + pair * job.mask.area,
-            flops_noncausal=linear + pair * job.seq_len**2,
+            flops_noncausal=linear + pair * sum(length**2 for length in job.documents or (job.seq_len,)),
             peak=job.cluster.gpu.flops_per_s,
         )
 

@@ -35,6 +35,14 @@ class Memory:
     host: int
     """Bytes offloaded to the host."""
 
+    def fits(self, job: Job) -> bool:
+        """Whether the GPU and its share of the host hold it."""
+        return self.total <= job.capacity and self.host <= job.assumptions.host_bytes
+
+    def over(self, job: Job) -> int:
+        """Bytes beyond the GPU's memory or its share of the host's, whichever is more."""
+        return max(self.total - job.capacity, self.host - round(job.assumptions.host_bytes))
+
     @property
     def total(self) -> int:
         """Bytes at the peak."""
@@ -52,6 +60,12 @@ class MemoryModel:
         """The memory of a point."""
         ends = {0, point.pp - 1}
         return max((self._stage(point, stage) for stage in ends), key=lambda memory: memory.total)
+
+    def floor(self, point: Point) -> int:
+        """A lower bound of the total that needs no schedule: states and activations of the first stage."""
+        states, _ = self._states(point, first=True, last=point.pp == 1)
+        activations, _ = self._activations(point, 0)
+        return sum(states.values()) + sum(activations.values())
 
     def _stage(self, point: Point, stage: int) -> Memory:
         job = self._job

@@ -37,7 +37,7 @@ def unknown(kind: str, got: str, known: Iterable[str], where: str = "") -> Value
     """
     names = list(known)
     by_lower = {name.lower(): name for name in names}
-    near = difflib.get_close_matches(got.lower(), list(by_lower), 1)
+    near = difflib.get_close_matches(got.lower(), list(by_lower), 1, cutoff=0.4)
     suggestion = f"did you mean {by_lower[near[0]]!r}? " if near else ""
     return ValueError(f"{where and where + ': '}unknown {kind} {got!r}; {suggestion}known: {', '.join(map(shown, names)) or 'none'}")
 

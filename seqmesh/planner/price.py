@@ -5,8 +5,8 @@
     lower bound   = the busiest cause alone                            full overlap: T = max(T_math, T_comms)
 
 Model FLOPs count what the model needs (forward + 2x backward); hardware does more: flash attention's backward is 2.5x, and
-checkpointing repeats the forward. MFU is reported twice: `mfu_causal` counts the pairs that causal attention needs,
-6 L h s per token, `mfu_noncausal` twice as many (PaLM). Both ignore packed documents' smaller masks only in the second.
+checkpointing repeats the forward. MFU is reported twice: `mfu_causal` counts the mask's exact pairs (for a causal mask 6 L h s per
+token), `mfu_noncausal` all pairs of each document (PaLM: 12 L h s).
 
 Where it sits: planner, pure; cost.py makes these, search.py and the reports read them.
 """
@@ -50,7 +50,7 @@ class Price:
     flops: float
     """Model FLOPs of a step, of the mask's exact pairs."""
     flops_noncausal: float
-    """Model FLOPs with all seq_len^2 pairs."""
+    """Model FLOPs with all pairs of a sequence, or of each packed document."""
     peak: float
     """FLOP/s of one GPU by the data sheet."""
 
@@ -103,7 +103,7 @@ class Price:
 
     @property
     def mfu_noncausal(self) -> float:
-        """The same with all seq_len^2 pairs (PaLM's convention)."""
+        """The same with all pairs of a sequence, or of each packed document (PaLM's convention)."""
         return self.flops_noncausal / self.seconds / self.gpus / self.peak
 
 

@@ -50,9 +50,9 @@ def _compared(pricer: Pricer, price: Price, other: Point) -> str | None:
     """How another point does, or None if it is not legal."""
     if any(violations(pricer.job, other)):
         return None
-    total = pricer.memory.of(other).total
-    if total > pricer.job.capacity:
-        return f"does not fit ({format_bytes(total - pricer.job.capacity)} too much)"
+    memory = pricer.memory.of(other)
+    if not memory.fits(pricer.job):
+        return f"does not fit ({format_bytes(memory.over(pricer.job))} too much)"
     return _difference(pricer.seconds(other) / price.seconds - 1)
 
 
@@ -150,8 +150,10 @@ def why_not(best: Price, other: Price) -> str:
 
 def shortfall(pricer: Pricer, price: Price, pins: Pins | None = None) -> str:
     """By how much a point does not fit, and the cheapest thing that would make it fit."""
-    short = price.memory.total - pricer.job.capacity
-    size = f"{price.point} takes {format_bytes(price.memory.total)} of {format_bytes(pricer.job.capacity)}, {format_bytes(short)} too much"
+    short, capacity, taken, where = price.memory.over(pricer.job), pricer.job.capacity, price.memory.total, "a GPU"
+    if price.memory.total <= capacity:
+        capacity, taken, where = round(pricer.job.assumptions.host_bytes), price.memory.host, "the host for each GPU"
+    size = f"{price.point} takes {format_bytes(taken)} of the {format_bytes(capacity)} of {where}, {format_bytes(short)} too much"
     return f"{size}; {_cheapest_remedy(pricer, price.point, pins or {})}"
 
 
@@ -163,7 +165,7 @@ def _cheapest_remedy(pricer: Pricer, point: Point, pins: Pins) -> str:
         for value in values[1:]
         if value != getattr(point, key) and key not in pins
     ]
-    legal = [p for p in changed if not any(violations(pricer.job, p)) and pricer.memory.of(p).total <= pricer.job.capacity]
+    legal = [p for p in changed if not any(violations(pricer.job, p)) and pricer.memory.of(p).fits(pricer.job)]
     if legal:
         best = min(legal, key=pricer.seconds)
         (key,) = (key for key in SAVERS if getattr(best, key) != getattr(point, key))

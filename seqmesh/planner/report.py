@@ -70,14 +70,12 @@ def candidates_table(prices: Sequence[Price]) -> Table:
     """One line a point."""
     table = Table(box=None, pad_edge=False, header_style="bold")
     for title in ("", "tp", "uly", "ring", "dp", "pp", "zero", "savers"):
-        table.add_column(title, no_wrap=title != "savers")
+        table.add_column(title, no_wrap=True)
     for title in (
-        "step",
-        "lower-upper",
+        "step\n(lower - upper)",
         "tokens/s",
         "TFLOP/s\nper GPU",
-        "MFU\ncausal",
-        "MFU\nnon-causal",
+        "MFU\ncausal\n(non-causal)",
         "memory",
         "sent per GPU\nand step",
         "limited\nby",
@@ -92,12 +90,10 @@ def candidates_table(prices: Sequence[Price]) -> Table:
             str(number),
             *map(str, (p.tp, p.ulysses, p.ring, p.dp, p.pp, p.zero)),
             "\n".join(savers) or "-",
-            format_seconds(price.seconds),
-            f"{format_seconds(price.lower)} - {format_seconds(price.upper)}",
+            f"{format_seconds(price.seconds)}\n({format_seconds(price.lower)} - {format_seconds(price.upper)})",
             f"{price.tokens_per_second:,.0f}",
             f"{price.tflops_per_gpu:.1f}",
-            f"{price.mfu_causal:.1%}",
-            f"{price.mfu_noncausal:.1%}",
+            f"{price.mfu_causal:.1%}\n({price.mfu_noncausal:.1%})",
             format_bytes(price.memory.total) + ("" if price.fits else "\nDOES NOT FIT"),
             sent or "-",
             price.bound_by.replace("_", "-"),

@@ -129,7 +129,7 @@ def _fitting(pricer: Pricer, base: Point, pins: Pins) -> Iterator[Price]:
     for point in _savers(base, pins):
         if any(_dominates(smaller, point) for smaller in fitted) or any(violations(pricer.job, point)):
             continue
-        if pricer.memory.of(point).total <= pricer.job.capacity:
+        if pricer.memory.of(point).fits(pricer.job):
             fitted.append(point)
             yield pricer.price(point)
 
@@ -145,18 +145,19 @@ def _misfits(pricer: Pricer, bounds: list[tuple[float, Point]], pins: Pins, top:
     smallest: list[tuple[int, Point]] = []
     for _, base in bounds:
         legal = [p for p in _savers(base, pins) if not any(violations(pricer.job, p))]
-        sizes = [(pricer.memory.of(p).total, p) for p in legal[-8:]]
-        total, point = min(sizes, key=lambda size: size[0])
-        if total > pricer.job.capacity:
-            smallest.append((total, point))
+        sizes = [(pricer.memory.of(p), p) for p in legal]
+        if not any(memory.fits(pricer.job) for memory, _ in sizes):
+            memory, point = min(sizes, key=lambda size: size[0].over(pricer.job))
+            smallest.append((memory.over(pricer.job), point))
     return tuple(pricer.price(point) for _, point in nsmallest(top, smallest, key=lambda size: size[0]))
 
 
 def fits_at_all(pricer: Pricer, pins: Pins) -> bool:
     """Whether any legal point with these pins fits. No time is computed."""
     for mesh in meshes(pricer.job, pins):
-        points = [p for p in _savers(mesh, pins) if not any(violations(pricer.job, p))]
-        if any(pricer.memory.of(p).total <= pricer.job.capacity for p in reversed(points)):
+        tiled = {"tiling": pins.get("tiling", TILING[-1])}  # tiling has no memory cost; other savers have
+        small = (p for p in _savers(mesh, {**pins, **tiled}) if pricer.memory.floor(p) <= pricer.job.capacity)
+        if any(pricer.memory.of(p).fits(pricer.job) for p in small if not any(violations(pricer.job, p))):
             return True
     return False
 

@@ -1,7 +1,7 @@
 """The memory trace against memory that was allocated, on one rank and on four, and the formula against the trace.
 
-Tolerances: one operator's own buffers, which a trace cannot see, are below 0.1% here; the formula leaves out a few KB of scalars
-and what groups of unequal heads save in copies.
+Tolerances: a trace cannot see one operator's own buffers. Those of the flash kernel's backward are 1 MiB of logits a thread and a
+copy of a tile's queries; others are a few KB. The formula leaves out a few KB of scalars, and what unequal heads save in copies.
 """
 
 import inspect
@@ -47,8 +47,10 @@ def shape(
 
 
 LLAMA3_8B = shape(4096, 32, 8, 14336, 128256, layers=32)
-GROUPED, SMALL_VOCABULARY = shape(512, 8, 2, 1792, 16000), shape(512, 8, 8, 1376, 259, layers=3)
+GROUPED, SMALL_VOCABULARY = shape(512, 8, 2, 1792, 16000), shape(512, 8, 8, 1376, 259)
 ATTENTION_HEAVY = shape(512, 8, 8, 256, 50)
+KERNEL_BYTES = 3 * 2**19
+"""More than the flash kernel holds in its backward, on one thread, for the small shapes here."""
 
 
 def trainer(model: ModelShape, seq_len: int, mesh: SequenceMesh) -> Trainer:
@@ -88,9 +90,12 @@ def test_the_traced_peak_is_what_one_rank_allocates(model: ModelShape, seq_len: 
 
 @pytest.mark.parametrize(("ulysses", "ring"), [(2, 2), (1, 4), (4, 1)])
 def test_the_traced_peak_is_what_rank_0_of_four_allocates(ranks: Ranks, ulysses: int, ring: int) -> None:
-    model = shape(128, 4, 4, 64, 50)  # the peak is in the engine or next to it
-    traced = trace_training_step(model, seq_len=16384, ulysses=ulysses, ring=ring)
-    assert traced.peak_bytes == pytest.approx(ranks.run(4, allocated, model, 16384, ulysses, ring)[0], rel=1e-2)
+    """The peak is inside the engine, among its buffers. The least of a few steps: gloo's thread may hold a message for a while."""
+    model, seq_len = shape(256, 8, 8, 64, 50), 4096
+    traced = trace_training_step(model, seq_len=seq_len, ulysses=ulysses, ring=ring)
+    found = min(ranks.run(4, allocated, model, seq_len, ulysses, ring)[0] for _ in range(3))
+    assert 0 <= found - traced.peak_bytes <= KERNEL_BYTES
+    assert traced.peak_bytes > 20 * KERNEL_BYTES
 
 
 def test_the_trace_agrees_with_pytorchs_memory_tracker() -> None:
@@ -98,9 +103,8 @@ def test_the_trace_agrees_with_pytorchs_memory_tracker() -> None:
     traced = trace_training_step(model, seq_len=seq_len, ulysses=1, ring=1)
     tracker = MemTracker()
     with FakeTensorMode(allow_non_fake_inputs=True), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.Tensor, "item", lambda x: 1.0 if x.is_floating_point() else 1)
-        for conversion in ("__int__", "__float__"):
-            patch.setattr(torch.Tensor, conversion, lambda _: 1)
+        for read, answer in (("__int__", 1), ("__float__", 1.0), ("item", 1.0)):
+            patch.setattr(torch.Tensor, read, lambda _, answer=answer: answer)
         trained = trainer(model, seq_len, SequenceMesh.build())
         trained.step()
         trained.optimizer.zero_grad()

@@ -55,6 +55,9 @@ class Assumptions:
     gradient_overlap: float = _assumed(
         0.0, "of gradient traffic", "seqmesh reduces gradients after the backward; so did the paper's set-up"
     )
+    prefetch: float = _assumed(
+        0.5, "of ZeRO-3's gathers", "assumption; the share that hides behind compute: the first layers' and those of short layers do not"
+    )
     overlap_tax: float = _assumed(
         0.1,
         "of hidden exchange",
@@ -103,10 +106,11 @@ class Assumptions:
 
 
 _SHARES = {
-    "matmul", "attention_forward", "attention_backward", "small_head_rate", "memory", "scale_up", "network", "pcie", "host_copy",
-    "one_nic_per_partial_node", "tp_exposed", "gradient_overlap", "overlap_tax", "overhead",
-}  # fmt: skip
+    *("matmul", "attention_forward", "attention_backward", "small_head_rate", "memory", "scale_up", "network", "pcie", "host_copy"),
+    *("one_nic_per_partial_node", "tp_exposed", "gradient_overlap", "prefetch", "overlap_tax", "overhead"),
+}
 _MAY_BE_ZERO = {
-    "attention_half_rows", "small_head", "pcie_contention", "scale_up_latency", "pcie_latency", "network_latency", "launch",
-    "one_nic_per_partial_node", "tp_exposed", "gradient_overlap", "overlap_tax", "merge_bytes", "dq_bytes", "dkv_bytes", "overhead",
-}  # fmt: skip
+    *("attention_half_rows", "small_head", "pcie_contention", "scale_up_latency", "pcie_latency", "network_latency", "launch"),
+    *("one_nic_per_partial_node", "tp_exposed", "gradient_overlap", "prefetch", "overlap_tax", "overhead"),
+    *("merge_bytes", "dq_bytes", "dkv_bytes"),
+}

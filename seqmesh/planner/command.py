@@ -79,6 +79,7 @@ def _plan(  # one parameter an option: that is typer's form
     explain: Annotated[bool, _option("--explain", text="Price the best (or the pinned) point in full.")] = False,
     max_seq: Annotated[bool, _option("--max-seq", text="Find the longest sequence that fits, then plan it.")] = False,
     compare: Annotated[bool, _option("--compare", text="The paper's Table 2 for this model: as printed, and corrected.")] = False,
+    published: Annotated[bool, _option("--published", text="The paper's measured tables beside this planner's predictions.")] = False,
     kernel: Annotated[bool, _option("--kernel", text="Rank the ulysses x ring splits of one attention forward instead.")] = False,
     heads: Annotated[int | None, _option("--heads", text="Query heads, with --kernel.")] = None,
     kv_heads: Annotated[int | None, _option("--kv-heads", text="K/V heads, with --kernel (default: as --heads).")] = None,
@@ -92,6 +93,11 @@ def _plan(  # one parameter an option: that is typer's form
     plot: Annotated[Path | None, _option("--plot", text="Draw memory and time of the candidates (default plan.png).")] = None,
 ) -> int:
     """Choose a mesh: dp, tp, ulysses, ring, pp, ZeRO stage and memory savers, with memory, time and the reasons. No GPU is needed."""
+    if published:
+        from seqmesh.planner.published import render
+
+        print(render())
+        return 0
     _check_counts(top=top, global_batch=global_batch, max_micro_batch=max_micro_batch)
     _check_kernel_options(kernel, model, {"--heads": heads, "--kv-heads": kv_heads, "--head-dim": head_dim})
     machine = Machine(gpu=gpu, cluster=cluster, nodes=nodes, gpus_per_node=gpus_per_node, files=(*(hardware or ()), *(profile or ())))
@@ -180,9 +186,9 @@ def _answer(job: Job, pins: Pins, outputs: Outputs) -> int:
         records = [record(price, job.capacity, _why(pricer, found, price, pins)) for price in shown]
         print(json.dumps({"seq_len": job.seq_len, "candidates": records}, indent=2))
     elif outputs.explain or _is_point(pins):
-        show_one(console(), pricer, shown[0])
+        show_one(console(), pricer, shown[0], pins)
     else:
-        show_found(console(), pricer, found)
+        show_found(console(), pricer, found, pins)
     return 0
 
 
@@ -192,10 +198,8 @@ def _is_point(pins: Pins) -> bool:
 
 
 def _why(pricer: Pricer, found: Found, price: Price, pins: Pins) -> list[str]:
-    if not price.fits:
-        return [shortfall(pricer, price, pins)]
-    if price is found.best[0]:
-        return reasons(pricer, price)
+    if not found.best or price is found.best[0] or not price.fits:
+        return reasons(pricer, price, pins)
     return [why_not(found.best[0], price)]
 
 
@@ -223,8 +227,8 @@ def _write(pricer: Pricer, shown: Sequence[Price], outputs: Outputs) -> None:
 
 
 def _title(job: Job) -> str:
-    c = job.cluster
-    return f"{job.model.name}, {format_tokens(job.seq_len)} tokens, global batch {job.global_batch}, {c.nodes} x {c.gpus_per_node} {c.gpu.name}"
+    c, length = job.cluster, format_tokens(job.seq_len)
+    return f"{job.model.name}, {length} tokens, global batch {job.global_batch}, {c.nodes} x {c.gpus_per_node} {c.gpu.name}"
 
 
 def _save(path: Path, text: str) -> None:

@@ -4,8 +4,8 @@
     once a step          optimizer                             gradients, weights (ZeRO-2 and 3: every micro-batch)
     pipeline             bubble = (pp - 1) micro-batches       boundary activations
 
-What hides what: ring stages behind the compute of the stage before (attention.py); ZeRO-3's gathers and offloaded activations
-behind the whole compute; a share of gradients and of tensor parallelism by assumption; the exchange of heads behind nothing.
+What hides what: ring stages behind the compute of the stage before (attention.py); offloaded activations behind the whole
+compute; a share of ZeRO-3's gathers, of gradients and of tensor parallelism by assumption; the exchange of heads behind nothing.
 
 Where it sits: planner, pure; above attention, compute, memory and network.
 """
@@ -170,8 +170,9 @@ class Pricer:
         yield Piece(name="gradient reduction", cause=link, seconds=reduce, exposed=exposed)
         if point.zero:
             gather = self.network.round_seconds(group, gathers, 2 * runs if point.zero == 3 else 1)
-            hidden = busy if point.zero == 3 else 0.0  # a layer's weights are fetched while the one before computes
-            yield Piece(name="weight gathering", cause=link, seconds=gather, exposed=max(0.0, gather - hidden))
+            # ZeRO-3 fetches a layer's weights while the one before computes
+            hidden = min(self.job.assumptions.prefetch * gather, busy) if point.zero == 3 else 0.0
+            yield Piece(name="weight gathering", cause=link, seconds=gather, exposed=gather - hidden)
 
     def _sent_for_weights(self, point: Point) -> tuple[float, float]:
         """Bytes that a rank sends in a step to reduce gradients, and to gather weights."""

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from seqmesh.planner.cost import Pricer
 from seqmesh.planner.job import Point, violations
 from seqmesh.planner.price import COMPUTE, PIPELINE, Price
-from seqmesh.planner.search import SAVERS, Pins, search
+from seqmesh.planner.search import Pins, search
 from seqmesh.planner.units import format_bytes, format_seconds, format_tokens
 
 SWING = 0.2
@@ -22,10 +22,10 @@ NODES_TRIED = (2, 4, 8, 16, 32, 64)
 """Multiples of the machine that `remedy` tries."""
 
 
-def reasons(pricer: Pricer, price: Price) -> list[str]:
+def reasons(pricer: Pricer, price: Price, pins: Pins) -> list[str]:
     """Why a point is as it is; for a point that does not fit, what would make it fit."""
     if not price.fits:
-        return [shortfall(pricer, price)]
+        return [shortfall(pricer, price, pins)]
     parts = (_limit(price), _unified(pricer, price), _data_parallel(pricer, price), _zero(pricer, price), _tensor(pricer, price))
     return [text for part in (*parts, _savers(pricer, price), _order(pricer, price)) for text in part]
 
@@ -148,41 +148,25 @@ def why_not(best: Price, other: Price) -> str:
     return f"{other.point}: {format_seconds(gap)} slower ({gap / best.seconds:.1%}): {', '.join(shown) or 'a little of everything'}"
 
 
-def shortfall(pricer: Pricer, price: Price, pins: Pins | None = None) -> str:
+def shortfall(pricer: Pricer, price: Price, pins: Pins) -> str:
     """By how much a point does not fit, and the cheapest thing that would make it fit."""
     short, capacity, taken, where = price.memory.over(pricer.job), pricer.job.capacity, price.memory.total, "a GPU"
     if price.memory.total <= capacity:
         capacity, taken, where = round(pricer.job.assumptions.host_bytes), price.memory.host, "the host for each GPU"
     size = f"{price.point} takes {format_bytes(taken)} of the {format_bytes(capacity)} of {where}, {format_bytes(short)} too much"
-    return f"{size}; {_cheapest_remedy(pricer, price.point, pins or {})}"
-
-
-def _cheapest_remedy(pricer: Pricer, point: Point, pins: Pins) -> str:
-    """A saver, then more nodes, then a shorter sequence."""
-    changed = [
-        point.but(**{key: value})
-        for key, values in SAVERS.items()
-        for value in values[1:]
-        if value != getattr(point, key) and key not in pins
-    ]
-    legal = [p for p in changed if not any(violations(pricer.job, p)) and pricer.memory.of(p).fits(pricer.job)]
-    if legal:
-        best = min(legal, key=pricer.seconds)
-        (key,) = (key for key in SAVERS if getattr(best, key) != getattr(point, key))
-        slower = _difference(pricer.seconds(best) / pricer.seconds(point) - 1)
-        return f"{key}={getattr(best, key)} would make it fit (it {slower})"
-    return remedy(pricer, pins)
+    return f"{size}; {remedy(pricer, pins)}"
 
 
 def remedy(pricer: Pricer, pins: Pins) -> str:
-    """What would make a job fit that does not: pins to release, more nodes, or the longest sequence that fits."""
+    """What would make a job fit that does not: one pin to release, all of them, more nodes, or a shorter sequence."""
     job = pricer.job
-    for key in ("checkpointing", "tiling", "zero", "offload", "micro_batch", "tp", "ring", "ulysses", "dp", "pp"):
-        rest = {k: v for k, v in pins.items() if k != key}
-        if key in pins and (found := _fits(pricer, rest)):
-            return f"{key}={getattr(found.point, key)} would make it fit ({found.point}, {format_seconds(found.seconds)} a step)"
-    if pins and (found := _fits(pricer, {})):
-        return f"{found.point} would fit ({format_seconds(found.seconds)} a step)"
+    released = [(_fits(pricer, {k: v for k, v in pins.items() if k != key}), key) for key in pins]
+    found = [(price.seconds, key, price) for price, key in released if price is not None]
+    if found:
+        seconds, key, price = min(found, key=lambda one: one[0])
+        return f"{key}={getattr(price.point, key)} would make it fit ({format_seconds(seconds)} a step)"
+    if pins and (free := _fits(pricer, {})):
+        return f"{free.point} would fit ({format_seconds(free.seconds)} a step)"
     for times in NODES_TRIED:
         bigger = pricer.with_nodes(job.cluster.nodes * times)
         if _fits(bigger, {}):

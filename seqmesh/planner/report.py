@@ -13,7 +13,7 @@ from seqmesh.planner.job import Job
 from seqmesh.planner.kernel import Split
 from seqmesh.planner.price import Price
 from seqmesh.planner.reasons import Rests, reasons, rests_on, why_not
-from seqmesh.planner.search import Found
+from seqmesh.planner.search import Found, Pins
 from seqmesh.planner.units import format_bytes, format_seconds, format_tokens
 
 WIDTH = 150
@@ -27,7 +27,7 @@ def console() -> Console:
     return plain if plain.is_terminal else Console(highlight=False, width=WIDTH)
 
 
-def show_found(out: Console, pricer: Pricer, found: Found) -> None:
+def show_found(out: Console, pricer: Pricer, found: Found, pins: Pins) -> None:
     """The answer to a search."""
     _heading(out, pricer.job)
     out.print(f"{found.meshes} legal meshes compared; one line for each of the best. Times are predicted, not measured.\n")
@@ -37,12 +37,12 @@ def show_found(out: Console, pricer: Pricer, found: Found) -> None:
         return
     best = found.best[0]
     show_memory(out, pricer, best)
-    _list(out, "Why this one", reasons(pricer, best))
+    _list(out, "Why this one", reasons(pricer, best, pins))
     _list(out, "Why not the next", [why_not(best, other) for other in found.best[1:3]])
     _list(out, "What would change the answer", would_change(pricer, found.best))
 
 
-def show_one(out: Console, pricer: Pricer, price: Price) -> None:
+def show_one(out: Console, pricer: Pricer, price: Price, pins: Pins) -> None:
     """One point in full: `--explain`."""
     _heading(out, pricer.job)
     out.print()
@@ -50,7 +50,7 @@ def show_one(out: Console, pricer: Pricer, price: Price) -> None:
     show_memory(out, pricer, price)
     _show_time(out, price)
     _show_bytes(out, price)
-    _list(out, "Why", reasons(pricer, price))
+    _list(out, "Why", reasons(pricer, price, pins))
     _list(out, "What it rests on", would_change(pricer, [price]))
     show_assumptions(out, pricer.job)
 

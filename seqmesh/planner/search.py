@@ -1,8 +1,8 @@
 """The search: every legal point of a job, best first, in well under the time that pricing all of them would take.
 
-    1. every mesh (tp, ulysses, ring, dp, pp) and micro-batch      priced without any memory saver: a lower bound of its time
-    2. in the order of that bound                                  add savers (ZeRO stage, tiling, checkpointing, offload) until it fits
-    3. stop                                                        when the next bound is above the worst of the best few
+    1. every mesh (tp, ulysses, ring, dp, pp), micro-batch and ZeRO stage     priced without a memory saver: a lower bound of its time
+    2. in the order of that bound                                             add savers (tiling, checkpointing, offload) until it fits
+    3. stop                                                                   when the next bound is above the worst of the best few
 
 A saver never makes a step faster, so once a point fits, the same point with one saver more is dominated and never priced; and a mesh
 whose bound is above the best few cannot enter them. Nothing else is left out: `tests/test_plan_search.py` compares with brute force.
@@ -21,8 +21,8 @@ from seqmesh.planner.job import CHECKPOINTING, KEYS, OFFLOAD, TILING, Job, Point
 from seqmesh.planner.price import Price
 
 MESH = ("tp", "ulysses", "ring", "dp", "pp")
-SAVERS: dict[str, tuple[int | str, ...]] = {"zero": (0, 1, 2, 3), "tiling": TILING, "checkpointing": CHECKPOINTING, "offload": OFFLOAD}
-"""Values of each saver, each one at least as slow as those before it (zero=1 aside, which beats 0 where there are replicas)."""
+SAVERS: dict[str, tuple[int | str, ...]] = {"tiling": TILING, "checkpointing": CHECKPOINTING, "offload": OFFLOAD}
+"""Values of each saver, each one at least as slow as those before it."""
 
 Pins = Mapping[str, int | str]
 
@@ -75,19 +75,18 @@ def mesh_of(point: Point) -> tuple[int, ...]:
 
 
 def _bounds(pricer: Pricer, pins: Pins) -> Iterator[tuple[float, Point]]:
-    """Every legal mesh and micro-batch with the fewest savers that the pins allow, and its time."""
+    """Every legal mesh, micro-batch and ZeRO stage with the fewest savers that the pins allow, and its time."""
     for point in meshes(pricer.job, pins):
-        base = next(_savers(point, pins))
-        if not any(violations(pricer.job, base)):
-            yield pricer.seconds(base), base
-            continue
         legal = next((p for p in _savers(point, pins) if not any(violations(pricer.job, p))), None)
         if legal is not None:
             yield pricer.seconds(legal), legal
 
 
 def meshes(job: Job, pins: Pins) -> Iterator[Point]:
-    """Every way to write the number of GPUs as tp x ulysses x ring x dp x pp, with every micro-batch, as far as the pins allow."""
+    """Every way to write the number of GPUs as tp x ulysses x ring x dp x pp, with every micro-batch and ZeRO stage the pins allow.
+
+    ZeRO-0 is left out unless pinned: where there are replicas, ZeRO-1 sends no more and takes less memory.
+    """
     m = job.model
 
     def options(key: str, left: int, most: int) -> list[int]:
@@ -104,8 +103,9 @@ def meshes(job: Job, pins: Pins) -> Iterator[Point]:
                     if pins.get("ring", ring) != ring or job.global_batch % dp:
                         continue
                     micro = [int(pins["micro_batch"])] if "micro_batch" in pins else divisors(job.global_batch // dp)
-                    for micro_batch in micro:
-                        yield Point(tp=tp, ulysses=ulysses, ring=ring, dp=dp, pp=pp, micro_batch=micro_batch)
+                    stages = [int(pins["zero"])] if "zero" in pins else [1, 2, 3] if ulysses * ring * dp > 1 else [0]
+                    for zero, micro_batch in product(stages, micro):
+                        yield Point(tp=tp, ulysses=ulysses, ring=ring, dp=dp, pp=pp, zero=zero, micro_batch=micro_batch)
 
 
 def divisors(n: int) -> list[int]:
@@ -116,8 +116,7 @@ def divisors(n: int) -> list[int]:
 
 def _savers(point: Point, pins: Pins) -> Iterator[Point]:
     """A mesh with every combination of savers that the pins allow, fewest first."""
-    zero = (1, 2, 3) if point.replicas > 1 else (0,)
-    values = [(pins[key],) if key in pins else (zero if key == "zero" else SAVERS[key]) for key in SAVERS]
+    values = [(pins[key],) if key in pins else SAVERS[key] for key in SAVERS]
     combinations = product(*(enumerate(options) for options in values))
     for combination in sorted(combinations, key=lambda c: sum(level for level, _ in c)):
         yield point.but(**{key: value for key, (_, value) in zip(SAVERS, combination, strict=True)})

@@ -16,7 +16,7 @@ Expert parallelism, whose row is lost: a rank holds a part of the experts and of
 Where it sits: planner, pure; above symbols.py, below compare.py. Source: PAPER.md, Table 2 and its known flaws.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fractions import Fraction
 
 from seqmesh.planner.symbols import Call, Cost, cost, symbol
@@ -25,7 +25,7 @@ P, G, A = symbol("P"), symbol("G"), symbol("A")
 HIDDEN = symbol("bsLd")
 WHOLE, OPTIMIZER = P + G, symbol("P", 6)
 EXPERTS = "EP (derived)"
-SEQMESH_RING, SEQMESH_UNIFIED = "SP-Ring (seqmesh)", "Unified + ZeRO-1 (seqmesh)"
+SEQMESH_RING, SEQMESH_UNIFIED = "SP-Ring (seqmesh)", "Unified (seqmesh)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,7 +43,7 @@ class Rules:
     kv: Cost
     """K, or V, of the whole batch."""
     kv_ranks: str
-    """Over how many ranks an exchange of heads splits K/V heads: N, or K where ranks outnumber the K/V heads."""
+    """Over how many ranks Ulysses alone splits K/V heads: N, or K where ranks outnumber the K/V heads and hold copies."""
     ring_backward: int
     """Transfers of K or V, or of as much, in a rotating ring's backward."""
     bounded: bool
@@ -66,15 +66,19 @@ class Method:
     optimizer: Cost
     kept: Cost
     """Activations that a rank keeps."""
-    no_parameters: str = "0"
-    """The word for no call in the parameter column."""
     spelled: bool = False
+    """Whether the table names the calls in full though there are two kinds."""
     same: bool = False
     """Whether the table says "same" of the activations' calls."""
 
 
 def ulysses_calls(rules: Rules) -> tuple[Call, ...]:
-    """Q, K, V out and O home, and their gradients: 8 all-to-alls."""
+    """Q, K, V out and O home, and their gradients: 8 all-to-alls, none of which copies K/V heads."""
+    return Call(4, "all-to-all", rules.q / "N"), Call(4, "all-to-all", rules.kv / "N")
+
+
+def pure_ulysses_calls(rules: Rules) -> tuple[Call, ...]:
+    """The same over all ranks, where K/V heads may have to be copied."""
     return Call(4, "all-to-all", rules.q / "N"), Call(4, "all-to-all", rules.kv / rules.kv_ranks)
 
 
@@ -99,7 +103,7 @@ def derived(rules: Rules) -> tuple[Method, ...]:
     exchange, ring = ulysses_calls(rules), exact_ring_calls(rules)
     return (
         _replicated(rules, SEQMESH_RING, ring, "L / L"),
-        _but(unified, SEQMESH_UNIFIED, (*ring, *exchange), cost(ring) / "u" + cost(exchange)),
+        replace(unified, name=SEQMESH_UNIFIED, activation_calls=(*ring, *exchange), activation_cost=cost(exchange) + cost(ring) / "u"),
         _experts(rules),
     )
 
@@ -107,13 +111,13 @@ def derived(rules: Rules) -> tuple[Method, ...]:
 def mixed(rules: Rules, ring_ranks: int, ulysses_ranks: int, *, exact: bool) -> Cost:
     """Activation cost on a concrete mesh: an axis of one rank exchanges nothing."""
     ring = cost(exact_ring_calls(rules) if exact else ring_calls(rules)) / "u" if ring_ranks > 1 else Cost()
-    return ring + cost(ulysses_calls(rules)) if ulysses_ranks > 1 else ring
+    return cost(ulysses_calls(rules)) + ring if ulysses_ranks > 1 else ring
 
 
 def _sequence_and_data(rules: Rules) -> tuple[Method, ...]:
     gather, scatter = Call(1, "all-gather", rules.block), Call(1, "reduce-scatter", rules.block)
     return (
-        _replicated(rules, "SP-Ulysses", ulysses_calls(rules), "heads / L"),
+        _replicated(rules, "SP-Ulysses", pure_ulysses_calls(rules), "heads / L"),
         _replicated(rules, "SP-Ring", ring_calls(rules), "L / L"),
         _replicated(rules, "DP", (), "bs / bs"),
         Method(
@@ -147,7 +151,7 @@ def _replicated(rules: Rules, name: str, activations: tuple[Call, ...], split: s
 def _unified(rules: Rules) -> tuple[Method, ...]:
     """Ulysses x ring. No mesh of two ranks or more moves more than the ring alone: 4/u + 8/N <= 4, the printed bound."""
     ring, exchange = ring_calls(rules), ulysses_calls(rules)
-    activation = cost(ring).bound() if rules.bounded else cost(ring) / "u" + cost(exchange)
+    activation = cost(ring).bound() if rules.bounded else cost(exchange) + cost(ring) / "u"
     rows = []
     for stage, gathers, states in ((1, 1, WHOLE), (2, 1, P + G / "N"), (3, 2, WHOLE / "N")):
         weights = (Call(gathers, "all-gather", rules.block), Call(1, "reduce-scatter", rules.block))
@@ -200,18 +204,4 @@ def _experts(rules: Rules) -> Method:
         states=symbol("Pₐ") + symbol("Gₐ") + owned / "N",
         optimizer=symbol("Pₐ", 6) + symbol("Pₑ", 6) / "N",
         kept=A / "N",
-    )
-
-
-def _but(method: Method, name: str, calls: tuple[Call, ...], activation: Cost) -> Method:
-    return Method(
-        name=name,
-        parameter_calls=method.parameter_calls,
-        parameter_cost=method.parameter_cost,
-        activation_calls=calls,
-        activation_cost=activation,
-        split=method.split,
-        states=method.states,
-        optimizer=method.optimizer,
-        kept=method.kept,
     )

@@ -11,8 +11,8 @@ and buffers, the loss, the backward, the all-reduce of the gradients, clipping, 
     host reads   (`loss.item()`, label counts, norms, checksums) by 1: no allocation depends on them
 
 A storage counts from the operator that returns it until Python or autograd lets go of it. Not seen are buffers inside one operator
-(the flash kernel's blocks, of a few hundred KB), and what an allocator rounds up or keeps. Two steps run; the second counts, for
-AdamW makes its states in the first.
+(the flash kernel's backward: 1 MiB a thread, and a copy of a tile's queries), nor what an allocator rounds up or keeps. Two steps
+run; the second counts, for AdamW makes its states in the first.
 
     forward     |  the model, then the loss                        activations: what lives when the backward begins
     backward    |  of the loss, of the layers from last to first   gradients appear, activations go

@@ -1,0 +1,210 @@
+"""`seqmesh plan` as its users see it: JSON, text, files, and every kind of wrong input in one line with exit code 2."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from seqmesh import cli
+from seqmesh.planner.job import KEYS
+
+JOB = ("--model", "llama3-8b", "--gpu", "a800-sxm", "--nodes", "2", "--gpus-per-node", "8", "--seq-len", "208K", "--global-batch", "1")
+HEADLINE = "tp=8,ulysses=1,ring=2,dp=1,pp=1,zero=1,checkpointing=none,offload=none,tiling=none,micro_batch=1"
+KERNEL = ("--kernel", "--heads", "32", "--kv-heads", "8", "--head-dim", "128", "--gpu", "l20", "--gpus-per-node", "8")
+
+
+class Run:
+    """`seqmesh plan` in this process."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+        self._monkeypatch, self._capsys = monkeypatch, capsys
+
+    def __call__(self, *arguments: str) -> tuple[int, str, str]:
+        self._monkeypatch.setattr(sys, "argv", ["seqmesh", "plan", *arguments])
+        with pytest.raises(SystemExit) as stop:
+            cli.main()
+        shown = self._capsys.readouterr()
+        return int(stop.value.code or 0), shown.out, shown.err
+
+    def json(self, *arguments: str) -> Any:
+        code, out, error = self(*arguments, "--json")
+        assert (code, error) == (0, "")
+        return json.loads(out)
+
+
+@pytest.fixture
+def plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    return Run(monkeypatch, capsys)
+
+
+def test_json_has_the_promised_keys_best_first(plan: Run) -> None:
+    candidates = plan.json(*JOB)["candidates"]
+    promised = {
+        *KEYS, "fits", "step_seconds", "step_seconds_lower", "step_seconds_upper", "tokens_per_second", "tflops_per_gpu", "mfu_causal",
+        "mfu_noncausal", "memory_bytes", "capacity_bytes", "bytes_per_step", "bound_by", "reasons",
+    }  # fmt: skip
+    assert len(candidates) == 5
+    for one in candidates:
+        assert promised <= one.keys()
+        assert one["fits"] is True
+        assert one["reasons"]
+        assert one["tp"] * one["ulysses"] * one["ring"] * one["dp"] * one["pp"] == 16
+        assert one["memory_bytes"]["total"] == sum(size for name, size in one["memory_bytes"].items() if name != "total")
+        assert one["memory_bytes"]["total"] <= one["capacity_bytes"]
+        assert one["step_seconds_lower"] <= one["step_seconds"] <= one["step_seconds_upper"]
+        assert one["tokens_per_second"] == pytest.approx(208 * 1024 / one["step_seconds"])
+        assert one["mfu_causal"] == pytest.approx(one["tflops_per_gpu"] / 312)
+        assert one["mfu_causal"] < one["mfu_noncausal"] < 2 * one["mfu_causal"]
+    times = [one["step_seconds"] for one in candidates]
+    assert times == sorted(times)
+
+
+def test_a_pinned_point_is_priced_alone_whether_it_fits_or_not(plan: Run) -> None:
+    (fits,) = plan.json(*JOB, "--pin", HEADLINE)["candidates"]
+    assert fits["fits"] is True
+    assert [fits[key] for key in KEYS] == [8, 1, 2, 1, 1, 1, "none", "none", "none", 1]
+    (too_big,) = plan.json(*JOB, "--pin", HEADLINE.replace("tp=8", "tp=1").replace("ring=2", "ring=16"))["candidates"]
+    assert too_big["fits"] is False
+    assert too_big["bound_by"] == "memory"
+    assert "too much; " in too_big["reasons"][0]
+
+
+def test_some_pins_leave_the_rest_to_the_search(plan: Run) -> None:
+    candidates = plan.json(*JOB, "--pin", "tp=8", "--pin", "zero=1,checkpointing=none")["candidates"]
+    assert len(candidates) > 1
+    assert {(one["tp"], one["zero"], one["checkpointing"]) for one in candidates} == {(8, 1, "none")}
+
+
+def test_kernel_mode_ranks_the_splits_by_iterations_per_second(plan: Run) -> None:
+    candidates = plan.json(*KERNEL, "--seq-len", "128K")["candidates"]
+    assert [(one["ulysses"], one["ring"]) for one in candidates] == [(2, 4), (1, 8), (4, 2), (8, 1)]  # Table 3's order
+    speeds = [one["iterations_per_second"] for one in candidates]
+    assert speeds == sorted(speeds, reverse=True)
+
+
+def test_text_says_what_why_why_not_and_what_would_change_it(plan: Run) -> None:
+    code, out, error = plan(*JOB)
+    assert (code, error) == (0, "")
+    for part in (
+        "34 legal meshes",
+        "predicted, not measured",
+        "Memory of a rank",
+        "Why this one",
+        "Why not the next",
+        "What would change",
+        "practice 7",
+    ):
+        assert part in out
+    assert max(map(len, out.splitlines())) <= 150
+
+
+def test_explain_prices_the_best_point_in_full_with_every_constant_and_its_source(plan: Run) -> None:
+    _, out, _ = plan(*JOB, "--explain")
+    for part in (
+        "Time of a step",
+        "attention kernel",
+        "Bytes that a GPU sends",
+        "one_nic_per_partial_node",
+        "inferred from Table 6",
+        "assumption",
+    ):
+        assert part in out
+
+
+def test_the_longest_sequence_is_found_and_planned(plan: Run) -> None:
+    found = plan.json(*JOB, "--max-seq")
+    assert found["seq_len"] > 2**20
+    assert found["candidates"][0]["fits"]
+    assert found["candidates"][0]["memory_bytes"]["total"] > 0.8 * found["candidates"][0]["capacity_bytes"]
+
+
+def test_packed_documents_are_balanced_unless_zigzag_is_asked_for(plan: Run) -> None:
+    arguments = (*JOB, "--documents", "lognormal:7,1.3", "--pin", "ring=16,ulysses=1,dp=1,tp=1,pp=1,zero=3")
+    auto, zigzag = (plan.json(*arguments, "--layout", layout)["candidates"][0] for layout in ("auto", "zigzag"))
+    assert auto["step_seconds"] < zigzag["step_seconds"]
+    assert auto["tflops_per_gpu"] > zigzag["tflops_per_gpu"]
+
+
+def test_a_hugging_face_config_and_hardware_of_ones_own(plan: Run, tmp_path: Path) -> None:
+    config = {
+        "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
+        "intermediate_size": 14336, "vocab_size": 128256, "tie_word_embeddings": False,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "mine.toml").write_text('[gpu.mine]\nlike = "a800-sxm"\n[cluster.lab]\ngpu = "mine"\nnodes = 2\ngpus_per_node = 8\n')
+    mine = plan.json("--model", str(tmp_path), "--cluster", "lab", "--hardware", str(tmp_path / "mine.toml"), "--seq-len", "208K")
+    assert mine["candidates"][0]["step_seconds"] == plan.json(*JOB)["candidates"][0]["step_seconds"]
+
+
+def test_a_measured_profile_overrides_rates_and_assumptions(plan: Run, tmp_path: Path) -> None:
+    profile = tmp_path / "measured.toml"
+    profile.write_text('[gpu.a800-sxm]\nlike = "a800-sxm"\nmeasured = true\n[gpu.a800-sxm.assumptions]\nattention_backward = 0.26\n')
+    slow = plan.json(*JOB, "--pin", HEADLINE, "--profile", str(profile))["candidates"][0]
+    assert slow["step_seconds"] > 1.5 * plan.json(*JOB, "--pin", HEADLINE)["candidates"][0]["step_seconds"]
+    assert "measured profile" in plan(*JOB, "--profile", str(profile))[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("--model", "lama3-8b", "--gpu", "a800-sxm"), "unknown model 'lama3-8b'; did you mean 'llama3-8b'? known: "),
+        (("--model", "llama3-8b", "--gpu", "a80"), "unknown GPU 'a80'; did you mean 'a800-sxm'? known: "),
+        (("--model", "llama3-8b"), "no GPU given; add --gpu"),
+        (("--gpu", "l20"), "no model given; add --model"),
+        ((*JOB, "--pin", "ulyses=2"), "unknown pin 'ulyses'; did you mean 'ulysses'? known: "),
+        ((*JOB, "--pin", "tp"), "'tp' is not key=value"),
+        ((*JOB, "--pin", "tp=two"), "'two' is not a whole number"),
+        ((*JOB, "--pin", "tp=0"), "a degree is at least 1"),
+        ((*JOB, "--pin", "zero=4"), "ZeRO has stages 0 to 3"),
+        ((*JOB, "--pin", "tp=2,tp=4"), "contradict each other"),
+        ((*JOB, "--pin", "checkpointing=ful"), "did you mean 'full'?"),
+        ((*JOB, "--pin", "tp=8,ulysses=8"), "= 64 ranks on 16 GPUs"),
+        ((*JOB, "--pin", "dp=2"), "does not divide global_batch=1"),
+        ((*JOB, "--seq-len", "many"), "'many' is not a number of tokens"),
+        ((*JOB, "--memory-limit", "20GB"), "nothing fits: "),
+        ((*JOB, "--assume", "netwrk=1"), "did you mean 'network'?"),
+        ((*JOB, "--assume", "network=1.5"), "it is a share; use at most 1"),
+        ((*JOB, "--assume", "network=nan"), "use a positive finite number"),
+        ((*JOB, "--layout", "zickzack"), "did you mean 'zigzag'?"),
+        ((*JOB, "--precision", "fp8"), "unknown precision 'fp8'"),
+        ((*JOB, "--documents", "normal:3"), "is none of: lognormal"),
+        ((*JOB, "--documents", "lognormal:x,1"), "two numbers"),
+        ((*JOB, "--axes", "tp,ulysses,ring,dp"), "must name each of"),
+        ((*JOB, "--global-batch", "0"), "use a whole number of at least 1"),
+        ((*JOB, "--heads", "8"), "--heads is an option of --kernel"),
+        ((*KERNEL, "--model", "llama3-8b"), "--kernel prices one attention"),
+        ((*KERNEL, "--pin", "ulysses=3"), "ulysses x ring must be 8"),
+        ((*KERNEL, "--pin", "tp=2"), "has no meaning with --kernel"),
+        (("--kernel", "--gpu", "l20"), "--kernel needs --heads"),
+        ((*JOB, "--modle", "x"), "did you mean --model?"),
+        ((*JOB, "--emit", "/no/such/folder/x.toml"), "cannot write '/no/such/folder/x.toml'"),
+        ((*JOB, "--hardware", "/no/such.toml"), "/no/such.toml"),
+    ],
+    ids=lambda value: " ".join(value[-2:]) if isinstance(value, tuple) else "",
+)
+def test_wrong_input_is_one_line_with_the_remedy_and_exit_code_2(plan: Run, arguments: tuple[str, ...], said: str) -> None:
+    code, out, error = plan(*arguments)
+    assert (code, out) == (2, "")
+    assert error.startswith("seqmesh: error: ")
+    assert error.count("\n") == 1
+    assert said in error
+
+
+def test_nothing_fits_names_the_shortfall_and_the_cheapest_remedy(plan: Run) -> None:
+    _, _, error = plan("--model", "llama3-405b", "--gpu", "a800-sxm", "--seq-len", "1M")
+    assert "too much; --nodes" in error
+
+
+def test_planning_a_thousand_gpus_imports_no_torch() -> None:
+    program = (
+        "import sys; from seqmesh import cli; sys.argv = ['seqmesh', 'plan', '--model', 'llama3-70b', '--gpu', 'h100-sxm', '--nodes', '128',"
+        " '--seq-len', '128K', '--global-batch', '256', '--json']\n"
+        "try:\n    cli.main()\nexcept SystemExit as stop:\n    print(stop.code, [m for m in sys.modules if m.split('.')[0] in ('torch', 'transformers')],"
+        " file=sys.stderr)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    assert done.stderr == "0 []\n"
+    assert json.loads(done.stdout)["candidates"][0]["fits"]

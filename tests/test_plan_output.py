@@ -23,7 +23,7 @@ def job(model: str = "llama3-8b", gpu: str = "a800-sxm", nodes: int = 2, each: i
 POINT = Point(tp=2, ulysses=4, ring=2)
 
 
-@pytest.mark.parametrize("model", ["llama2-7b", "llama3-8b", "qwen2.5-7b", "qwen3-0.6b"])
+@pytest.mark.parametrize("model", ["llama2-7b", "llama3-8b", "qwen2.5-7b", "qwen3-8b"])
 def test_the_trainer_reads_an_emitted_recipe(model: str, tmp_path: Path) -> None:
     asked = replace(job(model, seq_len=8192, batch=4), layout="zigzag")
     text, _ = emit(asked, Point(ulysses=2, ring=2, dp=2, tp=2, micro_batch=2))

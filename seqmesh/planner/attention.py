@@ -11,9 +11,11 @@ Stages that are alike are priced once. The exchange of heads is not overlapped, 
 Where it sits: planner, pure; above schedule, load, heads, traffic and network.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby, pairwise
+from math import isqrt
 
 from seqmesh import layouts, load, masks
 from seqmesh.heads import default_chunks, split_heads
@@ -21,8 +23,8 @@ from seqmesh.layouts import Layout, split_evenly
 from seqmesh.masks import Mask
 from seqmesh.planner.assumptions import Assumptions
 from seqmesh.planner.job import Job
-from seqmesh.planner.network import Group, Network
-from seqmesh.schedule import Stage, ring_schedule
+from seqmesh.planner.network import Group, Network, place
+from seqmesh.schedule import RingSchedule, Stage, ring_schedule
 from seqmesh.traffic import attention_traffic
 
 BACKWARD_FLOPS = 2.5
@@ -39,7 +41,7 @@ class StageLoad:
 
     count: int
     hop: int
-    """Distance of the first of them, in ring ranks; 0 for a rank's own rows."""
+    """Number of the first of them; 0 for a rank's own rows. In a ring of R - 1 exchanges, the distance in ring ranks."""
     pairs: int
     slow_pairs: float
     """Pairs, each weighed by the inverse of its block's efficiency."""
@@ -56,30 +58,44 @@ class RingLoad:
 
     layout: Layout
     stages: tuple[StageLoad, ...]
+    exchanges: int
+    """Stages after the first: R - 1 of a ring, 1 of an all-gather."""
     imbalance: float
     """Pairs of the busiest rank over the mean."""
     rows_moved: int
     """K/V rows that all ring ranks send in a forward."""
 
     def off_node(self, per_node: int) -> float:
-        """Share of the rows that leave their node when so many neighbours of the ring share one."""
+        """Share of the rows that leave their node when so many neighbours of the ring share one. Hop t is to the t-th neighbour."""
         ring = self.layout.ring
         if per_node >= ring:
             return 0.0
+        hops = split_evenly(ring - 1, max(1, self.exchanges))
         moved = left = 0.0
         for stage in self.stages[1:]:
-            for hop in range(stage.hop, stage.hop + stage.count):
+            for number in range(stage.hop, stage.hop + stage.count):
+                spanned = range(hops[number - 1] + 1, hops[number] + 1)
+                share = sum(min(1.0, hop / per_node, (ring - hop) / per_node) for hop in spanned) / len(spanned)
                 moved += stage.received
-                left += stage.received * min(1.0, hop / per_node, (ring - hop) / per_node)
+                left += stage.received * share
         return left / moved if moved else 0.0
 
 
-def ring_load(mask: Mask, layout: str, ring: int, half_rows: float) -> RingLoad:
-    """The load of a ring degree under a layout of this name (the name is one of `Schedule.build`'s)."""
+def ring_load(mask: Mask, layout: str, ring: int, half_rows: float, exchanges: Sequence[int | None] = (None,)) -> list[RingLoad]:
+    """The load of a ring degree under a layout of this name (the name is one of `Schedule.build`'s), for each number of exchanges."""
     laid = _layout(mask, layout, ring)
     areas, received = load.areas(mask, laid), load.rows_received(mask, laid)
     busiest = max(range(ring), key=lambda r: areas[r] + layouts.DEFAULT_PAIRS_PER_ROW * received[r])
-    plan = ring_schedule(mask, laid, laid, busiest)
+    imbalance = max(areas) * ring / mask.area if mask.area else 1.0
+    plans = [ring_schedule(mask, laid, laid, busiest, stages) for stages in exchanges]
+    return [
+        RingLoad(layout=laid, stages=_runs(plan, half_rows), exchanges=len(plan.stages) - 1, imbalance=imbalance, rows_moved=sum(received))
+        for plan in plans
+    ]
+
+
+def _runs(plan: RingSchedule, half_rows: float) -> tuple[StageLoad, ...]:
+    """The stages of a schedule, those that are alike and follow one another together."""
     alike = [(number, _measure(stage, half_rows)) for number, stage in enumerate(plan.stages)]
     stages = []
     for key, run in groupby(alike, key=lambda item: (item[0] == 0, item[1])):
@@ -90,9 +106,7 @@ def ring_load(mask: Mask, layout: str, ring: int, half_rows: float) -> RingLoad:
                 count=len(members), hop=members[0][0], pairs=pairs, slow_pairs=slow, blocks=blocks, q_rows=q_rows, sent=sent, received=got
             )
         )
-    return RingLoad(
-        layout=laid, stages=tuple(stages), imbalance=max(areas) * ring / mask.area if mask.area else 1.0, rows_moved=sum(received)
-    )
+    return tuple(stages)
 
 
 def _layout(mask: Mask, name: str, ring: int) -> Layout:
@@ -259,7 +273,11 @@ def _head_rate(head_dim: int, a: Assumptions) -> float:
 
 
 class Loads:
-    """Ring loads of a job, each computed once."""
+    """Ring loads of a job, each computed once.
+
+    A ring passes through R - 1 exchanges, which hides most; where only few rows travel (packed documents, windows) fewer exchanges
+    cost less latency. Their number is chosen by the time of one attention on the ring alone.
+    """
 
     def __init__(self, job: Job) -> None:
         self._job = job
@@ -270,4 +288,23 @@ class Loads:
         return self._of(ring)
 
     def _load(self, ring: int) -> RingLoad:
-        return ring_load(self._job.mask, self._job.layout, ring, self._job.assumptions.attention_half_rows)
+        job = self._job
+        every = self._exchanges(ring)
+        found = ring_load(job.mask, job.layout, ring, job.assumptions.attention_half_rows, every)
+        if len(found) == 1:
+            return found[0]
+        return min(found, key=self._seconds)
+
+    def _exchanges(self, ring: int) -> list[int | None]:
+        """Numbers of exchanges to compare: a causal sequence needs all of its ring, and has large rows to hide."""
+        if ring <= 2 or self._job.mask == masks.causal(self._job.mask.q_len):
+            return [None]
+        return [None, *sorted({1, isqrt(ring)} - {ring - 1})]
+
+    def _seconds(self, load: RingLoad) -> float:
+        m, ring = self._job.model, load.layout.ring
+        shape = Shape(heads=m.heads, kv_heads=m.kv_heads, head_dim=m.head_dim, batch=1, ulysses=1, element=self._job.numerics.element)
+        each = self._job.cluster.gpus_per_node
+        alone, group = (place(("ring",), (size,), frozenset(("ring",)), each) for size in (1, ring))
+        cost = price_attention(self._job, load, shape, alone, group)
+        return sum(one.kernel + one.merge + one.rows_exposed for one in (cost.forward, cost.backward))

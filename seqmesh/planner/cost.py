@@ -39,7 +39,7 @@ class Pricer:
     def price(self, point: Point) -> Price:
         """Everything about a legal point."""
         job, m = self.job, self.job.model
-        memory = self.memory.of(point)
+        memory, load = self.memory.of(point), self.loads(point.ring)
         linear = 6.0 * m.matmul_parameters * job.seq_len * job.global_batch
         pair = 12.0 * m.layers * m.heads * m.head_dim * job.global_batch
         return Price(
@@ -50,6 +50,9 @@ class Pricer:
             bytes_per_step=add_bytes(self._bytes(point)),
             tokens=job.seq_len * job.global_batch,
             gpus=point.gpus,
+            layout=load.layout.name,
+            exchanges=load.exchanges,
+            imbalance=load.imbalance,
             flops=linear + pair * job.mask.area,
             flops_noncausal=linear + pair * sum(length**2 for length in job.documents or (job.seq_len,)),
             peak=job.cluster.gpu.flops_per_s,

@@ -47,6 +47,12 @@ class Price:
     tokens: int
     """Tokens of a step."""
     gpus: int
+    layout: str
+    """Of the ring."""
+    exchanges: int
+    """Exchanges of the ring: `stages` of Schedule.build."""
+    imbalance: float
+    """Pairs of the busiest ring rank over the mean."""
     flops: float
     """Model FLOPs of a step, of the mask's exact pairs."""
     flops_noncausal: float

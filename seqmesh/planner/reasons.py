@@ -74,6 +74,9 @@ def _unified(pricer: Pricer, price: Price) -> Iterator[str]:
             found.append(f"{name} is impossible with {heads // p.tp} query heads a rank")
         elif text := _compared(pricer, price, other):
             found.append(f"{name} {text}")
+    if p.ring > 1:
+        busiest = f"the busiest rank computes {price.imbalance:.3f}x the mean"
+        yield f"layout {price.layout} over ring {p.ring}, {price.exchanges} exchanges: {busiest}"
     if found:
         yield f"ulysses {p.ulysses} x ring {p.ring} (practice 1): {'; '.join(found)}"
 

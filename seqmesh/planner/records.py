@@ -28,6 +28,9 @@ def record(price: Price, capacity: int, reasons: Sequence[str] = ()) -> dict[str
         "capacity_bytes": capacity,
         "bytes_per_step": price.bytes_per_step,
         "seconds_by_piece": {piece.name: piece.exposed for piece in price.pieces},
+        "layout": price.layout,
+        "ring_stages": price.exchanges,
+        "imbalance": price.imbalance,
         "bound_by": price.bound_by,
         "reasons": list(reasons),
     }

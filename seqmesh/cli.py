@@ -99,8 +99,19 @@ def _app() -> "typer.Typer":
     def bench_command(
         quick: Annotated[bool, typer.Option("--quick", help="Small sizes: seconds instead of minutes; times are not judged.")] = False,
         json: Annotated[Path | None, typer.Option("--json", help="Also write every figure to this file.")] = None,
+        profile: Annotated[
+            Path | None, typer.Option("--profile", help="Write a measured profile for seqmesh plan, and nothing else.")
+        ] = None,
+        ranks: Annotated[int, typer.Option("--ranks", help="Ranks that --profile measures at once.")] = 4,
     ) -> int:
         """Measure speed against one process, memory, bytes, schedules and load balance, with their targets."""
+        if ranks < 1:
+            raise ValueError(f"--ranks {ranks}: use at least 1")
+        if profile is not None:
+            from seqmesh.bench.profile import write_profile
+
+            write_profile(profile, ranks)
+            return 0
         from seqmesh.bench.report import run_bench
 
         return run_bench(quick, json)

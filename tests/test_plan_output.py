@@ -1,17 +1,24 @@
 """What a plan leaves behind: a recipe that the trainer reads, a timeline that adds up, a picture."""
 
+import json
 import subprocess
 import sys
 import tomllib
+from collections import Counter
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from seqmesh.planner.assumptions import Assumptions
+from seqmesh.planner.cost import Pricer
 from seqmesh.planner.emit import emit
 from seqmesh.planner.hardware import Cluster, load_gpu
-from seqmesh.planner.job import Job, Numerics, Point
+from seqmesh.planner.job import Job, Numerics, Point, violations
 from seqmesh.planner.models import load_model
+from seqmesh.planner.timeline import MOST_EVENTS, ring_stages, timeline
 from seqmesh.train.recipe import load
 
 
@@ -78,3 +85,103 @@ def test_making_outputs_loads_no_torch_and_no_matplotlib(module: str) -> None:
     code = f"import sys, seqmesh.planner.{module}; assert not {{'torch', 'matplotlib'}} & set(sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
     assert done.returncode == 0, done.stderr
+
+
+POINTS = [
+    (job(), Point(ulysses=8, ring=2)),
+    (job(), Point(tp=2, ulysses=2, ring=4, zero=3, checkpointing="full", offload="both", tiling="loss")),
+    (job(batch=16), Point(tp=2, ulysses=2, pp=2, dp=2, zero=2, micro_batch=2)),
+    (job(batch=4), Point(ring=4, dp=2, pp=2, zero=3, tiling="mlp")),
+    (job("gpt2-xl", "l20", nodes=1, seq_len=4096, batch=512), Point(dp=8, zero=0)),
+    (job(nodes=1, each=1), Point(zero=0)),
+    (replace(job(seq_len=16384, batch=2), documents=(9000, 7000, 384)), Point(ulysses=2, ring=4, dp=2, offload="optimizer")),
+    (replace(job(batch=2), assumptions=Assumptions(gradient_overlap=1.0, overlap_tax=0.0)), Point(ulysses=8, dp=2, zero=2)),
+]
+IDS = [str(point) for _, point in POINTS]
+
+
+def drawn(trace: dict[str, Any]) -> list[dict[str, Any]]:
+    return [event for event in trace["traceEvents"] if event["ph"] == "X"]
+
+
+def sums(trace: dict[str, Any], of: str) -> dict[str, float]:
+    """Seconds by piece, of single events and of those that stand for many micro-batches."""
+    total: Counter[str] = Counter()
+    for event in drawn(trace):
+        given = event["args"][of]
+        total.update(given if isinstance(given, dict) else {event["name"]: given})
+    return total
+
+
+@pytest.mark.parametrize(("asked", "point"), POINTS, ids=IDS)
+def test_a_timeline_ends_at_the_estimate_and_adds_up_to_its_pieces(asked: Job, point: Point) -> None:
+    assert not list(violations(asked, point))
+    pricer = Pricer(asked)
+    price, trace = pricer.price(point), timeline(pricer, point)
+    events = drawn(trace)
+    assert min(event["ts"] for event in events) == 0
+    assert max(event["ts"] + event["dur"] for event in events) == pytest.approx(price.seconds * 1e6, rel=1e-6)
+    assert sums(trace, "seconds") == pytest.approx({piece.name: piece.seconds for piece in price.pieces}, rel=1e-6)
+    assert sums(trace, "exposed_seconds") == pytest.approx({piece.name: piece.exposed for piece in price.pieces}, rel=1e-6, abs=1e-9)
+    for event in events:
+        if not isinstance(event["args"]["seconds"], dict):
+            assert event["dur"] == pytest.approx(event["args"]["seconds"] * 1e6, rel=1e-9)
+
+
+@pytest.mark.parametrize(("asked", "point"), POINTS, ids=IDS)
+def test_a_timelines_rows_are_named_and_their_events_do_not_overlap(asked: Job, point: Point) -> None:
+    trace = json.loads(json.dumps(timeline(Pricer(asked), point), allow_nan=False))
+    rows: dict[tuple[int, int], list[dict[str, Any]]] = {}
+    for event in drawn(trace):
+        rows.setdefault((event["pid"], event["tid"]), []).append(event)
+    named = {(event["pid"], event["tid"]) for event in trace["traceEvents"] if event["name"] == "thread_name"}
+    assert set(rows) == named
+    for row in rows.values():
+        for before, after in pairwise(row):
+            assert after["ts"] >= before["ts"] + before["dur"] - 1e-3  # a nanosecond
+
+
+def test_a_fetch_runs_beside_the_stage_before_its_own() -> None:
+    events = drawn(timeline(Pricer(job()), Point(ulysses=4, ring=4)))
+    at = {"micro_batch": 0, "layer": 3, "direction": "forward"}
+    layer = [event for event in events if at.items() <= event["args"].items()]
+    kernels = {event["args"]["stage"]: event for event in layer if event["name"] == "attention kernel"}
+    fetches = {event["args"]["stage"]: event for event in layer if event["name"] == "ring exchange"}
+    assert set(kernels) == {0, 1, 2, 3}
+    assert set(fetches) == {1, 2, 3}
+    for stage, fetch in fetches.items():
+        assert fetch["ts"] == pytest.approx(kernels[stage - 1]["ts"])
+        assert fetch["ts"] + fetch["dur"] <= kernels[stage]["ts"] + 1e-3
+
+
+@pytest.mark.parametrize(("ulysses", "ring"), [(1, 16), (2, 8), (8, 2), (16, 1)])
+def test_ring_stages_add_up_to_the_attention_that_was_priced(ulysses: int, ring: int) -> None:
+    pricer, point = Pricer(job()), Point(ulysses=ulysses, ring=ring)
+    cost = pricer.attention(point)
+    for stages, one in zip(ring_stages(pricer, point), (cost.forward, cost.backward), strict=True):
+        assert len(stages) == ring
+        assert sum(stage.kernel for stage in stages) == pytest.approx(one.kernel)
+        assert sum(stage.merge for stage in stages) == pytest.approx(one.merge)
+        assert sum(stage.fetch for stage in stages) == pytest.approx(one.rows)
+        assert sum(stage.exposed for stage in stages) == pytest.approx(one.rows_exposed)
+
+
+def test_many_micro_batches_become_one_event() -> None:
+    trace = timeline(Pricer(job("gpt2-xl", "l20", nodes=1, seq_len=4096, batch=512)), Point(dp=8, zero=0))
+    (rest,) = [event for event in drawn(trace) if event["name"].endswith("more micro-batches, alike")]
+    shown = {event["args"]["micro_batch"] for event in drawn(trace) if "micro_batch" in event["args"]}
+    assert rest["name"].startswith(f"{64 - len(shown)} ")
+    assert len(drawn(trace)) <= MOST_EVENTS + 10
+
+
+def test_an_exchange_that_finds_nothing_to_hide_behind_stays_within_the_step() -> None:
+    """Where a share is hidden by assumption on a network too slow for that, the row is compressed; its args keep the truth."""
+    slow = replace(load_gpu("h100-sxm"), scale_up_bytes_per_s=1e9)
+    asked = replace(
+        job(seq_len=4096, nodes=1), cluster=Cluster(gpu=slow, nodes=1, gpus_per_node=8), assumptions=Assumptions(tp_exposed=0.0)
+    )
+    pricer, point = Pricer(asked), Point(tp=8, zero=0)
+    price, trace = pricer.price(point), timeline(pricer, point)
+    end = max(event["ts"] + event["dur"] for event in drawn(trace))
+    assert end == pytest.approx(price.seconds * 1e6, rel=1e-6)
+    assert sums(trace, "seconds")["tensor parallel exchange"] == pytest.approx(price.lower)

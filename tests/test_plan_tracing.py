@@ -90,12 +90,12 @@ def test_the_traced_peak_is_what_one_rank_allocates(model: ModelShape, seq_len: 
 
 @pytest.mark.parametrize(("ulysses", "ring"), [(2, 2), (1, 4), (4, 1)])
 def test_the_traced_peak_is_what_rank_0_of_four_allocates(ranks: Ranks, ulysses: int, ring: int) -> None:
-    """The peak is inside the engine, among its buffers. The least of a few steps: gloo's thread may hold a message for a while."""
-    model, seq_len = shape(256, 8, 8, 64, 50), 4096
+    """The peak is among the engine's buffers, or next to it. The least of a few steps: gloo's thread may hold a message for a while."""
+    model, seq_len = shape(256, 8, 8, 64, 50, layers=1), 4096
     traced = trace_training_step(model, seq_len=seq_len, ulysses=ulysses, ring=ring)
     found = min(ranks.run(4, allocated, model, seq_len, ulysses, ring)[0] for _ in range(3))
     assert 0 <= found - traced.peak_bytes <= KERNEL_BYTES
-    assert traced.peak_bytes > 20 * KERNEL_BYTES
+    assert traced.peak_bytes > 14 * KERNEL_BYTES
 
 
 def test_the_trace_agrees_with_pytorchs_memory_tracker() -> None:

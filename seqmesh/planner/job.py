@@ -22,6 +22,8 @@ AXES = ("tp", "ulysses", "ring", "dp", "pp")
 CHECKPOINTING = ("none", "full")
 OFFLOAD = ("none", "activations", "optimizer", "both")
 TILING = ("none", "loss", "mlp")
+STACKS = ("fused", "trainer")
+"""fused: bf16, flash attention, fused norms and activations, as Megatron-LM has. trainer: `seqmesh train` as it stands."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +54,8 @@ class Job:
     """Layout on the ring: auto, contiguous, zigzag, striped, balanced."""
     numerics: Numerics = field(default_factory=Numerics)
     assumptions: Assumptions = field(default_factory=Assumptions)
+    stack: str = "fused"
+    """One of STACKS: what memory is predicted of."""
     memory_limit: int | None = None
     """Bytes per rank that may be used; default: the GPU's memory."""
     max_micro_batch: int | None = None
@@ -169,6 +173,8 @@ def violations(job: Job, point: Point) -> Iterator[str]:
             f"dp={point.dp} x micro_batch={point.micro_batch} does not divide global_batch={job.global_batch};"
             f" use degrees whose product divides {job.global_batch}"
         )
+    if job.stack == "trainer":
+        yield from _not_in_the_trainer(job, point)
     if job.max_micro_batch is not None and point.micro_batch > job.max_micro_batch:
         yield f"micro_batch={point.micro_batch} is above the limit of {job.max_micro_batch}; raise --max-micro-batch, or use a smaller one"
     if point.zero > 1 and point.replicas == 1:
@@ -177,3 +183,12 @@ def violations(job: Job, point: Point) -> Iterator[str]:
         yield f"offload={point.offload} moves checkpoints to the host but checkpointing=none makes none; use checkpointing=full"
     if point.offload in ("optimizer", "both") and point.zero == 0:
         yield f"offload={point.offload} with zero=0 would step the whole model on every host; use zero >= 1"
+
+
+def _not_in_the_trainer(job: Job, point: Point) -> Iterator[str]:
+    """`seqmesh train` as it stands: weights replicated on ulysses x ring ranks, one packed sequence a step, nothing saved."""
+    for key, value in {"tp": 1, "dp": 1, "pp": 1, "zero": 0, "checkpointing": "none", "offload": "none", "tiling": "none"}.items():
+        if getattr(point, key) != value:
+            yield f"{key}={getattr(point, key)} is not what seqmesh train runs; use {key}={value}, or --stack fused"
+    if job.global_batch > 1:
+        yield f"global_batch={job.global_batch}: seqmesh train packs a step into one sequence; use --global-batch 1 and --documents"

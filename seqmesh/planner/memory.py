@@ -16,6 +16,7 @@ from functools import lru_cache
 from seqmesh.heads import default_chunks, split_heads
 from seqmesh.planner.attention import Loads
 from seqmesh.planner.job import Job, Point
+from seqmesh.planner.trainer_memory import trainer_moments
 
 TILE_ROWS = 4096
 """Rows of a tile of the loss (loss.py's chunk) and of the MLP."""
@@ -58,11 +59,23 @@ class MemoryModel:
 
     def of(self, point: Point) -> Memory:
         """The memory of a point."""
+        if self._job.stack == "trainer":
+            return self._trainer(point)
         ends = {0, point.pp - 1}
         return max((self._stage(point, stage) for stage in ends), key=lambda memory: memory.total)
 
+    def _trainer(self, point: Point) -> Memory:
+        job = self._job
+        moments = trainer_moments(job.model, seq_len=job.seq_len, ulysses=point.ulysses, ring=point.ring)
+        peak = max(moments, key=lambda moment: moment.total)
+        kept = {name: size for name, size in vars(peak).items() if name != "name" and size}
+        overhead = round(job.assumptions.overhead * job.cluster.gpu.memory_bytes)
+        return Memory(categories={**kept, "overhead": overhead}, moments={moment.name: moment.total for moment in moments}, host=0)
+
     def floor(self, point: Point) -> int:
         """A lower bound of the total that needs no schedule: states and activations of the first stage."""
+        if self._job.stack == "trainer":
+            return 0
         states, _ = self._states(point, first=True, last=point.pp == 1)
         activations, _ = self._activations(point, 0)
         return sum(states.values()) + sum(activations.values())

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from seqmesh.planner.assumptions import Assumptions
 from seqmesh.planner.hardware import Cluster, Gpu, load_cluster, load_gpu
-from seqmesh.planner.job import AXES, CHECKPOINTING, KEYS, OFFLOAD, TILING, Job, Numerics
+from seqmesh.planner.job import AXES, CHECKPOINTING, KEYS, OFFLOAD, STACKS, TILING, Job, Numerics
 from seqmesh.planner.models import ModelShape
 from seqmesh.planner.nearest import unknown
 from seqmesh.planner.units import parse_bytes, parse_tokens
@@ -196,6 +196,7 @@ class Request:
     global_batch: int = 1
     documents: str | None = None
     layout: str = "auto"
+    stack: str = "fused"
     precision: str = "bf16"
     gradients: str = "fp32"
     memory_limit: str | None = None
@@ -210,6 +211,8 @@ def build_job(request: Request, model: ModelShape) -> Job:
         ValueError: in one line, whatever is wrong with it.
     """
     cluster = build_cluster(request.machine)
+    if request.stack not in STACKS:
+        raise unknown("stack", request.stack, STACKS)
     if request.layout not in LAYOUTS:
         raise unknown("layout", request.layout, LAYOUTS)
     seq_len = parse_tokens(request.seq_len)
@@ -220,7 +223,8 @@ def build_job(request: Request, model: ModelShape) -> Job:
         global_batch=request.global_batch,
         documents=parse_documents(request.documents, seq_len) if request.documents else (),
         layout=request.layout,
-        numerics=numerics_for(request.precision, request.gradients),
+        stack=request.stack,
+        numerics=numerics_for("fp32" if request.stack == "trainer" else request.precision, request.gradients),
         assumptions=assumptions_for(cluster.gpu, request.assume),
         memory_limit=None if request.memory_limit is None else parse_bytes(request.memory_limit),
         axes=parse_axes(request.axes),

@@ -103,7 +103,8 @@ def meshes(job: Job, pins: Pins) -> Iterator[Point]:
                     if pins.get("ring", ring) != ring or job.global_batch % dp:
                         continue
                     micro = [int(pins["micro_batch"])] if "micro_batch" in pins else divisors(job.global_batch // dp)
-                    stages = [int(pins["zero"])] if "zero" in pins else [1, 2, 3] if ulysses * ring * dp > 1 else [0]
+                    sharded = ulysses * ring * dp > 1 and job.stack != "trainer"
+                    stages = [int(pins["zero"])] if "zero" in pins else [1, 2, 3] if sharded else [0]
                     for zero, micro_batch in product(stages, micro):
                         yield Point(tp=tp, ulysses=ulysses, ring=ring, dp=dp, pp=pp, zero=zero, micro_batch=micro_batch)
 

@@ -10,7 +10,7 @@ The step (train/trainer.py: fp32, weights replicated, nothing recomputed but the
     embedding, all-reduce, AdamW, checksum                   no activations, all gradients
 
 Between the last layer and the first each layer frees its activations and adds its gradients, always as many: the sum peaks at an end.
-Every term counts tensors that autograd saves or the code holds, read off transformers' Llama, PyTorch 2.13's formulas and our engine;
+Every term counts tensors that autograd saves or the code holds, read off transformers' Llama, PyTorch 2.13's derivatives and our engine;
 none is fitted. Assumed: one causal sequence, zigzag over the ring; rank 0, whose late rows need every other rank's keys.
 
 Legend: n tokens of a rank, N rows of its ring rank, h hidden, q heads x head dim, kv K/V heads x head dim, f intermediate,
@@ -208,7 +208,7 @@ class _Rank:
         yield self._moment("output head", activations=saved, logits_transients=n * V, layer_transients=n * h, gradients=V * h)
 
     def _last_norm(self) -> Moment:
-        """At the square's backward: gradients of x through x/rms and of its mean square, 2 x, x^1 on the way, their product."""
+        """At the square's backward: gradients of x through x/rms, and of the squares; x, 2 x, and their product with those."""
         n, m = self.tokens, self.shape
         return self._moment(
             "last norm",

@@ -18,6 +18,7 @@ from seqmesh.planner.emit import emit
 from seqmesh.planner.hardware import Cluster, load_gpu
 from seqmesh.planner.job import Job, Numerics, Point, violations
 from seqmesh.planner.models import load_model
+from seqmesh.planner.plot import OTHER, label, parts, plot
 from seqmesh.planner.timeline import MOST_EVENTS, ring_stages, timeline
 from seqmesh.train.recipe import load
 
@@ -185,3 +186,36 @@ def test_an_exchange_that_finds_nothing_to_hide_behind_stays_within_the_step() -
     end = max(event["ts"] + event["dur"] for event in drawn(trace))
     assert end == pytest.approx(price.seconds * 1e6, rel=1e-6)
     assert sums(trace, "seconds")["tensor parallel exchange"] == pytest.approx(price.lower)
+
+
+def test_a_picture_is_drawn_of_points_that_fit_and_that_do_not(tmp_path: Path) -> None:
+    asked = job(seq_len=208 * 1024)
+    pricer = Pricer(asked)
+    prices = [pricer.price(Point(ulysses=8, ring=2, zero=zero)) for zero in (3, 1)]
+    assert [price.fits for price in prices] == [True, False]
+    plot(prices, asked.capacity, tmp_path / "plan.svg", "costs $x and y$")
+    svg = (tmp_path / "plan.svg").read_text()
+    for written in ("costs $x and y$", "u8 r2 zero3", "does not fit", "capacity: 80 GiB", "GiB", "lower bound: everything overlaps"):
+        assert f"<!-- {written} -->" in svg
+    assert "<pattern" in svg  # hatched
+    plot(prices[:1], asked.capacity, tmp_path / "plan.png", "one")
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_label_says_what_sets_a_point_apart() -> None:
+    assert label(Point(ulysses=8, ring=2, zero=3)) == "u8 r2 zero3"
+    assert label(Point(zero=0)) == "1 GPU"
+    point = Point(tp=2, dp=4, pp=2, zero=2, micro_batch=4, checkpointing="full", tiling="mlp", offload="both")
+    assert label(point) == "tp2 dp4 pp2 zero2 mb4 ckpt tile-mlp offload-both"
+
+
+def test_small_parts_are_drawn_together_and_nothing_is_lost() -> None:
+    bars = [{"a": 90.0, "b": 9.8, "c": 0.2}, {"a": 50.0, "c": 0.3, "d": 0.1}]
+    assert parts(bars) == {"a": [90.0, 50.0], "b": [9.8, 0.0], OTHER: pytest.approx([0.2, 0.4])}
+
+
+@pytest.mark.parametrize(("count", "name", "message"), [(0, "a.png", "0 candidates"), (17, "a.png", "--top 16"), (1, "a.xyz", r"\.xyz")])
+def test_a_picture_that_cannot_be_drawn_is_refused(count: int, name: str, message: str, tmp_path: Path) -> None:
+    price = Pricer(job()).price(POINT)
+    with pytest.raises(ValueError, match=message):
+        plot([price] * count, 80 * 2**30, tmp_path / name, "none")

@@ -8,7 +8,7 @@ Where it sits: the top of planner/; cli.py adds it. typer and rich are loaded he
 import json
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,13 +23,17 @@ from seqmesh.planner.models import ModelShape, known_models, load_model
 from seqmesh.planner.price import Price
 from seqmesh.planner.reasons import reasons, remedy, shortfall, why_not
 from seqmesh.planner.records import record
-from seqmesh.planner.report import console, show_found, show_one, show_splits
-from seqmesh.planner.request import Machine, Request, build_job, parse_pins
+from seqmesh.planner.report import console, show_found, show_one, show_splits, show_traced
+from seqmesh.planner.request import Machine, Request, build_job, numerics_for, parse_pins
 from seqmesh.planner.search import Found, Pins, search
+from seqmesh.planner.trainer_memory import trainer_memory
 from seqmesh.planner.units import format_tokens
 
 Files = list[Path] | None
 Texts = list[str] | None
+
+UNLIMITED = 1 << 60
+"""Bytes: a trace needs no memory, so whatever is traced fits."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +128,7 @@ def _plan(  # one parameter an option: that is typer's form
     if compare:
         return _compare(job, outputs)
     if trace_memory:
-        return _trace_memory(job, pins, outputs)
+        return _trace_memory(job, pins, as_json)
     if max_seq:
         job = at_length(job, _longest(job, pins))
     return _answer(replace(job, max_micro_batch=max_micro_batch), pins, outputs)
@@ -240,5 +244,25 @@ def _save(path: Path, text: str) -> None:
         raise ValueError(f"cannot write {str(path)!r}: {error.strerror}; choose another place") from None
 
 
-def _trace_memory(job: Job, pins: Pins, outputs: Outputs) -> int:
-    raise NotImplementedError
+def _trace_memory(job: Job, pins: Pins, as_json: bool) -> int:
+    """The trainer's step, traced and predicted. The mesh is the pinned one, else the best of the trainer's."""
+    job = replace(job, stack="trainer", numerics=numerics_for("fp32", "fp32"), memory_limit=UNLIMITED)
+    point = search(Pricer(job), pins, top=1).best[0].point
+    predicted = trainer_memory(job.model, seq_len=job.seq_len, ulysses=point.ulysses, ring=point.ring)
+
+    from seqmesh.planner.tracing import trace_training_step  # loads torch and transformers
+
+    traced = trace_training_step(job.model, seq_len=job.seq_len, ulysses=point.ulysses, ring=point.ring, documents=job.documents or None)
+    result = {
+        "ulysses": point.ulysses,
+        "ring": point.ring,
+        "seq_len": job.seq_len,
+        "traced_bytes": asdict(traced),
+        "predicted_bytes": predicted,
+        "predicted_over_traced": predicted["total"] / traced.peak_bytes,
+    }
+    if as_json:
+        print(json.dumps(result, indent=2))
+    else:
+        show_traced(console(), job, result)
+    return 0

@@ -52,13 +52,14 @@ def plot(prices: Sequence[Price], capacity: int, path: Path, title: str) -> None
     known = FigureCanvasAgg(figure).get_supported_filetypes()
     if path.suffix.lstrip(".").lower() not in known:
         raise ValueError(f"{str(path)!r}: no picture format has the suffix {path.suffix!r}; use .png, .pdf or .svg")
-    figure.suptitle(title, fontsize=13, fontweight="bold")
+    figure.suptitle(title, fontsize=13, fontweight="bold", parse_math=False)
     memory, time = figure.subplots(1, 2, sharey=True)
     _memory(memory, prices, capacity)
     _time(time, prices)
     names = [label(price.point) + ("" if price.fits else "\ndoes not fit") for price in prices]
     memory.set_yticks(range(len(prices)), names, fontsize=9)
-    memory.set_ylim(max(2, len(prices)) - 0.4, -0.6)
+    spare = max(0, 2 - len(prices)) / 2
+    memory.set_ylim(len(prices) - 0.4 + spare, -0.6 - spare)
     for axes, side in ((memory, "left"), (time, "right")):
         figure.legend(*axes.get_legend_handles_labels(), loc=f"outside lower {side}", ncols=3, fontsize=8.5, frameon=False)
     figure.savefig(path)
@@ -130,7 +131,7 @@ def _bars(axes: Any, bars: Bars, prices: Sequence[Price], family: Callable[[str]
 def _finish(axes: Any, title: str, unit: str, totals: Sequence[float]) -> None:
     """Title, unit, grid, and each bar's total in a column at the right, where no line crosses it."""
     for row, total in enumerate(totals):
-        axes.annotate(f"{total:#.3g}".rstrip("."), (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=9)
+        axes.annotate(f"{total:#.3g}".rstrip(".") + f" {unit}", (1.01, row), xycoords=("axes fraction", "data"), va="center", fontsize=9)
     axes.set_title(title, fontsize=11, loc="left")
     axes.set_xlabel(unit)
     axes.grid(axis="x", alpha=0.3)

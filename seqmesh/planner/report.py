@@ -3,7 +3,8 @@
 Where it sits: planner, above reasons.py and records.py. It formats; it computes nothing.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -159,6 +160,25 @@ def _list(out: Console, title: str, lines: Sequence[str]) -> None:
         out.print(f"\n[bold]{title}[/]")
         for line in lines:
             out.print(f"  - {line}", markup=False)
+
+
+def show_traced(out: Console, job: Job, result: Mapping[str, Any]) -> None:
+    """Traced memory beside predicted: `--trace-memory`."""
+    traced, predicted = dict(result["traced_bytes"]), result["predicted_bytes"]
+    out.print(
+        f"one rank's peak in a step of seqmesh train as it stands (fp32, weights replicated): {job.model.name},"
+        f" {format_tokens(job.seq_len)} tokens, ulysses {result['ulysses']} x ring {result['ring']}\n"
+    )
+    peak, phase = traced.pop("peak_bytes"), traced.pop("peak_phase")
+    phases = {name.removesuffix("_peak_bytes"): traced.pop(name) for name in list(traced) if name.endswith("_peak_bytes")}
+    out.print(f"traced     {format_bytes(peak)} in the {phase}: {_sizes(traced)}")
+    out.print(f"           peaks of the phases: {_sizes(phases)}")
+    out.print(f"predicted  {format_bytes(predicted['total'])}: {_sizes({k: v for k, v in predicted.items() if k != 'total'})}")
+    out.print(f"predicted / traced  {result['predicted_over_traced']:.3f}")
+
+
+def _sizes(sizes: Mapping[str, int]) -> str:
+    return ", ".join(f"{name.replace('_', ' ')} {format_bytes(size)}" for name, size in sizes.items() if size)
 
 
 def show_splits(out: Console, job: Job, splits: Sequence[Split]) -> None:

@@ -1,6 +1,5 @@
 """What the planner says is sent is what is sent: predicted bytes against bytes counted at the collectives of real ranks."""
 
-
 import pytest
 import torch
 from ranks import Ranks

@@ -6,6 +6,7 @@ from itertools import product
 import pytest
 
 from seqmesh import layouts, masks
+from seqmesh.planner.assumptions import Assumptions
 from seqmesh.planner.attention import ZIGZAG_ROWS
 from seqmesh.planner.cost import Pricer
 from seqmesh.planner.hardware import Cluster, load_gpu
@@ -14,7 +15,7 @@ from seqmesh.planner.longest import longest
 from seqmesh.planner.models import ModelShape, load_model
 from seqmesh.planner.price import Price
 from seqmesh.planner.reasons import rests_on, shortfall, why_not
-from seqmesh.planner.search import Pins, divisors, mesh_of, search
+from seqmesh.planner.search import Pins, divisors, mesh_of, meshes, search
 
 SMALL = ModelShape(name="small", layers=6, hidden=768, heads=12, kv_heads=6, head_dim=64, intermediate=2048, vocabulary=32000)
 
@@ -65,6 +66,20 @@ def test_six_gpus_and_odd_lengths_are_planned_too() -> None:
     assert found.best
     assert {price.point.gpus for price in found.best} == {6}
     assert all(price.point.tp == 1 for price in found.best)  # 10,007 is a prime: TP's sequence parallelism cannot divide it
+
+
+@pytest.mark.parametrize("gpu", ["h100-sxm", "b200", "l20"])
+@pytest.mark.parametrize(("nodes", "each"), [(8, 1), (4, 2), (1, 8)])
+@pytest.mark.parametrize("seq_len", [4096, 32768])
+def test_the_estimate_lies_between_its_bounds_on_every_mesh(gpu: str, nodes: int, each: int, seq_len: int) -> None:
+    cluster = Cluster(gpu=load_gpu(gpu), nodes=nodes, gpus_per_node=each)
+    assumed = Assumptions(tp_exposed=0.1, gradient_overlap=0.9, prefetch=1.0)
+    for assumptions in (Assumptions(), assumed):
+        pricer = Pricer(Job(model=load_model("llama3-8b"), cluster=cluster, seq_len=seq_len, global_batch=4, assumptions=assumptions))
+        for point in meshes(pricer.job, {}):
+            if not any(violations(pricer.job, point)):
+                price = pricer.price(point)
+                assert price.lower * (1 - 1e-12) <= price.seconds <= price.upper * (1 + 1e-12)
 
 
 def test_every_point_found_is_legal_and_within_memory() -> None:

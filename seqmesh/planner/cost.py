@@ -78,8 +78,9 @@ class Pricer:
     def _pieces(self, point: Point) -> tuple[Piece, ...]:
         work = list(self._work(point))
         busy = sum(piece.seconds for piece in work)
-        every = [*work, *self._exchanges(point), *self._activations_to_host(point, busy)]
-        pieces = [*every, *self._bubble(point, every), *self._weights(point, busy), *self._optimizer(point)]
+        shade = _Shade(busy)
+        every = [*work, *map(shade.hide, (*self._exchanges(point), *self._activations_to_host(point, busy)))]
+        pieces = [*every, *self._bubble(point, every), *map(shade.hide, self._weights(point, busy)), *self._optimizer(point)]
         return tuple(piece for piece in pieces if piece.seconds)
 
     def group(self, point: Point, *members: str) -> Group:
@@ -211,6 +212,20 @@ class Pricer:
             yield {PCIE: mine * (self.job.numerics.gradient + self.job.numerics.element)}
         if point.offload in ("activations", "both"):
             yield {PCIE: 2 * self._activation(point) * runs}
+
+
+class _Shade:
+    """What a link can hide behind compute: no more, over all pieces, than there is compute. So no link is busy longer than the step."""
+
+    def __init__(self, busy: float) -> None:
+        self._busy, self._hidden = busy, dict[str, float]()
+
+    def hide(self, piece: Piece) -> Piece:
+        """The piece, hidden only as far as the compute that is left for its link."""
+        before = self._hidden.get(piece.cause, 0.0)
+        hidden = min(piece.seconds - piece.exposed, self._busy - before)
+        self._hidden[piece.cause] = before + hidden
+        return replace(piece, exposed=piece.seconds - hidden)
 
 
 def _forwards(point: Point) -> int:

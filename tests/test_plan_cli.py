@@ -121,6 +121,61 @@ def test_the_longest_sequence_is_found_and_planned(plan: Run) -> None:
     assert found["candidates"][0]["memory_bytes"]["total"] > 0.8 * found["candidates"][0]["capacity_bytes"]
 
 
+def test_the_traced_memory_of_the_trainers_step_is_shown_beside_the_predicted_one(plan: Run, tmp_path: Path) -> None:
+    config = {
+        "model_type": "llama", "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
+        "intermediate_size": 256, "vocab_size": 500, "tie_word_embeddings": False,
+    }  # fmt: skip
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    arguments = (
+        "--model",
+        str(tmp_path),
+        "--gpu",
+        "l20",
+        "--gpus-per-node",
+        "4",
+        "--seq-len",
+        "8K",
+        "--pin",
+        "ulysses=2",
+        "--trace-memory",
+    )
+    found = plan.json(*arguments)
+    assert (found["ulysses"], found["ring"]) == (2, 2)
+    assert found["predicted_over_traced"] == pytest.approx(1, abs=0.01)
+    assert found["predicted_bytes"]["total"] == pytest.approx(found["traced_bytes"]["peak_bytes"], rel=0.01)
+    code, out, error = plan(*arguments)
+    assert (code, error) == (0, "")
+    assert "predicted / traced" in out
+
+
+def test_the_trainers_stack_is_planned_as_it_stands(plan: Run) -> None:
+    candidates = plan.json("--model", "llama3.2-1b", "--gpu", "h100-sxm", "--seq-len", "32K", "--stack", "trainer")["candidates"]
+    assert {(one["tp"], one["dp"], one["pp"], one["zero"], one["checkpointing"]) for one in candidates} == {(1, 1, 1, 0, "none")}
+    assert candidates[0]["memory_bytes"]["parameters"] == pytest.approx(4 * 1.2358e9, rel=1e-3)  # fp32, tied embeddings
+    code, _, error = plan("--model", "llama3.2-1b", "--gpu", "h100-sxm", "--stack", "trainer", "--pin", "tp=2")
+    assert code == 2
+    assert "is not what seqmesh train runs" in error
+
+
+def test_files_are_written_and_what_the_trainer_cannot_run_is_named(plan: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    code, out, error = plan(*JOB, "--emit", "recipe.toml", "--trace", "step.json", "--plot", "--json")
+    assert code == 0
+    assert json.loads(out)["candidates"]
+    assert "zero=3" in error
+    assert json.loads(Path("step.json").read_text())["traceEvents"]
+    assert Path("plan.png").stat().st_size > 10_000
+    assert "[mesh]" in Path("recipe.toml").read_text()
+
+
+def test_the_published_tables_are_shown_beside_the_predictions(plan: Run) -> None:
+    code, out, _ = plan("--published")
+    assert code == 0
+    assert "DISAGREES" not in out
+    assert "Table 6 without tp = 2: Spearman" in out
+
+
 def test_packed_documents_are_balanced_unless_zigzag_is_asked_for(plan: Run) -> None:
     arguments = (*JOB, "--documents", "lognormal:7,1.3", "--pin", "ring=16,ulysses=1,dp=1,tp=1,pp=1,zero=3")
     auto, zigzag = (plan.json(*arguments, "--layout", layout)["candidates"][0] for layout in ("auto", "zigzag"))

@@ -23,7 +23,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from seqmesh.heads import split_heads
+from seqmesh.heads import default_chunks, split_heads
 from seqmesh.layouts import split_evenly, zigzag
 from seqmesh.planner.models import ModelShape
 
@@ -31,8 +31,6 @@ ELEMENT = 4
 """Bytes of an fp32 number: all sizes below are in such elements."""
 LOSS_ROWS = 4096
 """Rows of logits whose softmax exists at a time (loss.py, chunk_rows)."""
-HEAD_CHUNKS, HEAD_CHUNKS_EXCHANGED, CHUNK_ELEMENTS = 4, 8, 1 << 17
-"""Default head chunks of the engine (calls.py, `default_chunks`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,9 +123,8 @@ class _Rank:
     @cached_property
     def chunks(self) -> list[tuple[int, int]]:
         """W and K of each head chunk of this rank."""
-        m, ranks = self.shape, self.ulysses * self.ring
-        most = HEAD_CHUNKS_EXCHANGED if self.ulysses > 1 else HEAD_CHUNKS
-        wanted = 1 if ranks == 1 else max(1, min(most, self.seq_len * m.kv_heads * m.head_dim // ranks // CHUNK_ELEMENTS))
+        m = self.shape
+        wanted = default_chunks(self.ulysses, self.ring, self.seq_len, m.kv_heads * m.head_dim)
         shares = [chunk[0] for chunk in split_heads(m.heads, m.kv_heads, self.ulysses, wanted)]
         return [(share.q * m.head_dim, 2 * share.kv * m.head_dim) for share in shares]
 

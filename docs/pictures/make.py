@@ -5,6 +5,12 @@ from pathlib import Path
 
 from seqmesh import layouts, masks
 from seqmesh.picture import draw_mesh, draw_schedule
+from seqmesh.planner.cost import Pricer
+from seqmesh.planner.hardware import Cluster, load_gpu
+from seqmesh.planner.job import Job
+from seqmesh.planner.models import load_model
+from seqmesh.planner.plot import plot
+from seqmesh.planner.search import search
 
 DOCUMENTS = (700, 90, 260, 60, 420, 130, 40, 348)
 PAIRS_PER_ROW = 10.0
@@ -12,11 +18,15 @@ PAIRS_PER_ROW = 10.0
 
 
 def make(folder: Path) -> None:
-    """Write mesh.png, zigzag.png and documents.png."""
+    """Write mesh.png, zigzag.png, documents.png and plan.png."""
     draw_mesh(4, 2, folder / "mesh.png")
     draw_schedule(masks.causal(64), layouts.zigzag(64, 4), folder / "zigzag.png")
     packed = masks.documents(DOCUMENTS)
     draw_schedule(packed, layouts.balanced(packed, 4, pairs_per_row=PAIRS_PER_ROW), folder / "documents.png")
+    cluster = Cluster(gpu=load_gpu("a800-sxm"), nodes=2, gpus_per_node=8)
+    job = Job(model=load_model("llama3-8b"), cluster=cluster, seq_len=208 * 1024)
+    title = "llama3-8b, 208K tokens, global batch 1, 2 x 8 a800-sxm"
+    plot(search(Pricer(job), pins={}).best, job.capacity, folder / "plan.png", title)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pytest
 
 from seqmesh import layouts, masks
 from seqmesh.planner.assumptions import Assumptions
-from seqmesh.planner.attention import ZIGZAG_ROWS
+from seqmesh.planner.attention import ZIGZAG_ROWS, head_rate
 from seqmesh.planner.cost import Pricer
 from seqmesh.planner.hardware import Cluster, load_gpu
 from seqmesh.planner.job import AXES, CHECKPOINTING, OFFLOAD, TILING, Job, Point, violations
@@ -138,6 +138,16 @@ def test_reasons_compare_with_other_points_and_assumptions() -> None:
     rests = rests_on(pricer, best)
     assert rests[0].name == "attention_backward"  # most of the time of a long causal sequence
     assert rests[0].low > 0 > rests[0].high
+
+
+def test_attention_runs_faster_on_longer_blocks_and_wider_heads() -> None:
+    a = Assumptions()
+    assert [round(head_rate(d, a), 3) for d in (32, 64, 96, 128, 256)] == [0.4, 0.8, 0.9, 1.0, 1.0]
+    kernels = []
+    for ring in (1, 2, 4, 8):  # the same pairs in smaller blocks
+        one = job(load_model("llama3-8b"), each=8, seq_len=8192, batch=1)
+        kernels.append(ring * Pricer(one).attention(Point(ring=ring, dp=8 // ring)).forward.kernel)
+    assert kernels == sorted(kernels)
 
 
 def test_faster_links_inside_is_no_slower_than_the_reverse_order() -> None:

@@ -28,7 +28,11 @@ class Assumptions:
     attention_half_rows: float = _assumed(
         256.0, "rows", "assumption; a block this long on its shorter side runs at half efficiency: two tiles of 128 rows of flash attention"
     )
-    small_head: float = _assumed(64.0, "head dim", "assumption; heads of at most this dim run at `small_head_rate`")
+    small_head: float = _assumed(
+        64.0,
+        "head dim",
+        "assumption; heads of this dim run at `small_head_rate`, larger ones up to 128 in between, smaller ones in proportion",
+    )
     small_head_rate: float = _assumed(0.8, "of the rate at 128", "assumption; FlashAttention-2's figures at head dim 64 against 128")
     memory: float = _assumed(0.8, "of peak", "assumption; usual for streaming kernels")
     scale_up: float = _assumed(0.8, "of the one-way rate", "assumption; NCCL bus bandwidth on NVLink is 0.75 to 0.85 of it")

@@ -240,7 +240,7 @@ class _Timing:
 
     def _compute(self, stage: StageLoad, efficiency: float, times: float, q_bytes: float, kv_bytes: float) -> tuple[float, float]:
         """Seconds in the kernel, and in merges and launches, of one such stage."""
-        s, rate = self._shape, self._gpu.flops_per_s * efficiency * _head_rate(self._shape.head_dim, self._a)
+        s, rate = self._shape, self._gpu.flops_per_s * efficiency * head_rate(self._shape.head_dim, self._a)
         kernel = times * 4 * s.head_dim * self._heads * s.batch * stage.slow_pairs / rate
         launches = self._a.launch * stage.blocks * self.chunks
         if not stage.hop:
@@ -268,8 +268,16 @@ class _Timing:
         return max(0.0, exchange - compute) + self._a.overlap_tax * min(exchange, compute)
 
 
-def _head_rate(head_dim: int, a: Assumptions) -> float:
-    return a.small_head_rate if head_dim <= a.small_head else 1.0
+FULL_HEAD = 128
+"""Head dim from which on the kernel runs at its full rate."""
+
+
+def head_rate(head_dim: int, a: Assumptions) -> float:
+    """The kernel's rate at a head dim, of that at FULL_HEAD: in proportion up to `small_head`, then on a line to FULL_HEAD."""
+    if head_dim <= a.small_head:
+        return a.small_head_rate * head_dim / a.small_head
+    between = (head_dim - a.small_head) / max(1.0, FULL_HEAD - a.small_head)
+    return min(1.0, a.small_head_rate + (1 - a.small_head_rate) * between)
 
 
 class Loads:

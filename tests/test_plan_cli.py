@@ -72,6 +72,13 @@ def test_a_pinned_point_is_priced_alone_whether_it_fits_or_not(plan: Run) -> Non
     assert "too much; " in too_big["reasons"][0]
 
 
+def test_pins_that_leave_nothing_that_fits_still_give_json_with_fits_false(plan: Run) -> None:
+    pins = "tp=1,ulysses=8,ring=2,zero=1,checkpointing=none,offload=none,tiling=none"
+    candidates = plan.json(*JOB, "--pin", pins)["candidates"]
+    assert [one["fits"] for one in candidates] == [False]
+    assert plan(*JOB, "--pin", pins)[0] == 2  # without --json, one line
+
+
 def test_some_pins_leave_the_rest_to_the_search(plan: Run) -> None:
     candidates = plan.json(*JOB, "--pin", "tp=8", "--pin", "zero=1,checkpointing=none")["candidates"]
     assert len(candidates) > 1
@@ -194,6 +201,27 @@ def test_a_hugging_face_config_and_hardware_of_ones_own(plan: Run, tmp_path: Pat
     assert mine["candidates"][0]["step_seconds"] == plan.json(*JOB)["candidates"][0]["step_seconds"]
 
 
+def test_a_profile_of_another_gpu_is_refused(plan: Run, tmp_path: Path) -> None:
+    profile = tmp_path / "measured.toml"
+    profile.write_text('[gpu.h100-sxm]\nlike = "h100-sxm"\nmeasured = true\n')
+    code, _, error = plan(*JOB, "--profile", str(profile))
+    assert code == 2
+    assert "measures h100-sxm, not a800-sxm; use --gpu h100-sxm" in error
+
+
+def test_fp32_is_priced_by_the_fp32_rate(plan: Run, tmp_path: Path) -> None:
+    arguments = ("--model", "llama3.2-1b", "--gpu", "h100-sxm", "--seq-len", "8K", "--pin", "dp=1,tp=1,pp=1,ulysses=8,ring=1,zero=1")
+    bf16, fp32 = (plan.json(*arguments, "--precision", precision)["candidates"][0] for precision in ("bf16", "fp32"))
+    assert fp32["tflops_per_gpu"] < 67 < bf16["tflops_per_gpu"]
+    measured = tmp_path / "cpu.toml"
+    measured.write_text(
+        '[gpu.cpu]\nlike = "l20"\n[gpu.new]\ntflops = 100\nmemory_gb = 8\nmemory_tb_per_s = 1\npcie_gb_per_s = 1\nnetwork_gb_per_s = 1\n'
+    )
+    code, _, error = plan("--model", "llama3.2-1b", "--gpu", "new", "--hardware", str(measured), "--precision", "fp32")
+    assert code == 2
+    assert "has no tflops_fp32" in error
+
+
 def test_a_measured_profile_overrides_rates_and_assumptions(plan: Run, tmp_path: Path) -> None:
     profile = tmp_path / "measured.toml"
     profile.write_text('[gpu.a800-sxm]\nlike = "a800-sxm"\nmeasured = true\n[gpu.a800-sxm.assumptions]\nattention_backward = 0.26\n')
@@ -230,10 +258,17 @@ def test_a_measured_profile_overrides_rates_and_assumptions(plan: Run, tmp_path:
         ((*JOB, "--axes", "tp,ulysses,ring,dp"), "must name each of"),
         ((*JOB, "--global-batch", "0"), "use a whole number of at least 1"),
         ((*JOB, "--heads", "8"), "--heads is an option of --kernel"),
-        ((*KERNEL, "--model", "llama3-8b"), "--kernel prices one attention"),
+        ((*KERNEL, "--model", "llama3-8b"), "--model has no meaning with --kernel"),
         ((*KERNEL, "--pin", "ulysses=3"), "ulysses x ring must be 8"),
         ((*KERNEL, "--pin", "tp=2"), "has no meaning with --kernel"),
         (("--kernel", "--gpu", "l20"), "--kernel needs --heads"),
+        ((*KERNEL, "--emit", "x.toml"), "--emit has no meaning with --kernel"),
+        ((*KERNEL, "--max-seq"), "--max-seq has no meaning with --kernel"),
+        ((*JOB, "--compare", "--pin", "tp=2"), "--pin has no meaning with --compare"),
+        ((*JOB, "--trace-memory", "--layout", "zigzag"), "--layout has no meaning with --trace-memory"),
+        (("--published", "--json"), "--json has no meaning with --published"),
+        ((*JOB, "--stack", "trainer", "--gradients", "bf16"), "seqmesh train computes in fp32"),
+        ((*JOB, "--precision", "fp32", "--gradients", "bf16"), "gradients have the weights' precision"),
         ((*JOB, "--modle", "x"), "did you mean --model?"),
         ((*JOB, "--emit", "/no/such/folder/x.toml"), "cannot write '/no/such/folder/x.toml'"),
         ((*JOB, "--hardware", "/no/such.toml"), "/no/such.toml"),

@@ -135,9 +135,20 @@ def test_reasons_compare_with_other_points_and_assumptions() -> None:
     pricer = Pricer(job(load_model("llama3-8b"), nodes=2, each=8, seq_len=65536, batch=1))
     best = search(pricer, {}).best
     assert "slower" in why_not(best[0], best[1])
-    rests = rests_on(pricer, best)
-    assert rests[0].name == "attention_backward"  # most of the time of a long causal sequence
-    assert rests[0].low > 0 > rests[0].high
+    rests = {one.name: one for one in rests_on(pricer, best, {})}
+    assert next(iter(rests)) == "attention_backward"  # most of the time of a long causal sequence
+    (_, slower, _), (_, faster, _) = rests["attention_backward"].cases
+    assert slower > 0 > faster
+    assert rests["gradient_overlap"].cases[0][1] < 0
+
+
+def test_an_assumption_that_changes_the_winner_is_found() -> None:
+    """At 208K the best point leaves 1 GB: with three times the overhead another one wins."""
+    pricer = Pricer(job(load_model("llama3-8b"), nodes=2, each=8, seq_len=208 * 1024, batch=1))
+    (overhead,) = (one for one in rests_on(pricer, search(pricer, {}).best, {}) if one.name == "overhead")
+    ((value, _, winner),) = overhead.cases
+    other = pricer.with_assumption("overhead", value)
+    assert winner == search(other, {}).best[0].point
 
 
 def test_attention_runs_faster_on_longer_blocks_and_wider_heads() -> None:

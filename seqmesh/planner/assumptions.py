@@ -1,8 +1,8 @@
 """Every constant of the cost model that is not a fact of the model, the schedule or the data sheet, with where it comes from.
 
 A measured profile overrides any of them: `[gpu.NAME.assumptions]` in a TOML file given by `--profile` (hardware.py). None is fitted
-to a row of a published table. What the tables did decide is a yes or no: whether a group that holds a part of a node's GPUs gets more
-than one of its network cards (docs/planner.md).
+to a row of a published table. Three were chosen with a table in view, and say so: whether a group that holds a part of a node's GPUs
+gets more than one of its network cards (Table 6); how PCIe slows an all-to-all, and the L20's attention rate in hardware.toml (Table 3).
 
 Where it sits: planner, pure.
 """
@@ -57,7 +57,7 @@ class Assumptions:
         0.6, "of TP traffic", "Megatron-LM's source: of 10 collectives a layer, 4 of the backward run beside a matrix product"
     )
     gradient_overlap: float = _assumed(
-        0.0, "of gradient traffic", "seqmesh reduces gradients after the backward; so did the paper's set-up"
+        0.0, "of gradient traffic", "seqmesh train reduces gradients after the backward; assumed of the paper's set-up"
     )
     prefetch: float = _assumed(
         0.5, "of ZeRO-3's gathers", "assumption; the share that hides behind compute: the first layers' and those of short layers do not"
@@ -70,8 +70,15 @@ class Assumptions:
     merge_bytes: float = _assumed(26.0, "bytes per output element", "merge.py: fp32 out scaled (r, w), block cast (r, w), added (r, r, w)")
     dq_bytes: float = _assumed(10.0, "bytes per element", "merge.py RowSums: fp32 sum read and written, bf16 part read")
     dkv_bytes: float = _assumed(22.0, "bytes per element", "ring.py: copied to fp32, cast to bf16, and added to fp32 where it comes home")
-    optimizer_bytes: float = _assumed(
-        28.0, "bytes per parameter", "AdamW: master, two moments and gradient read, three written, bf16 written"
+    streamed_hidden: float = _assumed(
+        14.0,
+        "numbers of hidden size a token",
+        "assumption; a layer's forward besides products: two norms, rotary embedding, residuals, fused",
+    )
+    streamed_ffn: float = _assumed(3.0, "numbers of FFN size a token", "SwiGLU, fused: gate and up read, product written")
+    streamed_backward: float = _assumed(2.0, "of the forward's", "assumption; inputs and gradients are read, gradients written")
+    streamed_logit: float = _assumed(
+        16.0, "bytes per logit", "loss: bf16 read, fp32 softmax written and read, gradient written, read twice"
     )
     host_copy: float = _assumed(0.75, "of the one-way PCIe rate", "assumption; pinned memory")
     host_memory: float = _assumed(20e9, "bytes/s per GPU", "assumption; for an optimizer step on the host's memory, shared by 8 GPUs")
@@ -116,5 +123,5 @@ _SHARES = {
 _MAY_BE_ZERO = {
     *("attention_half_rows", "small_head", "pcie_contention", "scale_up_latency", "pcie_latency", "network_latency", "launch"),
     *("one_nic_per_partial_node", "tp_exposed", "gradient_overlap", "prefetch", "overlap_tax", "overhead"),
-    *("merge_bytes", "dq_bytes", "dkv_bytes"),
+    *("merge_bytes", "dq_bytes", "dkv_bytes", "streamed_hidden", "streamed_ffn", "streamed_backward", "streamed_logit"),
 }

@@ -216,7 +216,7 @@ class _Timing:
 
     def __init__(self, job: Job, ring: RingLoad, shape: Shape, network: Network, group: Group) -> None:
         self._stages, self._shape, self._network, self._group = ring.stages, shape, network, group
-        self._a, self._gpu = job.assumptions, job.cluster.gpu
+        self._a, self._gpu, self._peak = job.assumptions, job.cluster.gpu, job.peak
         (shares,) = split_heads(shape.heads, shape.kv_heads, shape.ulysses)
         self._heads, self._kv_heads = max(share.q for share in shares), max(share.kv for share in shares)
         per_token = shape.batch * shape.kv_heads * shape.head_dim
@@ -240,7 +240,7 @@ class _Timing:
 
     def _compute(self, stage: StageLoad, efficiency: float, times: float, q_bytes: float, kv_bytes: float) -> tuple[float, float]:
         """Seconds in the kernel, and in merges and launches, of one such stage."""
-        s, rate = self._shape, self._gpu.flops_per_s * efficiency * head_rate(self._shape.head_dim, self._a)
+        s, rate = self._shape, self._peak * efficiency * head_rate(self._shape.head_dim, self._a)
         kernel = times * 4 * s.head_dim * self._heads * s.batch * stage.slow_pairs / rate
         launches = self._a.launch * stage.blocks * self.chunks
         if not stage.hop:

@@ -24,7 +24,7 @@ from seqmesh.planner.price import Price
 from seqmesh.planner.reasons import reasons, remedy, shortfall, why_not
 from seqmesh.planner.records import record
 from seqmesh.planner.report import console, show_found, show_one, show_splits, show_traced
-from seqmesh.planner.request import Machine, Request, build_job, numerics_for, parse_pins
+from seqmesh.planner.request import Machine, Request, build_job, check_profiles, numerics_for, parse_pins
 from seqmesh.planner.search import Found, Pins, search
 from seqmesh.planner.trainer_memory import trainer_memory
 from seqmesh.planner.units import format_tokens
@@ -58,7 +58,42 @@ def _option(*names: str, text: str) -> Any:
     return typer.Option(*names, help=text)
 
 
+JOB_OPTIONS = {
+    *("model", "gpu", "cluster", "nodes", "gpus_per_node", "seq_len", "global_batch", "documents", "layout", "stack", "precision"),
+    *("gradients", "memory_limit", "max_micro_batch", "axes", "hardware", "profile", "assume"),
+}
+MACHINE_OPTIONS = {"gpu", "cluster", "nodes", "gpus_per_node", "hardware", "profile"}
+FILE_OPTIONS = {"emit", "trace", "plot"}
+MODES = {
+    "published": set[str](),
+    "kernel": {"heads", "kv_heads", "head_dim", "pin", "top", "as_json", *JOB_OPTIONS}
+    - {"model", "stack", "gradients", "memory_limit", "max_micro_batch"},
+    "compare": {"model", "seq_len", "global_batch", "as_json", *MACHINE_OPTIONS},
+    "trace_memory": {"model", "seq_len", "documents", "pin", "as_json", *MACHINE_OPTIONS},
+    "max_seq": {"pin", "top", "explain", "as_json", *JOB_OPTIONS, *FILE_OPTIONS},
+}
+"""Options that mean something in a mode; a search knows all but those of --kernel."""
+
+
+def _check_mode(context: typer.Context) -> None:
+    """Refuse what a mode would ignore."""
+    given = [name for name, value in context.params.items() if value not in (None, (), _default(context, name))]
+    modes = [mode for mode in MODES if mode in given]
+    if not modes:
+        return
+    mode, spelled = modes[0], {p.name: p.opts[0] for p in context.command.params}
+    for name in given:
+        if name != mode and name not in MODES[mode]:
+            raise ValueError(f"{spelled[name]} has no meaning with {spelled[mode]}; remove one of them")
+
+
+def _default(context: typer.Context, name: str) -> object:
+    (parameter,) = (p for p in context.command.params if p.name == name)
+    return parameter.get_default(context)
+
+
 def _plan(  # one parameter an option: that is typer's form
+    context: typer.Context,
     model: Annotated[str | None, _option("--model", text="A known model, a Hugging Face config.json or its folder.")] = None,
     gpu: Annotated[str | None, _option("--gpu", text="A known GPU, or one of --hardware.")] = None,
     cluster: Annotated[str | None, _option("--cluster", text="A [cluster.NAME] of --hardware.")] = None,
@@ -98,14 +133,17 @@ def _plan(  # one parameter an option: that is typer's form
     plot: Annotated[Path | None, _option("--plot", text="Draw memory and time of the candidates (default plan.png).")] = None,
 ) -> int:
     """Choose a mesh: dp, tp, ulysses, ring, pp, ZeRO stage and memory savers, with memory, time and the reasons. No GPU is needed."""
+    _check_mode(context)
     if published:
         from seqmesh.planner.published import render
 
         print(render())
         return 0
     _check_counts(top=top, global_batch=global_batch, max_micro_batch=max_micro_batch)
-    _check_kernel_options(kernel, model, {"--heads": heads, "--kv-heads": kv_heads, "--head-dim": head_dim})
+    _check_kernel_options(kernel, {"--heads": heads, "--kv-heads": kv_heads, "--head-dim": head_dim})
+    _check_trainer(stack, {"--precision": precision != "bf16", "--gradients": gradients != "fp32"})
     machine = Machine(gpu=gpu, cluster=cluster, nodes=nodes, gpus_per_node=gpus_per_node, files=(*(hardware or ()), *(profile or ())))
+    check_profiles(profile or (), machine)
     request = Request(
         machine=machine,
         seq_len=seq_len,
@@ -134,20 +172,24 @@ def _plan(  # one parameter an option: that is typer's form
     return _answer(replace(job, max_micro_batch=max_micro_batch), pins, outputs)
 
 
+def _check_trainer(stack: str, given: dict[str, bool]) -> None:
+    for option, present in given.items():
+        if stack == "trainer" and present:
+            raise ValueError(f"{option} with --stack trainer: seqmesh train computes in fp32; remove {option}")
+
+
 def _check_counts(**counts: int | None) -> None:
     for name, count in counts.items():
         if count is not None and count < 1:
             raise ValueError(f"--{name.replace('_', '-')} {count}: use a whole number of at least 1")
 
 
-def _check_kernel_options(kernel: bool, model: str | None, only: dict[str, int | None]) -> None:
+def _check_kernel_options(kernel: bool, only: dict[str, int | None]) -> None:
     given = [name for name, value in only.items() if value is not None]
     if not kernel and given:
         raise ValueError(f"{given[0]} is an option of --kernel; add --kernel, or use --model for a whole model")
     if kernel and only["--heads"] is None:
         raise ValueError("--kernel needs --heads (and --kv-heads, --head-dim); add --heads 32")
-    if kernel and model is not None:
-        raise ValueError("--kernel prices one attention, not a model; remove --model, or --kernel")
 
 
 def _model(given: str | None, machine: Machine) -> ModelShape:
@@ -157,7 +199,7 @@ def _model(given: str | None, machine: Machine) -> ModelShape:
 
 
 def _kernel(job: Job, pins: Pins, outputs: Outputs) -> int:
-    ranked = splits(job, pins)[: outputs.top if outputs.top > 1 else None]
+    ranked = splits(job, pins)[: outputs.top]
     if outputs.as_json:
         print(json.dumps({"candidates": [split_record(split) for split in ranked]}, indent=2))
     else:
@@ -184,7 +226,7 @@ def _longest(job: Job, pins: Pins) -> int:
 def _answer(job: Job, pins: Pins, outputs: Outputs) -> int:
     pricer = Pricer(job)
     found = search(pricer, pins, outputs.top)
-    if not found.best and not _is_point(pins):
+    if not found.best and not (_is_point(pins) or (pins and outputs.as_json)):
         raise ValueError(f"nothing fits: {shortfall(pricer, found.misfits[0], pins)}")
     shown = (*found.best, *found.misfits)
     _write(pricer, shown, outputs)

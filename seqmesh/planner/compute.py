@@ -11,9 +11,6 @@ from functools import lru_cache
 
 from seqmesh.planner.job import Job
 
-STREAMED_HIDDEN, STREAMED_FFN = 14, 3
-"""Numbers of hidden and of FFN width that a layer's forward reads and writes besides its products: norms, rotary, residuals, SwiGLU."""
-
 
 @dataclass(frozen=True, kw_only=True)
 class LayerTime:
@@ -24,7 +21,7 @@ class LayerTime:
     """The part of `matmul_forward` in the MLP."""
     matmul_backward: float
     elementwise: float
-    """Of one direction: norms, rotary embedding, activation, residuals. The backward takes twice as long."""
+    """Of the forward: norms, rotary embedding, activation, residuals."""
 
 
 class Compute:
@@ -41,11 +38,12 @@ class Compute:
 
     def matmul(self, m: int, k: int, n: int) -> float:
         """Seconds of an (m, k) x (k, n) product."""
-        rate = self._job.cluster.gpu.flops_per_s * self._job.assumptions.matmul
+        rate = self._job.peak * self._job.assumptions.matmul
         return 2.0 * m * k * n / rate + self.streamed(self._job.numerics.element * (m * k + k * n + m * n))
 
     def _layer(self, tp: int, tokens: int) -> LayerTime:
-        m, element = self._job.model, self._job.numerics.element
+        m, a = self._job.model, self._job.assumptions
+        streamed = a.streamed_hidden * m.hidden + a.streamed_ffn * m.intermediate
         qkv, gates = (m.heads + 2 * m.kv_heads) * m.head_dim // tp, (2 if m.gated else 1) * m.intermediate // tp
         attention = ((tokens, m.hidden, qkv), (tokens, m.heads * m.head_dim // tp, m.hidden))
         mlp = ((tokens, m.hidden, gates), (tokens, m.intermediate // tp, m.hidden))
@@ -53,8 +51,8 @@ class Compute:
         return LayerTime(
             matmul_forward=in_attention + in_mlp,
             mlp_forward=in_mlp,
-            matmul_backward=sum(self.matmul(a, c, b) + self.matmul(b, a, c) for a, b, c in (*attention, *mlp)),
-            elementwise=self.streamed(element * (STREAMED_HIDDEN * m.hidden + STREAMED_FFN * m.intermediate) * tokens / tp),
+            matmul_backward=sum(self.matmul(x, z, y) + self.matmul(y, x, z) for x, y, z in (*attention, *mlp)),
+            elementwise=self.streamed(self._job.numerics.element * streamed * tokens / tp),
         )
 
     def _head(self, tp: int, tokens: int, tiled: bool) -> float:
@@ -63,4 +61,4 @@ class Compute:
         columns = m.vocabulary // tp
         one = self.matmul(tokens, m.hidden, columns)
         both = one + self.matmul(tokens, columns, m.hidden) + self.matmul(m.hidden, tokens, columns)
-        return both + (one if tiled else 0.0) + self.streamed(16.0 * tokens * columns)
+        return both + (one if tiled else 0.0) + self.streamed(self._job.assumptions.streamed_logit * tokens * columns)

@@ -55,7 +55,7 @@ class Pricer:
             imbalance=load.imbalance,
             flops=linear + pair * job.mask.area,
             flops_noncausal=linear + pair * sum(length**2 for length in job.documents or (job.seq_len,)),
-            peak=job.cluster.gpu.flops_per_s,
+            peak=job.peak,
         )
 
     def with_assumption(self, name: str, value: float) -> "Pricer":
@@ -85,9 +85,7 @@ class Pricer:
 
     def group(self, point: Point, *members: str) -> Group:
         """The process group over some axes."""
-        degrees = (point.tp, point.ulysses, point.ring, point.dp, point.pp)
-        if self.job.axes != ("tp", "ulysses", "ring", "dp", "pp"):
-            degrees = tuple(int(getattr(point, axis)) for axis in self.job.axes)  # type: ignore[assignment]
+        degrees = tuple(getattr(point, axis) for axis in self.job.axes)
         return place(self.job.axes, degrees, frozenset(members), self.job.cluster.gpus_per_node)
 
     def attention(self, point: Point) -> AttentionCost:
@@ -111,7 +109,7 @@ class Pricer:
         yield compute("matrix products", runs * (layer.matmul_forward + layer.matmul_backward))
         yield compute("attention kernel", runs * (ahead.kernel + back.kernel))
         yield compute("attention merge and launches", runs * (ahead.merge + back.merge))
-        yield compute("norms, rotary, activation", runs * 3 * layer.elementwise)
+        yield compute("norms, rotary, activation", runs * (1 + self.job.assumptions.streamed_backward) * layer.elementwise)
         again = layer.mlp_forward if point.tiling == "mlp" else 0.0
         if point.checkpointing == "full":
             again += layer.matmul_forward + layer.elementwise + ahead.kernel + ahead.merge
@@ -190,11 +188,11 @@ class Pricer:
         a, numerics = self.job.assumptions, self.job.numerics
         mine = self.memory.parameters(point) / (point.replicas if point.zero else 1)
         if point.offload not in ("optimizer", "both"):
-            yield compute("optimizer", self.compute.streamed(a.optimizer_bytes * mine))
+            yield compute("optimizer", self.compute.streamed(numerics.update * mine))
             return
         copied = mine * (numerics.gradient + numerics.element) / self._host_rate()  # gradients down, then weights up
         yield Piece(name="gradients and weights to and from the host", cause=PCIE, seconds=copied, exposed=copied)
-        yield compute("optimizer on the host", mine * a.optimizer_bytes / a.host_memory)
+        yield compute("optimizer on the host", mine * numerics.update / a.host_memory)
 
     def _bytes(self, point: Point) -> Iterator[dict[str, float]]:
         """Bytes per link class that one GPU sends in a step, on average."""

@@ -30,6 +30,7 @@ _MEMORY: Final = {"memory_gib": 2**30, "memory_gb": 10**9}
 _GPU_KEYS: Final = (
     "like",
     "tflops",
+    "tflops_fp32",
     *_MEMORY,
     "memory_tb_per_s",
     "scale_up_gb_per_s",
@@ -52,8 +53,8 @@ class Gpu:
 
     name: str
     """As in [gpu.NAME]."""
-    flops_per_s: float
-    """Dense bf16 FLOP/s."""
+    flops_per_s: float | None
+    """Dense bf16 FLOP/s; None: unknown, as for a profile measured in fp32."""
     memory_bytes: int
     """Device memory."""
     memory_bytes_per_s: float
@@ -64,6 +65,8 @@ class Gpu:
     """PCIe in one direction."""
     network_bytes_per_s: float
     """This GPU's share of its node's network, in one direction."""
+    fp32_flops_per_s: float | None = None
+    """fp32 FLOP/s, not TF32; None: unknown."""
     source: str = ""
     """Where the numbers come from."""
     measured: bool = False
@@ -72,13 +75,27 @@ class Gpu:
     """The table [gpu.NAME.assumptions]: the cost model's assumptions that this GPU is known to break. Names are not checked here."""
 
     def __post_init__(self) -> None:
-        rates = ("flops_per_s", "memory_bytes_per_s", "scale_up_bytes_per_s", "pcie_bytes_per_s", "network_bytes_per_s")
+        if self.flops_per_s is None and self.fp32_flops_per_s is None:
+            raise ValueError(f"GPU {self.name!r} has neither tflops (bf16) nor tflops_fp32; give one of them")
+        rates = ("flops_per_s", "fp32_flops_per_s", "memory_bytes_per_s", "scale_up_bytes_per_s", "pcie_bytes_per_s", "network_bytes_per_s")
         for name in ("memory_bytes", *rates):
             value = getattr(self, name)
-            if value is None and name == "scale_up_bytes_per_s":
+            if value is None and name in ("scale_up_bytes_per_s", "flops_per_s", "fp32_flops_per_s"):
                 continue
             if not 0 < value < math.inf:
                 raise ValueError(f"GPU {self.name!r}: {name}={value} is not positive and finite; give what the hardware has")
+
+    def peak_flops_per_s(self, element: int) -> float:
+        """FLOP/s in numbers of 2 bytes (bf16) or 4 (fp32).
+
+        Raises:
+            ValueError: the rate is not known.
+        """
+        peak = self.flops_per_s if element == 2 else self.fp32_flops_per_s
+        if peak is None:
+            key, precision, other = ("tflops", "bf16", "fp32") if element == 2 else ("tflops_fp32", "fp32", "bf16")
+            raise ValueError(f"GPU {self.name!r} has no {key}, so {precision} cannot be priced; add it, or use --precision {other}")
+        return peak
 
     @property
     def node_bytes_per_s(self) -> float:
@@ -116,6 +133,11 @@ class Cluster:
 def known_gpus(extra: Iterable[Path] = ()) -> list[str]:
     """Names that `load_gpu` takes."""
     return _names(_layers("gpu", extra))
+
+
+def known_gpus_of(path: Path) -> list[str]:
+    """The GPUs that a file describes, in its order."""
+    return [table.name for table in read_tables(path, "gpu").values()]
 
 
 def known_clusters(extra: Iterable[Path] = ()) -> list[str]:
@@ -190,7 +212,8 @@ def _read_gpu(table: Table, base: Gpu | None) -> Gpu:
     assumptions = table.table("assumptions")
     return Gpu(
         name=table.name,
-        flops_per_s=_quantity(table, "tflops", 1e12, base.flops_per_s if base else None),
+        flops_per_s=_peak(table, "tflops", "tflops_fp32", base.flops_per_s if base else None),
+        fp32_flops_per_s=_peak(table, "tflops_fp32", "tflops", base.fp32_flops_per_s if base else None),
         memory_bytes=_memory(table, base),
         memory_bytes_per_s=_quantity(table, "memory_tb_per_s", 1e12, base.memory_bytes_per_s if base else None),
         scale_up_bytes_per_s=_scale_up(table, base),
@@ -200,6 +223,13 @@ def _read_gpu(table: Table, base: Gpu | None) -> Gpu:
         measured=table.flag("measured", default=False),
         overrides={**(base.overrides if base else {}), **{key: assumptions.number(key) for key in assumptions.values}},
     )
+
+
+def _peak(table: Table, key: str, other: str, inherited: float | None) -> float | None:
+    """A peak rate, which may be left out where the other one is given (or both are inherited)."""
+    if key not in table and (other in table or "like" in table or key == "tflops_fp32"):
+        return inherited
+    return table.positive(key) * 1e12
 
 
 def _quantity(table: Table, key: str, unit: float, inherited: float | None) -> float:

@@ -16,12 +16,16 @@ from seqmesh.masks import Mask
 from seqmesh.planner.assumptions import Assumptions
 from seqmesh.planner.hardware import Cluster
 from seqmesh.planner.models import ModelShape
+from seqmesh.planner.nearest import unknown
 
 AXES = ("tp", "ulysses", "ring", "dp", "pp")
 """From the fastest links to the slowest: best practice 7."""
 CHECKPOINTING = ("none", "full")
 OFFLOAD = ("none", "activations", "optimizer", "both")
 TILING = ("none", "loss", "mlp")
+CHOICES: dict[str, tuple[str, ...]] = {"checkpointing": CHECKPOINTING, "offload": OFFLOAD, "tiling": TILING}
+"""Values of the knobs of a `Point` that are words."""
+LAYOUTS = ("auto", "contiguous", "zigzag", "striped", "balanced")
 STACKS = ("fused", "trainer")
 """fused: bf16, flash attention, fused norms and activations, as Megatron-LM has. trainer: `seqmesh train` as it stands."""
 
@@ -36,6 +40,11 @@ class Numerics:
     """Gradients as they are accumulated and reduced: fp32 by default, as Megatron-LM and FSDP2's reduce_dtype do."""
     optimizer: int = 12
     """Per parameter: Adam's two moments, and an fp32 master copy unless the weights are fp32 themselves."""
+
+    @property
+    def update(self) -> int:
+        """Bytes that AdamW reads and writes for a parameter: its state twice, the gradient, and the weight (read too if it is fp32)."""
+        return 2 * self.optimizer + self.gradient + self.element * (2 if self.element == 4 else 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,10 +77,19 @@ class Job:
             raise ValueError(
                 f"seq_len={self.seq_len}, global_batch={self.global_batch}: both must be at least 1; use a positive length and batch"
             )
+        for name, value, known in (("layout", self.layout, LAYOUTS), ("stack", self.stack, STACKS)):
+            if value not in known:
+                raise unknown(name, value, known)
+        _ = self.peak  # raises where the GPU has no rate for this precision
         if sorted(self.axes) != sorted(AXES):
             raise ValueError(f"axes {','.join(self.axes)} must name each of {','.join(AXES)} once, from the fastest links to the slowest")
         if self.documents and sum(self.documents) != self.seq_len:
             raise ValueError(f"the documents hold {sum(self.documents)} tokens but seq_len={self.seq_len}; make them add up")
+
+    @property
+    def peak(self) -> float:
+        """FLOP/s of a GPU in the job's precision."""
+        return self.cluster.gpu.peak_flops_per_s(self.numerics.element)
 
     @cached_property
     def mask(self) -> Mask:
@@ -100,6 +118,13 @@ class Point:
     offload: str = "none"
     tiling: str = "none"
     micro_batch: int = 1
+
+    def __post_init__(self) -> None:
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise unknown(f"value of {name}", str(getattr(self, name)), known)
+        if min(self.tp, self.ulysses, self.ring, self.dp, self.pp, self.micro_batch) < 1 or not 0 <= self.zero <= 3:
+            raise ValueError(f"{self}: degrees are at least 1, and ZeRO has stages 0 to 3; correct them")
 
     @property
     def sp(self) -> int:

@@ -10,7 +10,7 @@ Pipeline stages differ: the first holds the embedding and most micro-batches, th
 Where it sits: planner, pure. Source: PAPER.md, "Formulas"; ring.py, ulysses.py and merge.py for the attention's own buffers.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 from seqmesh.heads import default_chunks, split_heads
@@ -185,19 +185,3 @@ class MemoryModel:
             "attention_stages": element * received * d * kv * 4,  # K/V here and in flight; dK/dV leaving and arriving
             "attention_accumulators": 4 * d * (rows * (q + kv) + received * kv),
         }
-
-
-def shrink(point: Point) -> list[tuple[str, Point]]:
-    """Ways to make a point smaller at the price of time, each one change, cheapest first."""
-    ways: list[tuple[str, Point]] = []
-    if point.tiling == "none":
-        ways.append(("tiling=loss", replace(point, tiling="loss")))
-    if point.zero < 2 and point.replicas > 1:
-        ways.append(("zero=2", replace(point, zero=2)))
-    if point.zero < 3 and point.replicas > 1:
-        ways.append(("zero=3", replace(point, zero=3)))
-    if point.tiling != "mlp":
-        ways.append(("tiling=mlp", replace(point, tiling="mlp")))
-    if point.checkpointing == "none":
-        ways.append(("checkpointing=full", replace(point, checkpointing="full")))
-    return ways

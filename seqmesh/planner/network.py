@@ -58,8 +58,8 @@ def place(axes: tuple[str, ...], degrees: tuple[int, ...], members: frozenset[st
             stride = prod(degrees[:at])
             steps.append(range(0, stride * degree, stride))
     on_node: dict[int, int] = {}
-    for place in product(*steps):
-        node = sum(place) // gpus_per_node
+    for offsets in product(*steps):
+        node = sum(offsets) // gpus_per_node
         on_node[node] = on_node.get(node, 0) + 1
     return Group(size=sum(on_node.values()), per_node=max(on_node.values()), nodes=len(on_node), gpus_per_node=gpus_per_node)
 

@@ -76,9 +76,9 @@ def _unified(pricer: Pricer, price: Price) -> Iterator[str]:
             found.append(f"{name} {text}")
     if p.ring > 1:
         busiest = f"the busiest rank computes {price.imbalance:.3f}x the mean"
-        yield f"layout {price.layout} over ring {p.ring}, {price.exchanges} exchanges: {busiest}"
+        yield f"layout {price.layout} over ring {p.ring}, {price.exchanges} exchange{'s' if price.exchanges > 1 else ''}: {busiest}"
     if found:
-        yield f"ulysses {p.ulysses} x ring {p.ring} (practice 1): {'; '.join(found)}"
+        yield f"ulysses {p.ulysses} x ring {p.ring} (practice 1: unified, not pure): {'; '.join(found)}"
 
 
 def _data_parallel(pricer: Pricer, price: Price) -> Iterator[str]:
@@ -86,12 +86,12 @@ def _data_parallel(pricer: Pricer, price: Price) -> Iterator[str]:
     if p.sp == 1:
         return
     if p.dp == batch:
-        yield f"sequence parallelism because a batch of {batch} cannot be split over more than dp={batch} (practice 2)"
+        yield f"sequence parallelism because a batch of {batch} cannot be split over more than dp={batch} (practice 2: dp first)"
         return
     for ulysses, ring in ((p.ulysses, p.ring // 2), (p.ulysses // 2, p.ring)):
         other = p.but(ulysses=max(1, ulysses), ring=max(1, ring), dp=p.dp * 2)
         if text := _compared(pricer, price, other):
-            yield f"more dp and less sequence parallelism (practice 2), u{other.ulysses} r{other.ring} dp{other.dp}: {text}"
+            yield f"more dp and less sequence parallelism (practice 2: dp first), u{other.ulysses} r{other.ring} dp{other.dp}: {text}"
             return
 
 
@@ -100,10 +100,10 @@ def _zero(pricer: Pricer, price: Price) -> Iterator[str]:
     if p.replicas == 1:
         return
     if p.zero > 1 and (text := _compared(pricer, price, p.but(zero=1))):
-        yield f"ZeRO-{p.zero} for memory (practice 3): with ZeRO-1 it {text}"
+        yield f"ZeRO-{p.zero} for memory (practice 3: ZeRO-1 or 2 where it fits): with ZeRO-1 it {text}"
     elif p.zero == 1:
         size = format_bytes(price.memory.categories.get("optimizer", 0))
-        yield f"ZeRO-1 over dp x sp = {p.replicas} ranks (practice 3): the optimizer takes {size} of a rank"
+        yield f"ZeRO-1 over dp x sp = {p.replicas} ranks (practice 3: ZeRO-1 or 2): the optimizer takes {size} of a rank"
 
 
 def _tensor(pricer: Pricer, price: Price) -> Iterator[str]:
@@ -118,16 +118,24 @@ def _tensor(pricer: Pricer, price: Price) -> Iterator[str]:
         name = "with tensor parallelism"
     for other in others:
         if text := _compared(pricer, price, other):
-            yield f"{name} (practice 4, 5), tp{other.tp} u{other.ulysses} r{other.ring} dp{other.dp}: {text}"
+            yield f"{name} (practices 4 and 5: SP in place of TP), tp{other.tp} u{other.ulysses} r{other.ring} dp{other.dp}: {text}"
             return
 
 
 def _savers(pricer: Pricer, price: Price) -> Iterator[str]:
+    """Each saver against the next lower one; without checkpoints there are none to offload."""
     p = price.point
-    for key in ("tiling", "checkpointing", "offload"):
+    without_checkpoints = {"none": "none", "activations": "none", "optimizer": "optimizer", "both": "optimizer"}
+    lower = {
+        "tiling": p.but(tiling={"none": "none", "loss": "none", "mlp": "loss"}[p.tiling]),
+        "checkpointing": p.but(checkpointing="none", offload=without_checkpoints[p.offload]),
+        "offload": p.but(offload="none"),
+    }
+    for key, other in lower.items():
         value = getattr(p, key)
-        if value != "none" and (text := _compared(pricer, price, p.but(**{key: "none"}))):
-            yield f"{key}={value} for memory: without it {text}"
+        if value != "none" and (text := _compared(pricer, price, other)):
+            instead = f"with {key}={getattr(other, key)}" if getattr(other, key) != "none" else "without"
+            yield f"{key}={value} for memory: {instead} it {text}"
 
 
 def _order(pricer: Pricer, price: Price) -> Iterator[str]:
@@ -138,7 +146,8 @@ def _order(pricer: Pricer, price: Price) -> Iterator[str]:
     other = pricer.with_axes(tuple(swap.get(axis, axis) for axis in pricer.job.axes))
     text = _difference(other.seconds(p) / price.seconds - 1)
     faster, slower = sorted(("ulysses", "ring"), key=pricer.job.axes.index)
-    yield f"{faster} inside, {slower} outside (practice 7): the other way round {text}"
+    practice = "practice 7: faster links inside" if faster == "ulysses" else "against practice 7"
+    yield f"{faster} inside, {slower} outside ({practice}): the other way round {text}"
 
 
 def why_not(best: Price, other: Price) -> str:
@@ -170,6 +179,8 @@ def remedy(pricer: Pricer, pins: Pins) -> str:
         return f"{key}={getattr(price.point, key)} would make it fit ({format_seconds(seconds)} a step)"
     if pins and (free := _fits(pricer, {})):
         return f"{free.point} would fit ({format_seconds(free.seconds)} a step)"
+    if job.stack == "trainer":
+        return "--stack fused prices what shards weights or recomputes, which seqmesh train does not do yet"
     for times in NODES_TRIED:
         bigger = pricer.with_nodes(job.cluster.nodes * times)
         if _fits(bigger, {}):
@@ -196,27 +207,64 @@ class Rests:
     """What moving one assumption does."""
 
     name: str
-    low: float
-    """Change of the step time, as a share, when the assumption is 20% lower."""
-    high: float
-    """The same 20% higher."""
-    winner: Point | None
-    """The point that wins instead in one of the two cases."""
+    cases: tuple[tuple[float, float, Point | None], ...]
+    """(value, change of the best point's time as a share, the point that wins in its place) for each value that was tried."""
+
+    @property
+    def strength(self) -> float:
+        """The largest change of time."""
+        return max(abs(change) for _, change, _ in self.cases)
+
+    @property
+    def flips(self) -> bool:
+        """Whether another point wins in some case."""
+        return any(winner is not None for *_, winner in self.cases)
 
 
-def rests_on(pricer: Pricer, best: Sequence[Price]) -> list[Rests]:
-    """Every assumption with an effect on the best point's time, the strongest first; the candidates are priced anew."""
+def rests_on(pricer: Pricer, best: Sequence[Price], pins: Pins) -> list[Rests]:
+    """Every assumption that the best point's time, or its place as the best, rests on, the strongest first.
+
+    The best points of POOL meshes compete anew under each changed assumption, with more savers too in case they no longer fit.
+    """
+    rivals = _rivals(pricer, best, pins)
     found = []
     for name, value, *_ in pricer.job.assumptions.explain():
-        if name in ("overhead", "one_nic_per_partial_node", "small_head") or not value:
-            continue
-        changes, winner = [], None
-        for factor in (1 - SWING, 1 + SWING):
-            other = pricer.with_assumption(name, value * factor)
-            times = [(other.seconds(price.point), n) for n, price in enumerate(best)]
-            changes.append(times[0][0] / best[0].seconds - 1)
-            if (first := min(times)[1]) and min(times)[0] < times[0][0] * 0.9999:
-                winner = best[first].point
-        found.append(Rests(name=name, low=changes[0], high=changes[1], winner=winner))
-    found.sort(key=lambda rests: -max(abs(rests.low), abs(rests.high)))
-    return [rests for rests in found if max(abs(rests.low), abs(rests.high)) > 1e-4 or rests.winner]
+        cases = []
+        for moved in _moved(name, value):
+            other = pricer.with_assumption(name, moved)
+            fitting = [point for point in rivals if other.memory.of(point).fits(pricer.job if name != "host_bytes" else other.job)]
+            times = [(other.seconds(point), point) for point in fitting]
+            mine = other.seconds(best[0].point)
+            first = min(times, key=lambda one: one[0], default=(mine, best[0].point))
+            lost = best[0].point not in fitting or first[0] < mine * (1 - 1e-6)
+            cases.append((moved, mine / best[0].seconds - 1, first[1] if lost and first[1] != best[0].point else None))
+        found.append(Rests(name=name, cases=tuple(cases)))
+    found.sort(key=lambda rests: -rests.strength)
+    return [rests for rests in found if rests.strength > 1e-4 or rests.flips]
+
+
+POOL = 12
+"""Meshes that compete when an assumption moves."""
+
+
+def _rivals(pricer: Pricer, best: Sequence[Price], pins: Pins) -> list[Point]:
+    found = search(pricer, pins, top=POOL).best
+    points = dict.fromkeys([*(price.point for price in best), *(price.point for price in found)])
+    for point in list(points):
+        variants = [point.but(tiling=tiling) for tiling in ("none", "loss", "mlp")] + [point.but(zero=zero) for zero in (1, 2, 3)]
+        for variant in variants:
+            pinned = all(getattr(variant, key) == value for key, value in pins.items())
+            if pinned and not any(violations(pricer.job, variant)):
+                points[variant] = None
+    return list(points)
+
+
+def _moved(name: str, value: float) -> tuple[float, ...]:
+    """Values to try: 20% to each side; the other one of a yes or no; a half, or three times, where it is zero or near it."""
+    if name == "one_nic_per_partial_node":
+        return (1 - value,)
+    if name in ("gradient_overlap", "prefetch") and value < 1:
+        return (value + (1 - value) / 2,)
+    if name == "overhead":
+        return (3 * value,)
+    return ((1 - SWING) * value, (1 + SWING) * value) if value else ()

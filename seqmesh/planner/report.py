@@ -4,6 +4,7 @@ Where it sits: planner, above reasons.py and records.py. It formats; it computes
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
@@ -15,7 +16,7 @@ from seqmesh.planner.kernel import Split
 from seqmesh.planner.price import Price
 from seqmesh.planner.reasons import Rests, reasons, rests_on, why_not
 from seqmesh.planner.search import Found, Pins
-from seqmesh.planner.units import format_bytes, format_seconds, format_tokens
+from seqmesh.planner.units import about_tokens, format_bytes, format_count, format_seconds, format_tokens
 
 WIDTH = 150
 """Columns where the output is not a terminal."""
@@ -38,9 +39,9 @@ def show_found(out: Console, pricer: Pricer, found: Found, pins: Pins) -> None:
         return
     best = found.best[0]
     show_memory(out, pricer, best)
-    _list(out, "Why this one", reasons(pricer, best, pins))
+    _list(out, "Why this one (the practices are listed in docs/planner.md)", reasons(pricer, best, pins))
     _list(out, "Why not the next", [why_not(best, other) for other in found.best[1:3]])
-    _list(out, "What would change the answer", would_change(pricer, found.best))
+    _list(out, "What would change the answer", would_change(pricer, found.best, pins))
 
 
 def show_one(out: Console, pricer: Pricer, price: Price, pins: Pins) -> None:
@@ -52,7 +53,7 @@ def show_one(out: Console, pricer: Pricer, price: Price, pins: Pins) -> None:
     _show_time(out, price)
     _show_bytes(out, price)
     _list(out, "Why", reasons(pricer, price, pins))
-    _list(out, "What it rests on", would_change(pricer, [price]))
+    _list(out, "What it rests on", would_change(pricer, [price], asdict(price.point)))
     show_assumptions(out, pricer.job)
 
 
@@ -62,7 +63,7 @@ def _heading(out: Console, job: Job) -> None:
     packed = f", {len(job.documents)} packed documents" if job.documents else ""
     state = "measured profile" if c.gpu.measured else "rates by data sheet, unmeasured"
     out.print(
-        f"[bold]{m.name}[/] ({m.parameters / 1e9:.2f}B parameters), {format_tokens(job.seq_len)} tokens{packed}, {batch},"
+        f"[bold]{m.name}[/] ({format_count(m.parameters)} parameters), {about_tokens(job.seq_len)} tokens{packed}, {batch},"
         f" on {c.nodes} x {c.gpus_per_node} {c.gpu.name} ({format_bytes(job.capacity)} each; {state})"
     )
 
@@ -93,7 +94,7 @@ def candidates_table(prices: Sequence[Price]) -> Table:
             "\n".join(savers) or "-",
             f"{format_seconds(price.seconds)}\n({format_seconds(price.lower)} - {format_seconds(price.upper)})",
             f"{price.tokens_per_second:,.0f}",
-            f"{price.tflops_per_gpu:.1f}",
+            f"{price.tflops_per_gpu:.3g}" if price.tflops_per_gpu < 10 else f"{price.tflops_per_gpu:.1f}",
             f"{price.mfu_causal:.1%}\n({price.mfu_noncausal:.1%})",
             format_bytes(price.memory.total) + ("" if price.fits else "\nDOES NOT FIT"),
             sent or "-",
@@ -107,8 +108,9 @@ def show_memory(out: Console, pricer: Pricer, price: Price) -> None:
     out.print(f"\n[bold]Memory of a rank at the peak[/]: {format_bytes(price.memory.total)} of {format_bytes(pricer.job.capacity)}")
     parts = [f"{name.replace('_', ' ')} {format_bytes(size)}" for name, size in price.memory.categories.items()]
     out.print("  " + ", ".join(parts))
-    moments = ", ".join(f"{name} {format_bytes(size)}" for name, size in price.memory.moments.items() if size)
-    out.print(f"  the largest of these moments counts: {moments}")
+    taken, *others = sorted(price.memory.moments.items(), key=lambda moment: -moment[1])
+    lesser = ", ".join(f"{name} {format_bytes(size)}" for name, size in others if size)
+    out.print(f"  the peak comes with {taken[0]} ({format_bytes(taken[1])}); at other moments, in its place: {lesser or 'less'}")
     if price.memory.host:
         out.print(f"  on the host: {format_bytes(price.memory.host)}")
 
@@ -143,16 +145,18 @@ def show_assumptions(out: Console, job: Job) -> None:
     out.print(table)
 
 
-def would_change(pricer: Pricer, best: Sequence[Price]) -> list[str]:
-    """The assumptions that the answer rests on most, and those that change the winner."""
-    rests = rests_on(pricer, best)
-    lines = [_rest(one) for one in rests[:MOST_RESTS]]
-    return lines + [_rest(one) for one in rests[MOST_RESTS:] if one.winner]
+def would_change(pricer: Pricer, best: Sequence[Price], pins: Pins) -> list[str]:
+    """Assumptions that change the winner, and those that its time rests on most."""
+    rests = rests_on(pricer, best, pins)
+    flips = [f"{_rest(one)}" for one in rests if one.flips]
+    strongest = [_rest(one) for one in rests if not one.flips][:MOST_RESTS]
+    verdict = "the winner changes with:" if flips else "no assumption that was moved changes the winner; its time rests most on:"
+    return [verdict, *flips, *(["its time rests most on:"] if flips and strongest else []), *strongest]
 
 
 def _rest(one: Rests) -> str:
-    winner = f"; then {one.winner} wins" if one.winner else ""
-    return f"{one.name} 20% lower: step {one.low:+.1%}, 20% higher: {one.high:+.1%}{winner}"
+    cases = (f"{value:.3g}: step {change:+.1%}" + (f", {winner} wins" if winner else "") for value, change, winner in one.cases)
+    return f"{one.name} {'; '.join(cases)}"
 
 
 def _list(out: Console, title: str, lines: Sequence[str]) -> None:

@@ -10,14 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from seqmesh.planner.assumptions import Assumptions
-from seqmesh.planner.hardware import Cluster, Gpu, load_cluster, load_gpu
-from seqmesh.planner.job import AXES, CHECKPOINTING, KEYS, OFFLOAD, STACKS, TILING, Job, Numerics
+from seqmesh.planner.hardware import Cluster, Gpu, known_gpus_of, load_cluster, load_gpu
+from seqmesh.planner.job import AXES, CHOICES, KEYS, Job, Numerics
 from seqmesh.planner.models import ModelShape
 from seqmesh.planner.nearest import unknown
 from seqmesh.planner.units import parse_bytes, parse_tokens
 
-CHOICES: dict[str, tuple[str, ...]] = {"checkpointing": CHECKPOINTING, "offload": OFFLOAD, "tiling": TILING}
-LAYOUTS = ("auto", "contiguous", "zigzag", "striped", "balanced")
 PRECISIONS = {"bf16": Numerics(), "fp32": Numerics(element=4, gradient=4, optimizer=8)}
 GRADIENTS = {"fp32": 4, "bf16": 2}
 MOST_DOCUMENTS = 1_000_000
@@ -57,6 +55,16 @@ def build_cluster(machine: Machine) -> Cluster:
     )
 
 
+def check_profiles(profiles: Iterable[Path], machine: Machine) -> None:
+    """Raise ValueError for a profile of another GPU than the one that is planned for: it would change nothing."""
+    gpu = build_cluster(machine).gpu.name if profiles else ""
+    for path in profiles:
+        measured = known_gpus_of(path)
+        if gpu.lower() not in (name.lower() for name in measured):
+            named = ", ".join(measured) or "no GPU"
+            raise ValueError(f"--profile {str(path)!r} measures {named}, not {gpu}; use --gpu {measured[0] if measured else 'NAME'}")
+
+
 def assumptions_for(gpu: Gpu, given: Sequence[str]) -> Assumptions:
     """The assumptions, overridden by the GPU's own (a measured profile's), then by `--assume name=value`."""
     assumed = Assumptions().override(gpu.overrides, f"[gpu.{gpu.name}.assumptions]")
@@ -77,6 +85,8 @@ def numerics_for(precision: str, gradients: str) -> Numerics:
         raise unknown("gradient precision", gradients, GRADIENTS)
     chosen = PRECISIONS[precision]
     if precision == "fp32":
+        if gradients != "fp32":
+            raise ValueError(f"--gradients {gradients} with --precision fp32: gradients have the weights' precision; remove --gradients")
         return chosen
     return Numerics(element=chosen.element, gradient=GRADIENTS[gradients], optimizer=chosen.optimizer)
 
@@ -211,10 +221,6 @@ def build_job(request: Request, model: ModelShape) -> Job:
         ValueError: in one line, whatever is wrong with it.
     """
     cluster = build_cluster(request.machine)
-    if request.stack not in STACKS:
-        raise unknown("stack", request.stack, STACKS)
-    if request.layout not in LAYOUTS:
-        raise unknown("layout", request.layout, LAYOUTS)
     seq_len = parse_tokens(request.seq_len)
     return Job(
         model=model,

@@ -61,6 +61,12 @@ def format_tokens(tokens: int) -> str:
     return f"{tokens // 1024**2}M" if tokens % 1024**2 == 0 else f"{tokens // 1024}K"
 
 
+def about_tokens(tokens: int) -> str:
+    """Two decimals from a million on, for reading: 8912896 -> "8704K (8.5M)"."""
+    exact = format_tokens(tokens)
+    return f"{exact} ({tokens / 1024**2:.3g}M)" if tokens > 1024**2 and tokens % 1024**2 else exact
+
+
 def format_bytes(amount: float) -> str:
     """Three digits in decimal units: 81_604_378_624 -> "81.6 GB"."""
     return _prefixed(amount, "B")
@@ -69,6 +75,14 @@ def format_bytes(amount: float) -> str:
 def format_rate(per_s: float, unit: str = "B") -> str:
     """Three digits per second: 2e11 -> "200 GB/s"; with unit "FLOP", 1.4726e14 -> "147 TFLOP/s"."""
     return f"{_prefixed(per_s, unit)}/s"
+
+
+def format_count(count: float) -> str:
+    """Three digits: 8030261248 -> "8.03B" (10⁹), 1316928 -> "1.32M"."""
+    for unit, scale in (("B", 1e9), ("M", 1e6), ("K", 1e3)):
+        if count >= 0.9995 * scale:
+            return f"{_digits(count / scale)}{unit}"
+    return f"{count:.0f}"
 
 
 def format_seconds(seconds: float) -> str:

@@ -105,8 +105,6 @@ def _app() -> "typer.Typer":
         ranks: Annotated[int, typer.Option("--ranks", help="Ranks that --profile measures at once.")] = 4,
     ) -> int:
         """Measure speed against one process, memory, bytes, schedules and load balance, with their targets."""
-        if ranks < 1:
-            raise ValueError(f"--ranks {ranks}: use at least 1")
         if profile is not None:
             from seqmesh.bench.profile import write_profile
 

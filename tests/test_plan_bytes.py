@@ -5,73 +5,90 @@ import torch
 from ranks import Ranks
 
 import seqmesh
+from seqmesh import masks
+from seqmesh.data import Corpus, batches
 from seqmesh.exchange import CountBytes
 from seqmesh.masks import Mask
-from seqmesh.planner.attention import AttentionCost, Shape, price_attention, ring_load
+from seqmesh.planner.attention import Shape, price_attention, ring_load
 from seqmesh.planner.cost import Pricer
 from seqmesh.planner.hardware import Cluster, load_gpu
 from seqmesh.planner.job import Job, Numerics, Point
 from seqmesh.planner.kernel import attention_model
 from seqmesh.planner.models import ModelShape
 from seqmesh.planner.network import place
-from seqmesh.train.recipe import load
+from seqmesh.train.config import Config, DataConfig, MeshConfig
+from seqmesh.train.trainer import Trainer
 
-MESHES = [(2, 1), (1, 2), (2, 2), (4, 1), (1, 4), (4, 2), (2, 4), (8, 1), (1, 8)]
-DOCUMENTS: tuple[tuple[int, ...], ...] = ((), (300, 17, 511, 4, 171))
+MESHES = [(u, r) for u in range(1, 9) for r in range(1, 9) if 2 <= u * r <= 8]
 S = 1003
+MASKS = {"causal": masks.causal(S), "documents": masks.documents((300, 17, 511, 4, 171)), "window": masks.sliding_window(S, 200)}
+CALLS = [("auto", 8, 8, 16, 1), ("zigzag", 10, 2, 8, 2), ("contiguous", 9, 3, 8, 1), ("striped", 8, 2, 8, 1)]
+"""(layout, query heads, K/V heads, head dim, batch)"""
 
 
-def counted(ulysses: int, ring: int, mask: Mask, layout: str, heads: int, kv_heads: int, dim: int, batch: int) -> tuple[int, int]:
-    """Bytes that this rank sends in one forward and in one backward."""
-    mesh = seqmesh.SequenceMesh.build(ulysses=ulysses, ring=ring)
-    schedule = seqmesh.Schedule.build(mask, mesh, layout=layout)
-    n = schedule.positions().numel()
-    q, k, v = (torch.randn(batch, n, count, dim, requires_grad=True) for count in (heads, kv_heads, kv_heads))
-    with CountBytes() as forward:
-        out = seqmesh.attention(q, k, v, schedule)
-    with CountBytes() as backward:
-        out.backward(torch.randn_like(out))
-    return forward.bytes_sent, backward.bytes_sent
+def counted(ulysses: int, ring: int, mask: Mask) -> list[tuple[int, int]]:
+    """Bytes that this rank sends in the forward and in the backward of each of the calls."""
+    mesh, sent = seqmesh.SequenceMesh.build(ulysses=ulysses, ring=ring), []
+    for layout, heads, kv_heads, dim, batch in CALLS:
+        schedule = seqmesh.Schedule.build(mask, mesh, layout=layout)
+        n = schedule.positions().numel()
+        q, k, v = (torch.randn(batch, n, count, dim, requires_grad=True) for count in (heads, kv_heads, kv_heads))
+        with CountBytes() as forward:
+            out = seqmesh.attention(q, k, v, schedule)
+        with CountBytes() as backward:
+            out.backward(torch.randn_like(out))
+        sent.append((forward.bytes_sent, backward.bytes_sent))
+    return sent
 
 
-def predicted(
-    ulysses: int, ring: int, documents: tuple[int, ...], layout: str, heads: int, kv_heads: int, dim: int, batch: int
-) -> AttentionCost:
-    cluster = Cluster(gpu=load_gpu("a800-sxm"), nodes=1, gpus_per_node=8)
-    job = Job(model=attention_model(heads, kv_heads, dim), cluster=cluster, seq_len=S, documents=documents, layout=layout)
+def predicted(ulysses: int, ring: int, mask: Mask, call: tuple[str, int, int, int, int]) -> tuple[int, int]:
+    layout, heads, kv_heads, dim, batch = call
+    job = Job(model=attention_model(heads, kv_heads, dim), cluster=Cluster(gpu=load_gpu("a800-sxm"), nodes=1, gpus_per_node=8), seq_len=S)
     shape = Shape(heads=heads, kv_heads=kv_heads, head_dim=dim, batch=batch, ulysses=ulysses, element=4)
     groups = [place(("ulysses", "ring"), (ulysses, ring), frozenset((axis,)), 8) for axis in ("ulysses", "ring")]
-    return price_attention(job, ring_load(job.mask, layout, ring, 256.0)[0], shape, *groups)
+    cost = price_attention(job, ring_load(mask, layout, ring, 256.0)[0], shape, *groups)
+    return cost.forward.heads_bytes + cost.forward.rows_bytes, cost.backward.heads_bytes + cost.backward.rows_bytes
 
 
-@pytest.mark.parametrize("documents", DOCUMENTS, ids=["causal", "documents"])
+@pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: f"u{mesh[0]}r{mesh[1]}")
-def test_predicted_attention_bytes_equal_the_counted_ones(ranks: Ranks, mesh: tuple[int, int], documents: tuple[int, ...]) -> None:
-    job_mask = seqmesh.masks.documents(documents) if documents else seqmesh.masks.causal(S)
-    for layout, heads, kv_heads, dim, batch in (("auto", 8, 8, 16, 1), ("zigzag", 10, 2, 8, 2)):
-        sent = ranks.run(mesh[0] * mesh[1], counted, *mesh, job_mask, layout, heads, kv_heads, dim, batch)
-        cost = predicted(*mesh, documents, layout, heads, kv_heads, dim, batch)
-        assert cost.forward.heads_bytes + cost.forward.rows_bytes == sum(forward for forward, _ in sent)
-        assert cost.backward.heads_bytes + cost.backward.rows_bytes == sum(backward for _, backward in sent)
+def test_predicted_attention_bytes_equal_the_counted_ones(ranks: Ranks, mesh: tuple[int, int], mask: str) -> None:
+    every = ranks.run(mesh[0] * mesh[1], counted, *mesh, MASKS[mask])
+    for number, call in enumerate(CALLS):
+        total = tuple(sum(rank[number][way] for rank in every) for way in (0, 1))
+        assert predicted(*mesh, MASKS[mask], call) == total, call
 
 
-def test_bytes_of_a_step_are_those_of_its_layers_and_passes() -> None:
-    """The default recipe of `seqmesh train`: its run counts 94.4 MB of attention a step, all ranks (README)."""
-    recipe = load(None)
-    m = recipe.model
+CONFIG = Config(data=DataConfig(seq_len=1024))
+CORPUS = Corpus(source="test", documents=tuple(bytes(range(1, 250)) * times for times in (1, 3, 2, 1, 4, 2)))
+
+
+def trained(ulysses: int, ring: int) -> int:
+    """Attention bytes of one step of `seqmesh train`, all ranks, as its ranks counted them."""
+    config = Config(mesh=MeshConfig(ulysses=ulysses, ring=ring), data=CONFIG.data)
+    mesh = seqmesh.SequenceMesh.build(ulysses=ulysses, ring=ring)
+    return Trainer(config, CORPUS, mesh, peak_flops_per_s=1.0).step().bytes_sent
+
+
+@pytest.mark.parametrize("mesh", [(2, 2), (4, 1), (1, 4), (1, 3)], ids=lambda mesh: f"u{mesh[0]}r{mesh[1]}")
+def test_predicted_bytes_of_a_step_equal_those_of_a_real_training_step(ranks: Ranks, mesh: tuple[int, int]) -> None:
+    m = CONFIG.model
     shape = ModelShape(
         name="recipe", layers=m.layers, hidden=m.hidden, heads=m.heads, kv_heads=m.kv_heads, head_dim=m.head_dim,
         intermediate=m.intermediate, vocabulary=384,
     )  # fmt: skip
-    cluster = Cluster(gpu=load_gpu("a800-sxm"), nodes=1, gpus_per_node=4)
-    documents = (2000, 3000, 3192)
-    job = Job(model=shape, cluster=cluster, seq_len=8192, documents=documents, numerics=Numerics(element=4, gradient=4, optimizer=8))
-    point = Point(ulysses=2, ring=2, zero=0)
-    pricer = Pricer(job)
+    batch = next(batches(CORPUS, seq_len=1024, sequences=1, seed=CONFIG.train.seed))
+    documents = tuple(band.q_stop - band.q_start for band in batch.mask.bands)
+    cluster = Cluster(gpu=load_gpu("a800-sxm"), nodes=1, gpus_per_node=mesh[0] * mesh[1])
+    job = Job(model=shape, cluster=cluster, seq_len=1024, documents=documents, numerics=Numerics(element=4, gradient=4, optimizer=8))
+    pricer, point = Pricer(job), Point(ulysses=mesh[0], ring=mesh[1], zero=0)
     cost = pricer.attention(point)
     attention = m.layers * sum(one.heads_bytes + one.rows_bytes for one in (cost.forward, cost.backward))
-    gradients = 2 * 4 * shape.parameters * 3 // 4 * 4  # an all-reduce over 4 ranks sends 2 (4 - 1) / 4 of them from every rank
-    assert sum(pricer.price(point).bytes_per_step.values()) == pytest.approx((attention + gradients) / 4, abs=4)
+    assert attention == ranks.run(point.sp, trained, *mesh)[0]
+    gradients = (
+        2 * 4 * shape.parameters * (point.sp - 1) // point.sp
+    )  # what an all-reduce sends from each rank, in reduce-scatter + all-gather
+    assert sum(pricer.price(point).bytes_per_step.values()) == pytest.approx(attention / point.sp + gradients, abs=4)
 
 
 def test_checkpointing_sends_the_forward_twice() -> None:
@@ -82,3 +99,10 @@ def test_checkpointing_sends_the_forward_twice() -> None:
     cost = pricer.attention(point).forward
     once, twice = (sum(pricer.price(point.but(checkpointing=c)).bytes_per_step.values()) for c in ("none", "full"))
     assert twice - once == pytest.approx(4 * (cost.heads_bytes + cost.rows_bytes) / 16, abs=4)
+
+
+@pytest.mark.parametrize(("ring", "per_node"), [(8, 4), (8, 2), (6, 3), (4, 1), (8, 8)])
+def test_the_share_of_rows_that_leaves_the_node_is_that_of_a_full_mask_counted_pair_by_pair(ring: int, per_node: int) -> None:
+    load = ring_load(masks.full(64 * ring), "contiguous", ring, 256.0)[0]
+    pairs = [(a, b) for a in range(ring) for b in range(ring) if a != b]
+    assert load.off_node(per_node) == pytest.approx(sum(a // per_node != b // per_node for a, b in pairs) / len(pairs))

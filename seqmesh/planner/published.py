@@ -1,7 +1,8 @@
 """The paper's measured tables beside what the planner predicts for the same set-ups: `seqmesh plan --published`.
 
 For each table: the rank correlation (Spearman) of predicted and published speeds; and the mean error of the absolute figures after
-ONE constant is fitted on every other row, on those rows and on the rest. Nothing is fitted for a row.
+ONE constant is fitted on every other row, on those rows and on the rest. Nothing is fitted for a row; what was chosen with a table in
+view is named in assumptions.py.
 
 Where it sits: planner, pure; above cost.py and kernel.py. Source: PAPER.md (USP, arXiv 2405.07719), Tables 3, 5, 6 and the 208K row.
 """

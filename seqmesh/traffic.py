@@ -59,16 +59,28 @@ def attention_traffic(
         ulysses_rank: which of them is meant.
         row_head_bytes: bytes of one row of one head: batch x head dim x bytes of an element.
     """
+    heads = heads_traffic(rows=rows, kv_rows=kv_rows, shares=shares, ulysses_rank=ulysses_rank)
+    ring = rows_traffic(rows_sent=rows_sent, rows_received=rows_received, kv_heads=shares[ulysses_rank].kv)
+    return Traffic(
+        heads_forward=heads[0] * row_head_bytes,
+        heads_backward=heads[1] * row_head_bytes,
+        rows_forward=ring[0] * row_head_bytes,
+        rows_backward=ring[1] * row_head_bytes,
+    )
+
+
+def heads_traffic(*, rows: Sequence[int], kv_rows: Sequence[int], shares: Sequence[HeadShare], ulysses_rank: int) -> tuple[int, int]:
+    """Rows x heads that one rank sends to its ulysses group, forward and backward; arguments as of `attention_traffic`."""
     me, mine = ulysses_rank, shares[ulysses_rank]
     others = [u for u in range(len(shares)) if u != me]
     out = sum(rows[u] * mine.q for u in others)  # heads of mine for the rows of others
     kv_back = sum(kv_rows[u] * 2 * mine.kv for u in others)
     q = sum(rows[me] * shares[u].q for u in others)  # rows of mine for the heads of others
     kv = sum(kv_rows[me] * 2 * shares[u].kv for u in others)
-    fetch, bring_home = rows_sent * 2 * mine.kv, rows_received * 2 * mine.kv
-    return Traffic(
-        heads_forward=(q + kv + out) * row_head_bytes,
-        heads_backward=(q + out + kv_back) * row_head_bytes,
-        rows_forward=fetch * row_head_bytes,
-        rows_backward=(fetch + bring_home) * row_head_bytes,
-    )
+    return q + kv + out, q + out + kv_back
+
+
+def rows_traffic(*, rows_sent: int, rows_received: int, kv_heads: int) -> tuple[int, int]:
+    """Rows x heads that one rank of so many K/V heads sends to its ring group, forward and backward."""
+    fetch, bring_home = rows_sent * 2 * kv_heads, rows_received * 2 * kv_heads
+    return fetch, fetch + bring_home

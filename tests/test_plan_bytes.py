@@ -9,13 +9,14 @@ from seqmesh import masks
 from seqmesh.data import Corpus, batches
 from seqmesh.exchange import CountBytes
 from seqmesh.masks import Mask
-from seqmesh.planner.attention import Shape, price_attention, ring_load
+from seqmesh.planner.attention import Shape, price_attention
 from seqmesh.planner.cost import Pricer
 from seqmesh.planner.hardware import Cluster, load_gpu
 from seqmesh.planner.job import Job, Numerics, Point
 from seqmesh.planner.kernel import attention_model
 from seqmesh.planner.models import ModelShape
 from seqmesh.planner.network import place
+from seqmesh.planner.ring_load import ring_load
 from seqmesh.train.config import Config, DataConfig, MeshConfig
 from seqmesh.train.trainer import Trainer
 

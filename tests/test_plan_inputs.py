@@ -336,7 +336,7 @@ def test_gpus_that_are_like_each_other_are_refused(tmp_path: Path) -> None:
         (GPU.replace("100", "0"), "tflops = 0 is not above zero; give a positive number"),
         (GPU.replace("100", "nan"), "tflops = nan is not a finite number"),
         (GPU.replace("100", "1" + "0" * 400), "is not a finite number up to 1e+15; give one, without quotes or unit"),
-        (GPU.replace("48", "1e-15"), "GPU 'Ours': memory_bytes=0 is not positive and finite"),
+        (GPU.replace("48", "1e-15"), "is not from 1e-09 to 1e+12"),
         (GPU + "scale_up_gb_per_s = -2", "scale_up_gb_per_s = -2 is not above zero"),
         (GPU + "measured = 1", "measured = 1 is not true or false"),
         (GPU + "assumptions = 1", "assumptions = 1 is not a table"),

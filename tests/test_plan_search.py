@@ -7,7 +7,7 @@ import pytest
 
 from seqmesh import layouts, masks
 from seqmesh.planner.assumptions import Assumptions
-from seqmesh.planner.attention import ZIGZAG_ROWS, head_rate
+from seqmesh.planner.attention import head_rate
 from seqmesh.planner.cost import Pricer
 from seqmesh.planner.hardware import Cluster, load_gpu
 from seqmesh.planner.job import AXES, CHECKPOINTING, OFFLOAD, TILING, Job, Point, violations
@@ -15,6 +15,7 @@ from seqmesh.planner.longest import longest
 from seqmesh.planner.models import ModelShape, load_model
 from seqmesh.planner.price import Price
 from seqmesh.planner.reasons import rests_on, shortfall, why_not
+from seqmesh.planner.ring_load import ZIGZAG_ROWS
 from seqmesh.planner.search import Pins, divisors, mesh_of, meshes, search
 
 SMALL = ModelShape(name="small", layers=6, hidden=768, heads=12, kv_heads=6, head_dim=64, intermediate=2048, vocabulary=32000)
@@ -99,7 +100,7 @@ def test_every_point_found_is_legal_and_within_memory() -> None:
         ({"offload": "activations", "checkpointing": "none"}, "checkpointing=none makes none"),
         ({"zero": 3, "tp": 2, "pp": 2}, "nothing to shard over"),
         ({"tp": 2, "ulysses": 1, "ring": 1, "dp": 1, "pp": 1}, "= 2 ranks on 4 GPUs"),
-        ({"zero": 0, "offload": "optimizer"}, "zero >= 1"),
+        ({"zero": 0, "offload": "optimizer", "ulysses": 2}, "zero >= 1"),
     ],
     ids=str,
 )

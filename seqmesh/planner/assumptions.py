@@ -12,6 +12,9 @@ from dataclasses import dataclass, field, fields, replace
 
 from seqmesh.planner.nearest import unknown
 
+LEAST, MOST = 1e-9, 1e15
+"""Beyond these a number is a slip, and times would no longer be finite."""
+
 
 def _assumed(value: float, unit: str, source: str) -> float:
     default: float = field(default=value, metadata={"unit": unit, "source": source})
@@ -90,8 +93,9 @@ class Assumptions:
     def __post_init__(self) -> None:
         for name in (f.name for f in fields(self)):
             value, zero = getattr(self, name), name in _MAY_BE_ZERO
-            if not (0 <= value < float("inf")) or (value == 0 and not zero):
-                raise ValueError(f"assumption {name} = {value}: use a {'non-negative' if zero else 'positive'} finite number")
+            if not (LEAST <= value <= MOST or (value == 0 and zero)):
+                kind = "0, or a number" if zero else "a positive finite number"
+                raise ValueError(f"assumption {name} = {value}: use {kind} from {LEAST:g} to {MOST:g}")
             if name in _SHARES and value > 1:
                 raise ValueError(f"assumption {name} = {value}: it is a share; use at most 1")
 

@@ -11,127 +11,22 @@ Stages that are alike are priced once. The exchange of heads is not overlapped, 
 Where it sits: planner, pure; above schedule, load, heads, traffic and network.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from itertools import groupby, pairwise
+from itertools import pairwise
 from math import isqrt
 
-from seqmesh import layouts, load, masks
+from seqmesh import masks
 from seqmesh.heads import default_chunks, split_heads
-from seqmesh.layouts import Layout, split_evenly
-from seqmesh.masks import Mask
+from seqmesh.layouts import split_evenly
 from seqmesh.planner.assumptions import Assumptions
 from seqmesh.planner.job import Job
 from seqmesh.planner.network import Group, Network, place
-from seqmesh.schedule import RingSchedule, Stage, ring_schedule
-from seqmesh.traffic import attention_traffic
+from seqmesh.planner.ring_load import RingLoad, StageLoad, ring_load
+from seqmesh.traffic import heads_traffic, rows_traffic
 
 BACKWARD_FLOPS = 2.5
 """Of the forward's: flash attention computes five products where the forward has two, the scores once more."""
-
-
-ZIGZAG_ROWS = 4096
-"""From so many rows of a rank on, `auto` picks zigzag for a causal mask whatever the ring degree."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class StageLoad:
-    """What one stage of the busiest rank computes and moves, and how many such stages follow one another."""
-
-    count: int
-    hop: int
-    """Number of the first of them; 0 for a rank's own rows. In a ring of R - 1 exchanges, the distance in ring ranks."""
-    pairs: int
-    slow_pairs: float
-    """Pairs, each weighed by the inverse of its block's efficiency."""
-    blocks: int
-    q_rows: int
-    """Query rows of all blocks: what is merged."""
-    sent: int
-    received: int
-
-
-@dataclass(frozen=True, kw_only=True)
-class RingLoad:
-    """One ring degree: the busiest rank's stages, and what all ranks move."""
-
-    layout: Layout
-    stages: tuple[StageLoad, ...]
-    exchanges: int
-    """Stages after the first: R - 1 of a ring, 1 of an all-gather."""
-    imbalance: float
-    """Pairs of the busiest rank over the mean."""
-    rows_moved: int
-    """K/V rows that all ring ranks send in a forward."""
-
-    def off_node(self, per_node: int) -> float:
-        """Share of the rows that leave their node when so many neighbours of the ring share one. Hop t is to the t-th neighbour."""
-        ring = self.layout.ring
-        if per_node >= ring:
-            return 0.0
-        hops = split_evenly(ring - 1, max(1, self.exchanges))
-        moved = left = 0.0
-        for stage in self.stages[1:]:
-            for number in range(stage.hop, stage.hop + stage.count):
-                spanned = range(hops[number - 1] + 1, hops[number] + 1)
-                share = sum(min(1.0, hop / per_node, (ring - hop) / per_node) for hop in spanned) / len(spanned)
-                moved += stage.received
-                left += stage.received * share
-        return left / moved if moved else 0.0
-
-
-def ring_load(mask: Mask, layout: str, ring: int, half_rows: float, exchanges: Sequence[int | None] = (None,)) -> list[RingLoad]:
-    """The load of a ring degree under a layout of this name (the name is one of `Schedule.build`'s), for each number of exchanges."""
-    laid = _layout(mask, layout, ring)
-    areas, received = load.areas(mask, laid), load.rows_received(mask, laid)
-    busiest = max(range(ring), key=lambda r: areas[r] + layouts.DEFAULT_PAIRS_PER_ROW * received[r])
-    imbalance = max(areas) * ring / mask.area if mask.area else 1.0
-    plans = [ring_schedule(mask, laid, laid, busiest, stages) for stages in exchanges]
-    return [
-        RingLoad(layout=laid, stages=_runs(plan, half_rows), exchanges=len(plan.stages) - 1, imbalance=imbalance, rows_moved=sum(received))
-        for plan in plans
-    ]
-
-
-def _runs(plan: RingSchedule, half_rows: float) -> tuple[StageLoad, ...]:
-    """The stages of a schedule, those that are alike and follow one another together."""
-    alike = [(number, _measure(stage, half_rows)) for number, stage in enumerate(plan.stages)]
-    stages = []
-    for key, run in groupby(alike, key=lambda item: (item[0] == 0, item[1])):
-        members = list(run)
-        pairs, slow, blocks, q_rows, sent, got = key[1]
-        stages.append(
-            StageLoad(
-                count=len(members), hop=members[0][0], pairs=pairs, slow_pairs=slow, blocks=blocks, q_rows=q_rows, sent=sent, received=got
-            )
-        )
-    return tuple(stages)
-
-
-def _layout(mask: Mask, name: str, ring: int) -> Layout:
-    match name:
-        case "contiguous":
-            return layouts.contiguous(mask.q_len, ring)
-        case "zigzag":
-            return layouts.zigzag(mask.q_len, ring)
-        case "striped":
-            return layouts.striped(mask.q_len, ring)
-        case "balanced":
-            return layouts.balanced(mask, ring)
-    if ring > 1 and mask.q_len >= ZIGZAG_ROWS * ring and mask == masks.causal(mask.q_len):
-        return layouts.zigzag(mask.q_len, ring)  # what auto picks, without comparing (a test shows it)
-    return layouts.auto(mask, ring)
-
-
-def _measure(stage: Stage, half_rows: float) -> tuple[int, float, int, int, int, int]:
-    pairs, slow, q_rows = 0, 0.0, 0
-    for block in stage.blocks:
-        rows, area = block.q_stop - block.q_start, block.area
-        pairs += area
-        slow += area * (1 + half_rows / min(rows, area / rows))
-        q_rows += rows
-    return pairs, slow, len(stage.blocks), q_rows, stage.rows_sent, stage.rows_received
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,26 +84,27 @@ def price_attention(job: Job, ring: RingLoad, shape: Shape, ulysses_group: Group
 
 def _bytes(ring: RingLoad, shape: Shape) -> tuple[list[tuple[int, int]], tuple[int, int]]:
     """(to ulysses groups, to ring groups) of all ranks, forward and backward; and the most that one rank sends for heads in each."""
-    (shares,) = split_heads(shape.heads, shape.kv_heads, shape.ulysses)
     unit = shape.batch * shape.head_dim * shape.element
-    heads, rows, most = [0, 0], [0, 0], [0, 0]
-    for count in sorted(set(ring.layout.counts)):
-        pieces = [stop - start for start, stop in pairwise(split_evenly(count, shape.ulysses))]
-        ranks = ring.layout.counts.count(count)
-        for rank in range(shape.ulysses):
-            sent = attention_traffic(
-                rows_sent=0, rows_received=0, rows=pieces, kv_rows=pieces, shares=shares, ulysses_rank=rank, row_head_bytes=unit
-            )
-            for way, one in enumerate((sent.heads_forward, sent.heads_backward)):
-                heads[way] += ranks * one
+    heads, most = _head_rows(ring.layout.counts, shape.heads, shape.kv_heads, shape.ulysses)
+    kv_heads = sum(share.kv for share in split_heads(shape.heads, shape.kv_heads, shape.ulysses)[0])
+    rows = rows_traffic(rows_sent=ring.rows_moved, rows_received=ring.rows_moved, kv_heads=kv_heads)
+    sent = [(to_ulysses * unit, to_ring * unit) for to_ulysses, to_ring in zip(heads, rows, strict=True)]
+    return sent, (most[0] * unit, most[1] * unit)
+
+
+@lru_cache(maxsize=4096)
+def _head_rows(counts: tuple[int, ...], heads: int, kv_heads: int, ulysses: int) -> tuple[list[int], list[int]]:
+    """Rows x heads that all ranks send to their ulysses groups, forward and backward, and the most that one sends."""
+    (shares,) = split_heads(heads, kv_heads, ulysses)
+    total, most = [0, 0], [0, 0]
+    for count in sorted(set(counts)):
+        pieces = [stop - start for start, stop in pairwise(split_evenly(count, ulysses))]
+        ranks = counts.count(count)
+        for rank in range(ulysses):
+            for way, one in enumerate(heads_traffic(rows=pieces, kv_rows=pieces, shares=shares, ulysses_rank=rank)):
+                total[way] += ranks * one
                 most[way] = max(most[way], one)
-    for share in shares:
-        moved = ring.rows_moved
-        sent = attention_traffic(
-            rows_sent=moved, rows_received=moved, rows=[0], kv_rows=[0], shares=[share], ulysses_rank=0, row_head_bytes=unit
-        )
-        rows = [rows[0] + sent.rows_forward, rows[1] + sent.rows_backward]
-    return list(zip(heads, rows, strict=True)), (most[0], most[1])
+    return total, most
 
 
 class _Timing:

@@ -21,11 +21,11 @@ from seqmesh.planner.kernel import attention_model, split_record, splits
 from seqmesh.planner.longest import at_length, longest
 from seqmesh.planner.models import ModelShape, known_models, load_model
 from seqmesh.planner.price import Price
-from seqmesh.planner.reasons import reasons, remedy, shortfall, why_not
+from seqmesh.planner.reasons import overflow, reasons, remedy, shortfall, why_not
 from seqmesh.planner.records import record
 from seqmesh.planner.report import console, show_found, show_one, show_splits, show_traced
 from seqmesh.planner.request import Machine, Request, build_job, check_profiles, numerics_for, parse_pins
-from seqmesh.planner.search import Found, Pins, search
+from seqmesh.planner.search import Found, Pins, any_legal, explain_pins, search
 from seqmesh.planner.trainer_memory import trainer_memory
 from seqmesh.planner.units import format_tokens
 
@@ -34,6 +34,10 @@ Texts = list[str] | None
 
 UNLIMITED = 1 << 60
 """Bytes: a trace needs no memory, so whatever is traced fits."""
+POOL = 12
+"""Meshes that compete when an assumption moves, at least."""
+SAMPLE = "1M"
+"""Tokens of documents that --max-seq draws."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,6 +166,8 @@ def _plan(  # one parameter an option: that is typer's form
         assert heads is not None
         shape = attention_model(heads, heads if kv_heads is None else kv_heads, 128 if head_dim is None else head_dim)
         return _kernel(build_job(request, shape), pins, outputs)
+    if max_seq and documents is not None:  # a sample long enough to be the distribution; it is repeated or cut
+        request = replace(request, seq_len=SAMPLE)
     job = build_job(request, _model(model, machine))
     if compare:
         return _compare(job, outputs)
@@ -217,18 +223,20 @@ def _compare(job: Job, outputs: Outputs) -> int:
 
 def _longest(job: Job, pins: Pins) -> int:
     pricer = Pricer(job)
+    if not any_legal(pricer, pins):
+        raise ValueError(explain_pins(job, pins))
     length = longest(pricer, pins)
     if not length:
-        raise ValueError(f"no sequence fits: {remedy(pricer, pins)}")
+        raise ValueError(f"not even 1K tokens fit: {remedy(Pricer(at_length(job, 1024)), pins)}")
     return length
 
 
 def _answer(job: Job, pins: Pins, outputs: Outputs) -> int:
     pricer = Pricer(job)
-    found = search(pricer, pins, outputs.top)
+    found = search(pricer, pins, max(outputs.top, POOL))
     if not found.best and not (_is_point(pins) or (pins and outputs.as_json)):
         raise ValueError(f"nothing fits: {shortfall(pricer, found.misfits[0], pins)}")
-    shown = (*found.best, *found.misfits)
+    shown = (*found.best[: outputs.top], *found.misfits[: outputs.top])
     _write(pricer, shown, outputs)
     if outputs.as_json:
         records = [record(price, job.capacity, _why(pricer, found, price, pins)) for price in shown]
@@ -236,7 +244,7 @@ def _answer(job: Job, pins: Pins, outputs: Outputs) -> int:
     elif outputs.explain or _is_point(pins):
         show_one(console(), pricer, shown[0], pins)
     else:
-        show_found(console(), pricer, found, pins)
+        show_found(console(), pricer, found, pins, outputs.top)
     return 0
 
 
@@ -246,14 +254,24 @@ def _is_point(pins: Pins) -> bool:
 
 
 def _why(pricer: Pricer, found: Found, price: Price, pins: Pins) -> list[str]:
-    if not found.best or price is found.best[0] or not price.fits:
+    first = (found.best or found.misfits)[0]
+    if price is first:
         return reasons(pricer, price, pins)
+    if not price.fits:
+        return [overflow(pricer, price)]
     return [why_not(found.best[0], price)]
 
 
 def _write(pricer: Pricer, shown: Sequence[Price], outputs: Outputs) -> None:
     """The files that were asked for; what is said about them goes to stderr, so that JSON stays JSON."""
     point = shown[0].point
+    if outputs.plot is not None:
+        from seqmesh.planner.plot import plot
+
+        try:
+            plot(shown, pricer.job.capacity, outputs.plot, _title(pricer.job))
+        except OSError as error:
+            raise ValueError(f"cannot write {str(outputs.plot)!r}: {error.strerror}; choose another place") from None
     if outputs.emit is not None:
         from seqmesh.planner.emit import emit
 
@@ -265,13 +283,6 @@ def _write(pricer: Pricer, shown: Sequence[Price], outputs: Outputs) -> None:
         from seqmesh.planner.timeline import timeline
 
         _save(outputs.trace, json.dumps(timeline(pricer, point)))
-    if outputs.plot is not None:
-        from seqmesh.planner.plot import plot
-
-        try:
-            plot(shown, pricer.job.capacity, outputs.plot, _title(pricer.job))
-        except OSError as error:
-            raise ValueError(f"cannot write {str(outputs.plot)!r}: {error.strerror}; choose another place") from None
 
 
 def _title(job: Job) -> str:
@@ -288,7 +299,8 @@ def _save(path: Path, text: str) -> None:
 
 def _trace_memory(job: Job, pins: Pins, as_json: bool) -> int:
     """The trainer's step, traced and predicted. The mesh is the pinned one, else the best of the trainer's."""
-    job = replace(job, stack="trainer", numerics=numerics_for("fp32", "fp32"), memory_limit=UNLIMITED)
+    roomy = replace(job.cluster, gpu=replace(job.cluster.gpu, memory_bytes=UNLIMITED))
+    job = replace(job, stack="trainer", numerics=numerics_for("fp32", "fp32"), cluster=roomy)
     point = search(Pricer(job), pins, top=1).best[0].point
     predicted = trainer_memory(job.model, seq_len=job.seq_len, ulysses=point.ulysses, ring=point.ring)
 

@@ -166,7 +166,7 @@ class Pricer:
         """Data parallelism and ZeRO, over all ranks that hold the same weights."""
         group = self.group(point, "ulysses", "ring", "dp")
         link, runs = self.network.reach(group), self.runs(point)
-        gradients, gathers = self._sent_for_weights(point)
+        gradients, gathers = self._sent_for_weights(point, self.memory.fullest_parameters(point))
         reduce = self.network.round_seconds(group, gradients, runs if point.zero >= 2 else 1)
         exposed = reduce * (1 - self.job.assumptions.gradient_overlap)
         yield Piece(name="gradient reduction", cause=link, seconds=reduce, exposed=exposed)
@@ -176,9 +176,9 @@ class Pricer:
             hidden = min(self.job.assumptions.prefetch * gather, busy) if point.zero == 3 else 0.0
             yield Piece(name="weight gathering", cause=link, seconds=gather, exposed=gather - hidden)
 
-    def _sent_for_weights(self, point: Point) -> tuple[float, float]:
-        """Bytes that a rank sends in a step to reduce gradients, and to gather weights."""
-        numerics, n = self.job.numerics, self.memory.parameters(point)
+    def _sent_for_weights(self, point: Point, n: float) -> tuple[float, float]:
+        """Bytes that a rank of n weights sends in a step to reduce gradients, and to gather weights."""
+        numerics = self.job.numerics
         part, micro = (point.replicas - 1) / point.replicas, point.micro_batches(self.job)
         reductions = (2, 1, micro, micro)[point.zero]  # an all-reduce sends what a reduce-scatter and an all-gather do
         gathers = (0, 1, 1, 2 * micro)[point.zero]
@@ -186,7 +186,7 @@ class Pricer:
 
     def _optimizer(self, point: Point) -> Iterator[Piece]:
         a, numerics = self.job.assumptions, self.job.numerics
-        mine = self.memory.parameters(point) / (point.replicas if point.zero else 1)
+        mine = self.memory.fullest_parameters(point) / (point.replicas if point.zero else 1)
         if point.offload not in ("optimizer", "both"):
             yield compute("optimizer", self.compute.streamed(numerics.update * mine))
             return
@@ -203,26 +203,32 @@ class Pricer:
         yield network.spread_bytes(ulysses.off_node, runs * heads / point.sp)
         yield network.spread_bytes(self.loads(point.ring).off_node(ring.per_node), runs * rows / point.sp)
         yield network.round_bytes(self.group(point, "tp"), runs * (times * TP_FORWARD + TP_BACKWARD) * self._tp_call(point))
-        yield network.round_bytes(self.group(point, "ulysses", "ring", "dp"), sum(self._sent_for_weights(point)))
-        yield {network.reach(pp): 2 * point.micro_batches(self.job) * self._activation(point) * (point.pp - 1) / point.pp}
+        yield network.round_bytes(
+            self.group(point, "ulysses", "ring", "dp"), sum(self._sent_for_weights(point, self.memory.mean_parameters(point)))
+        )
+        sent = 2 * point.micro_batches(self.job) * self._activation(point) * (point.pp - 1) / point.pp
+        yield network.spread_bytes((pp.nodes - 1) / (point.pp - 1) if point.pp > 1 else 0.0, sent)
         if point.offload in ("optimizer", "both"):
-            mine = self.memory.parameters(point) / point.replicas
+            mine = self.memory.mean_parameters(point) / point.replicas
             yield {PCIE: mine * (self.job.numerics.gradient + self.job.numerics.element)}
         if point.offload in ("activations", "both"):
             yield {PCIE: 2 * self._activation(point) * runs}
 
 
 class _Shade:
-    """What a link can hide behind compute: no more, over all pieces, than there is compute. So no link is busy longer than the step."""
+    """What can hide behind compute: no more, over all pieces and links, than there is compute. So no link is busy longer than the step.
+
+    Links of two classes could hide at once; counting them one after the other is a little pessimistic, and keeps a faster GPU from ever
+    being slower.
+    """
 
     def __init__(self, busy: float) -> None:
-        self._busy, self._hidden = busy, dict[str, float]()
+        self._left = busy
 
     def hide(self, piece: Piece) -> Piece:
-        """The piece, hidden only as far as the compute that is left for its link."""
-        before = self._hidden.get(piece.cause, 0.0)
-        hidden = min(piece.seconds - piece.exposed, self._busy - before)
-        self._hidden[piece.cause] = before + hidden
+        """The piece, hidden only as far as there is compute left."""
+        hidden = min(piece.seconds - piece.exposed, self._left)
+        self._left -= hidden
         return replace(piece, exposed=piece.seconds - hidden)
 
 

@@ -26,6 +26,8 @@ TILING = ("none", "loss", "mlp")
 CHOICES: dict[str, tuple[str, ...]] = {"checkpointing": CHECKPOINTING, "offload": OFFLOAD, "tiling": TILING}
 """Values of the knobs of a `Point` that are words."""
 LAYOUTS = ("auto", "contiguous", "zigzag", "striped", "balanced")
+LARGEST = 1 << 40
+"""Tokens, or sequences, beyond which nobody plans."""
 STACKS = ("fused", "trainer")
 """fused: bf16, flash attention, fused norms and activations, as Megatron-LM has. trainer: `seqmesh train` as it stands."""
 
@@ -73,6 +75,12 @@ class Job:
     """Mesh axes from the fastest links to the slowest."""
 
     def __post_init__(self) -> None:
+        if max(self.seq_len, self.global_batch) > LARGEST:
+            raise ValueError(f"seq_len={self.seq_len}, global_batch={self.global_batch}: beyond {LARGEST} is a slip; use smaller numbers")
+        if self.memory_limit is not None and self.memory_limit > self.cluster.gpu.memory_bytes:
+            raise ValueError(
+                f"a memory limit of {self.memory_limit} bytes on a GPU with {self.cluster.gpu.memory_bytes}; use less, or correct the GPU"
+            )
         if self.seq_len < 1 or self.global_batch < 1:
             raise ValueError(
                 f"seq_len={self.seq_len}, global_batch={self.global_batch}: both must be at least 1; use a positive length and batch"
@@ -206,7 +214,7 @@ def violations(job: Job, point: Point) -> Iterator[str]:
         yield f"zero={point.zero} with dp x ulysses x ring = 1 has nothing to shard over; use zero=0 or 1"
     if point.offload in ("activations", "both") and point.checkpointing == "none":
         yield f"offload={point.offload} moves checkpoints to the host but checkpointing=none makes none; use checkpointing=full"
-    if point.offload in ("optimizer", "both") and point.zero == 0:
+    if point.offload in ("optimizer", "both") and point.zero == 0 and point.replicas > 1:
         yield f"offload={point.offload} with zero=0 would step the whole model on every host; use zero >= 1"
 
 

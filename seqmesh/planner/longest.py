@@ -9,25 +9,27 @@ from dataclasses import replace
 from math import lcm
 
 from seqmesh.planner.cost import Pricer
-from seqmesh.planner.job import Job
+from seqmesh.planner.job import LARGEST, Job
 from seqmesh.planner.search import Pins, fits_at_all
 
-LONGEST = 1 << 40
-"""Tokens beyond which nobody asks."""
+LARGEST_STEP = 16384
+"""Steps that are multiples of the number of GPUs as well, so that tensor parallelism can divide them, if they are no larger."""
 
 
 def longest(pricer: Pricer, pins: Pins) -> int:
-    """Tokens of the longest sequence that fits, in steps of 1024 tokens and of the number of GPUs; 0 if none does.
+    """Tokens of the longest sequence that fits, to 1/256 (1/32 with documents) and to steps of 1024 tokens; 0 if none does.
 
     Packed documents keep their lengths in order and are repeated or cut to fill the sequence.
     """
     step = lcm(1024, pricer.job.cluster.gpus)
+    step = step if step <= LARGEST_STEP else 1024
+    grain = 32 if pricer.job.documents else 256
     if not _fits(pricer.job, step, pins):
         return 0
     low, high = 1, 2
-    while high * step < LONGEST and _fits(pricer.job, high * step, pins):
+    while high * step < LARGEST and _fits(pricer.job, high * step, pins):
         low, high = high, 2 * high
-    while high - low > max(1, low // 256):
+    while high - low > max(1, low // grain):
         middle = (low + high) // 2
         low, high = (middle, high) if _fits(pricer.job, middle * step, pins) else (low, middle)
     return low * step

@@ -56,6 +56,7 @@ class MemoryModel:
     def __init__(self, job: Job, loads: Loads) -> None:
         self._job, self._loads = job, loads
         self._transients = lru_cache(maxsize=None)(self._attention_moment)
+        self._layer = lru_cache(maxsize=None)(self._layer_activations)
 
     def of(self, point: Point) -> Memory:
         """The memory of a point."""
@@ -121,24 +122,40 @@ class MemoryModel:
         model = self._job.model
         if point.pp == 1:
             return model.parameters // point.tp
-        ends = int(first) + int(last and not model.tied_embeddings)
+        ends = int(first) + int(last)  # the last stage holds a copy of tied embeddings
         return (point.layers(self._job) * model.layer_parameters + ends * model.embedding_parameters) // point.tp
+
+    def fullest_parameters(self, point: Point) -> int:
+        """Weights of a rank of the fuller end stage of the pipeline."""
+        if point.pp == 1:
+            return self.parameters(point)
+        return max(self.parameters(point, last=False), self.parameters(point, first=False))
+
+    def mean_parameters(self, point: Point) -> float:
+        """Weights of a rank before ZeRO shards them, on average over the pipeline's stages."""
+        if point.pp == 1:
+            return self.parameters(point)
+        model = self._job.model
+        return (model.layers * model.layer_parameters + 2 * model.embedding_parameters) / point.tp / point.pp
 
     def layer_activations(self, point: Point) -> dict[str, int]:
         """What autograd keeps of one layer for one micro-batch, by module, without checkpointing."""
-        m, element, n = self._job.model, self._job.numerics.element, point.tokens(self._job)
-        heads, kv_heads = m.heads // point.tp, m.kv_heads // point.tp
-        (shares,) = split_heads(heads, kv_heads, point.ulysses)
-        rows = n * point.ulysses  # of a ulysses rank, all its group's tokens
-        exchanged = point.ulysses > 1
+        return self._layer(point.tp, point.ulysses, point.tokens(self._job), point.tiling == "mlp")
+
+    def _layer_activations(self, tp: int, ulysses: int, n: int, mlp_tiled: bool) -> dict[str, int]:
+        m, element = self._job.model, self._job.numerics.element
+        heads, kv_heads = m.heads // tp, m.kv_heads // tp
+        (shares,) = split_heads(heads, kv_heads, ulysses)
+        rows = n * ulysses  # of a ulysses rank, all its group's tokens
+        exchanged = ulysses > 1
         q, kv = (rows * max(s.q for s in shares), rows * max(s.kv for s in shares)) if exchanged else (n * heads, n * kv_heads)
         attention = element * m.head_dim * (2 * q + 2 * kv) + 4 * q  # q, k, v, out as the kernel sees them; fp32 lse
         attention += element * m.head_dim * n * heads if exchanged else 0  # out at home, which the output projection keeps
         ffn = (3 if m.gated else 2) * m.intermediate
         return {
-            "activations_norms": element * 4 * m.hidden * n // point.tp,  # inputs and outputs of both norms
+            "activations_norms": element * 4 * m.hidden * n // tp,  # inputs and outputs of both norms
             "activations_attention": attention,
-            "activations_mlp": 0 if point.tiling == "mlp" else element * ffn * n // point.tp,
+            "activations_mlp": 0 if mlp_tiled else element * ffn * n // tp,
         }
 
     def _activations(self, point: Point, stage: int) -> tuple[dict[str, int], int]:

@@ -26,6 +26,10 @@ LARGEST_NUMBER: Final = 1e15
 """The same for rates and factors, which are in units of 1e9 or 1e12."""
 
 
+SMALLEST, LARGEST = 1e-9, 1e12
+"""Of rates and sizes in the units of the keys."""
+
+
 def unknown(kind: str, got: str, known: Iterable[str], where: str = "") -> ValueError:
     """The error for a name that is not known: the nearest one, if any is near, and all of them.
 
@@ -102,6 +106,8 @@ class Table:
         value = self.number(key)
         if value <= 0:
             raise self._wrong(key, "above zero", "give a positive number")
+        if not SMALLEST <= value <= LARGEST:
+            raise self._wrong(key, f"from {SMALLEST:g} to {LARGEST:g}", "mind the unit in the key's name")
         return value
 
     def table(self, key: str) -> "Table":

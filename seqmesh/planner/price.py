@@ -13,6 +13,7 @@ Where it sits: planner, pure; cost.py makes these, search.py and the reports rea
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 
 from seqmesh.planner.job import Point
 from seqmesh.planner.memory import Memory
@@ -60,7 +61,7 @@ class Price:
     peak: float
     """FLOP/s of one GPU by the data sheet."""
 
-    @property
+    @cached_property
     def seconds(self) -> float:
         """The estimate."""
         return sum(piece.exposed for piece in self.pieces)

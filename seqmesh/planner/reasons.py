@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from seqmesh.planner.cost import Pricer
 from seqmesh.planner.job import Point, violations
 from seqmesh.planner.price import COMPUTE, PIPELINE, Price
-from seqmesh.planner.search import Pins, search
+from seqmesh.planner.search import Pins, divisors, fits_at_all, search
 from seqmesh.planner.units import format_bytes, format_seconds, format_tokens
 
 SWING = 0.2
@@ -26,8 +26,8 @@ def reasons(pricer: Pricer, price: Price, pins: Pins) -> list[str]:
     """Why a point is as it is; for a point that does not fit, what would make it fit."""
     if not price.fits:
         return [shortfall(pricer, price, pins)]
-    parts = (_limit(price), _unified(pricer, price), _data_parallel(pricer, price), _zero(pricer, price), _tensor(pricer, price))
-    return [text for part in (*parts, _savers(pricer, price), _order(pricer, price)) for text in part]
+    parts = (_limit(price), _unified(pricer, price), _data_parallel(pricer, price), _zero(pricer, price, pins), _tensor(pricer, price))
+    return [text for part in (*parts, _savers(pricer, price, pins), _order(pricer, price)) for text in part]
 
 
 def _limit(price: Price) -> Iterator[str]:
@@ -78,7 +78,9 @@ def _unified(pricer: Pricer, price: Price) -> Iterator[str]:
         busiest = f"the busiest rank computes {price.imbalance:.3f}x the mean"
         yield f"layout {price.layout} over ring {p.ring}, {price.exchanges} exchange{'s' if price.exchanges > 1 else ''}: {busiest}"
     if found:
-        yield f"ulysses {p.ulysses} x ring {p.ring} (practice 1: unified, not pure): {'; '.join(found)}"
+        mixed = p.ulysses > 1 and p.ring > 1
+        kind = "practice 1: unified, not pure" if mixed else "pure, where practice 1 is to mix"
+        yield f"ulysses {p.ulysses} x ring {p.ring} ({kind}): {'; '.join(found)}"
 
 
 def _data_parallel(pricer: Pricer, price: Price) -> Iterator[str]:
@@ -95,34 +97,41 @@ def _data_parallel(pricer: Pricer, price: Price) -> Iterator[str]:
             return
 
 
-def _zero(pricer: Pricer, price: Price) -> Iterator[str]:
+def _zero(pricer: Pricer, price: Price, pins: Pins) -> Iterator[str]:
     p = price.point
     if p.replicas == 1:
         return
     if p.zero > 1 and (text := _compared(pricer, price, p.but(zero=1))):
-        yield f"ZeRO-{p.zero} for memory (practice 3: ZeRO-1 or 2 where it fits): with ZeRO-1 it {text}"
+        purpose = "for memory" if "does not fit" in text else "pinned" if "zero" in pins else "chosen"
+        yield f"ZeRO-{p.zero} {purpose} (practice 3: ZeRO-1 or 2 where it fits): with ZeRO-1 it {text}"
     elif p.zero == 1:
-        size = format_bytes(price.memory.categories.get("optimizer", 0))
-        yield f"ZeRO-1 over dp x sp = {p.replicas} ranks (practice 3: ZeRO-1 or 2): the optimizer takes {size} of a rank"
+        size = price.memory.categories.get("optimizer", 0)
+        where = f"takes {format_bytes(size)} of a rank" if size else "is on the host"
+        yield f"ZeRO-1 over dp x sp = {p.replicas} ranks (practice 3: ZeRO-1 or 2): the optimizer {where}"
 
 
 def _tensor(pricer: Pricer, price: Price) -> Iterator[str]:
+    """The best mesh without tensor parallelism if it is used, or with it if it is not, all else equal."""
     p = price.point
-    if p.tp > 1:
-        others = [p.but(tp=1, **{axis: getattr(p, axis) * p.tp}) for axis in ("ring", "ulysses", "dp")]
-        name = "without tensor parallelism"
-    else:
-        others = [
-            p.but(tp=f, **{axis: getattr(p, axis) // f}) for axis in ("ulysses", "ring", "dp") for f in (2,) if getattr(p, axis) % f == 0
-        ]
-        name = "with tensor parallelism"
-    for other in others:
-        if text := _compared(pricer, price, other):
-            yield f"{name} (practices 4 and 5: SP in place of TP), tp{other.tp} u{other.ulysses} r{other.ring} dp{other.dp}: {text}"
-            return
+    factors = [p.tp] if p.tp > 1 else divisors(pricer.job.model.kv_heads)[1:]
+    others = []
+    for factor in factors:
+        for axis in ("ulysses", "ring", "dp"):
+            degree = getattr(p, axis)
+            if p.tp > 1:
+                others.append(p.but(tp=1, **{axis: degree * factor}))
+            elif degree % factor == 0:
+                others.append(p.but(tp=factor, **{axis: degree // factor}))
+    legal = [other for other in others if not any(violations(pricer.job, other))]
+    if legal:
+        fitting = [other for other in legal if pricer.memory.of(other).fits(pricer.job)]
+        best = min(fitting or legal, key=pricer.seconds)
+        name = "without tensor parallelism" if p.tp > 1 else "with tensor parallelism"
+        text = _compared(pricer, price, best)
+        yield f"{name} (practices 4 and 5: SP in place of TP), tp{best.tp} u{best.ulysses} r{best.ring} dp{best.dp} at best: {text}"
 
 
-def _savers(pricer: Pricer, price: Price) -> Iterator[str]:
+def _savers(pricer: Pricer, price: Price, pins: Pins) -> Iterator[str]:
     """Each saver against the next lower one; without checkpoints there are none to offload."""
     p = price.point
     without_checkpoints = {"none": "none", "activations": "none", "optimizer": "optimizer", "both": "optimizer"}
@@ -135,7 +144,8 @@ def _savers(pricer: Pricer, price: Price) -> Iterator[str]:
         value = getattr(p, key)
         if value != "none" and (text := _compared(pricer, price, other)):
             instead = f"with {key}={getattr(other, key)}" if getattr(other, key) != "none" else "without"
-            yield f"{key}={value} for memory: {instead} it {text}"
+            purpose = "for memory" if "does not fit" in text else "pinned" if key in pins else "chosen"
+            yield f"{key}={value} {purpose}: {instead} it {text}"
 
 
 def _order(pricer: Pricer, price: Price) -> Iterator[str]:
@@ -156,17 +166,23 @@ def why_not(best: Price, other: Price) -> str:
     theirs = {piece.name: piece.exposed for piece in other.pieces}
     lost = sorted(((theirs.get(n, 0.0) - mine.get(n, 0.0), n) for n in {*mine, *theirs}), reverse=True)
     shown = [f"{name} +{format_seconds(seconds)}" for seconds, name in lost[:3] if seconds > 0.001 * best.seconds]
+    won, where = lost[-1]
+    shown += [f"though {where} {format_seconds(won)}"] if won < -0.001 * best.seconds else []
     gap = other.seconds - best.seconds
     return f"{other.point}: {format_seconds(gap)} slower ({gap / best.seconds:.1%}): {', '.join(shown) or 'a little of everything'}"
 
 
 def shortfall(pricer: Pricer, price: Price, pins: Pins) -> str:
     """By how much a point does not fit, and the cheapest thing that would make it fit."""
+    return f"{overflow(pricer, price)}; {remedy(pricer, pins)}"
+
+
+def overflow(pricer: Pricer, price: Price) -> str:
+    """By how much a point does not fit."""
     short, capacity, taken, where = price.memory.over(pricer.job), pricer.job.capacity, price.memory.total, "a GPU"
     if price.memory.total <= capacity:
         capacity, taken, where = round(pricer.job.assumptions.host_bytes), price.memory.host, "the host for each GPU"
-    size = f"{price.point} takes {format_bytes(taken)} of the {format_bytes(capacity)} of {where}, {format_bytes(short)} too much"
-    return f"{size}; {remedy(pricer, pins)}"
+    return f"{price.point} takes {format_bytes(taken)} of the {format_bytes(capacity)} of {where}, {format_bytes(short)} too much"
 
 
 def remedy(pricer: Pricer, pins: Pins) -> str:
@@ -183,16 +199,12 @@ def remedy(pricer: Pricer, pins: Pins) -> str:
         return "--stack fused prices what shards weights or recomputes, which seqmesh train does not do yet"
     for times in NODES_TRIED:
         bigger = pricer.with_nodes(job.cluster.nodes * times)
-        if _fits(bigger, {}):
+        if fits_at_all(bigger, {}):
             return f"--nodes {job.cluster.nodes * times} would make it fit"
     from seqmesh.planner.longest import longest  # it searches with this module's neighbours
 
     length = longest(pricer, {})
-    return (
-        f"the longest sequence that fits is {format_tokens(length)}"
-        if length
-        else "no sequence fits: the weights alone do not; use a smaller model"
-    )
+    return f"the longest sequence that fits is {format_tokens(length)}" if length else "the weights alone do not fit; use a smaller model"
 
 
 def _fits(pricer: Pricer, pins: Pins) -> Price | None:
@@ -224,7 +236,7 @@ class Rests:
 def rests_on(pricer: Pricer, best: Sequence[Price], pins: Pins) -> list[Rests]:
     """Every assumption that the best point's time, or its place as the best, rests on, the strongest first.
 
-    The best points of POOL meshes compete anew under each changed assumption, with more savers too in case they no longer fit.
+    The points in `best` compete anew under each changed assumption, with more savers too in case they no longer fit.
     """
     rivals = _rivals(pricer, best, pins)
     found = []
@@ -243,13 +255,8 @@ def rests_on(pricer: Pricer, best: Sequence[Price], pins: Pins) -> list[Rests]:
     return [rests for rests in found if rests.strength > 1e-4 or rests.flips]
 
 
-POOL = 12
-"""Meshes that compete when an assumption moves."""
-
-
 def _rivals(pricer: Pricer, best: Sequence[Price], pins: Pins) -> list[Point]:
-    found = search(pricer, pins, top=POOL).best
-    points = dict.fromkeys([*(price.point for price in best), *(price.point for price in found)])
+    points = dict.fromkeys(price.point for price in best)
     for point in list(points):
         variants = [point.but(tiling=tiling) for tiling in ("none", "loss", "mlp")] + [point.but(zero=zero) for zero in (1, 2, 3)]
         for variant in variants:

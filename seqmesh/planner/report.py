@@ -8,6 +8,7 @@ from dataclasses import asdict
 from typing import Any
 
 from rich.console import Console
+from rich.markup import escape
 from rich.table import Table
 
 from seqmesh.planner.cost import Pricer
@@ -29,11 +30,11 @@ def console() -> Console:
     return plain if plain.is_terminal else Console(highlight=False, width=WIDTH)
 
 
-def show_found(out: Console, pricer: Pricer, found: Found, pins: Pins) -> None:
-    """The answer to a search."""
+def show_found(out: Console, pricer: Pricer, found: Found, pins: Pins, top: int) -> None:
+    """The answer to a search: `top` of what was found; all of it competes in what would change the answer."""
     _heading(out, pricer.job)
     out.print(f"{found.meshes} legal meshes compared; one line for each of the best. Times are predicted, not measured.\n")
-    shown = (*found.best, *found.misfits)
+    shown = (*found.best[:top], *found.misfits[:top])
     out.print(candidates_table(shown))
     if not found.best:
         return
@@ -60,11 +61,11 @@ def show_one(out: Console, pricer: Pricer, price: Price, pins: Pins) -> None:
 def _heading(out: Console, job: Job) -> None:
     c, m = job.cluster, job.model
     batch = f"global batch {job.global_batch}"
-    packed = f", {len(job.documents)} packed documents" if job.documents else ""
+    packed = f", {len(job.documents)} packed document{'s' if len(job.documents) > 1 else ''}" if job.documents else ""
     state = "measured profile" if c.gpu.measured else "rates by data sheet, unmeasured"
     out.print(
-        f"[bold]{m.name}[/] ({format_count(m.parameters)} parameters), {about_tokens(job.seq_len)} tokens{packed}, {batch},"
-        f" on {c.nodes} x {c.gpus_per_node} {c.gpu.name} ({format_bytes(job.capacity)} each; {state})"
+        f"[bold]{escape(m.name)}[/] ({format_count(m.parameters)} parameters), {about_tokens(job.seq_len)} tokens{packed}, {batch},"
+        f" on {c.nodes} x {c.gpus_per_node} {escape(c.gpu.name)} ({format_bytes(job.capacity)} each; {state})"
     )
 
 
@@ -136,11 +137,11 @@ def _show_bytes(out: Console, price: Price) -> None:
 def show_assumptions(out: Console, job: Job) -> None:
     """Every constant with its source."""
     out.print("\n[bold]Constants[/] (override with --assume name=value, or a measured profile with --profile)")
-    out.print(f"  {job.cluster.gpu.name}: {job.cluster.gpu.source or 'no source given'}")
+    out.print(f"  {job.cluster.gpu.name}: {job.cluster.gpu.source or 'no source given'}", markup=False)
     given = job.cluster.gpu.overrides
     table = Table(box=None, pad_edge=False, show_header=False)
     for name, value, unit, source in job.assumptions.explain():
-        note = f"of {job.cluster.gpu.name}'s file; else {source}" if name in given else source
+        note = escape(f"of {job.cluster.gpu.name}'s file; else {source}" if name in given else source)
         table.add_row(f"  {name}", f"{value:g} {unit}".strip(), note)
     out.print(table)
 
@@ -170,7 +171,7 @@ def show_traced(out: Console, job: Job, result: Mapping[str, Any]) -> None:
     """Traced memory beside predicted: `--trace-memory`."""
     traced, predicted = dict(result["traced_bytes"]), result["predicted_bytes"]
     out.print(
-        f"one rank's peak in a step of seqmesh train as it stands (fp32, weights replicated): {job.model.name},"
+        f"one rank's peak in a step of seqmesh train as it stands (fp32, weights replicated): {escape(job.model.name)},"
         f" {format_tokens(job.seq_len)} tokens, ulysses {result['ulysses']} x ring {result['ring']}\n"
     )
     peak, phase = traced.pop("peak_bytes"), traced.pop("peak_phase")
@@ -190,7 +191,7 @@ def show_splits(out: Console, job: Job, splits: Sequence[Split]) -> None:
     c, m = job.cluster, job.model
     out.print(
         f"one attention forward: {m.heads} query heads, {m.kv_heads} K/V heads, head dim {m.head_dim}, {format_tokens(job.seq_len)} tokens,"
-        f" batch {job.global_batch}, on {c.nodes} x {c.gpus_per_node} {c.gpu.name}; predicted, not measured\n"
+        f" batch {job.global_batch}, on {c.nodes} x {c.gpus_per_node} {escape(c.gpu.name)}; predicted, not measured\n"
     )
     table = Table(box=None, pad_edge=False, header_style="bold")
     columns = ("uly", "ring", "layout", "iterations/s", "time", "kernel", "merge", "heads exchange", "rows exchange", "of it exposed")

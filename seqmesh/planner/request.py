@@ -18,7 +18,7 @@ from seqmesh.planner.units import parse_bytes, parse_tokens
 
 PRECISIONS = {"bf16": Numerics(), "fp32": Numerics(element=4, gradient=4, optimizer=8)}
 GRADIENTS = {"fp32": 4, "bf16": 2}
-MOST_DOCUMENTS = 1_000_000
+MOST_DOCUMENTS = 20_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,7 +39,9 @@ def build_cluster(machine: Machine) -> Cluster:
     """The cluster; numbers given beside a named cluster override its own. One node of 8 GPUs unless said otherwise."""
     if machine.cluster is not None:
         named = load_cluster(machine.cluster, machine.files)
-        gpu = load_gpu(machine.gpu, machine.files) if machine.gpu else named.gpu
+        gpu = named.gpu
+        if machine.gpu is not None and machine.gpu.lower() != gpu.name.lower():
+            raise ValueError(f"--cluster {machine.cluster} has GPUs of kind {gpu.name}, not {machine.gpu}; remove --gpu, or --cluster")
         nodes, each = machine.nodes, machine.gpus_per_node
         return Cluster(
             gpu=gpu,

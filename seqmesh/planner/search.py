@@ -12,6 +12,7 @@ Where it sits: planner, pure; above cost.py.
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from heapq import nsmallest
 from itertools import product
 from math import inf
@@ -51,12 +52,12 @@ def search(pricer: Pricer, pins: Pins, top: int = 5) -> Found:
         ValueError: no legal point has these pins; the message is the rule that they break.
     """
     bounds = sorted(_bounds(pricer, pins), key=lambda bound: bound[0])
-    if not bounds:
+    if not bounds and not any_legal(pricer, pins):
         raise ValueError(explain_pins(pricer.job, pins))
     best: dict[tuple[int, ...], Price] = {}
     limit = inf
     for seconds, base in bounds:
-        if seconds >= limit:
+        if seconds > limit:
             break
         for price in _fitting(pricer, base, pins):
             mesh = mesh_of(price.point)
@@ -65,8 +66,8 @@ def search(pricer: Pricer, pins: Pins, top: int = 5) -> Found:
         if len(best) >= top:
             limit = nsmallest(top, (price.seconds for price in best.values()))[-1]
     ranked = tuple(nsmallest(top, best.values(), key=lambda price: (price.seconds, price.memory.total)))
-    misfits = () if ranked and not pins else _misfits(pricer, bounds, pins, top)
-    return Found(best=ranked, misfits=misfits, meshes=len({mesh_of(base) for _, base in bounds}))
+    misfits = () if ranked and not pins else _misfits(pricer, pins, top)
+    return Found(best=ranked, misfits=misfits, meshes=len({mesh_of(point) for point in meshes(pricer.job, pins)}))
 
 
 def mesh_of(point: Point) -> tuple[int, ...]:
@@ -77,9 +78,20 @@ def mesh_of(point: Point) -> tuple[int, ...]:
 def _bounds(pricer: Pricer, pins: Pins) -> Iterator[tuple[float, Point]]:
     """Every legal mesh, micro-batch and ZeRO stage with the fewest savers that the pins allow, and its time."""
     for point in meshes(pricer.job, pins):
+        if not _could_fit(pricer, point, pins):
+            continue
         legal = next((p for p in _savers(point, pins) if not any(violations(pricer.job, p))), None)
         if legal is not None:
             yield pricer.seconds(legal), legal
+
+
+def _could_fit(pricer: Pricer, point: Point, pins: Pins) -> bool:
+    """Whether a lower bound of the memory with all savers that the pins allow is within the capacity."""
+    if pricer.job.stack == "trainer":
+        return True
+    least = {"tiling": "mlp", "offload": "both"} | {key: value for key, value in pins.items() if key in SAVERS}
+    kinds = [pins["checkpointing"]] if "checkpointing" in pins else CHECKPOINTING
+    return any(pricer.memory.floor(point.but(**(least | {"checkpointing": kind}))) <= pricer.job.capacity for kind in kinds)
 
 
 def meshes(job: Job, pins: Pins) -> Iterator[Point]:
@@ -117,19 +129,24 @@ def divisors(n: int) -> list[int]:
 
 def _savers(point: Point, pins: Pins) -> Iterator[Point]:
     """A mesh with every combination of savers that the pins allow, fewest first."""
-    values = [(pins[key],) if key in pins else SAVERS[key] for key in SAVERS]
-    combinations = product(*(enumerate(options) for options in values))
-    for combination in sorted(combinations, key=lambda c: sum(level for level, _ in c)):
-        yield point.but(**{key: value for key, (_, value) in zip(SAVERS, combination, strict=True)})
+    for changes in _combinations(tuple(pins.get(key) for key in SAVERS)):
+        yield point.but(**changes)
+
+
+@lru_cache(maxsize=256)
+def _combinations(pinned: tuple[int | str | None, ...]) -> list[dict[str, int | str]]:
+    values = [SAVERS[key] if value is None else (value,) for key, value in zip(SAVERS, pinned, strict=True)]
+    ordered = sorted(product(*(enumerate(options) for options in values)), key=lambda c: sum(level for level, _ in c))
+    return [{key: value for key, (_, value) in zip(SAVERS, combination, strict=True)} for combination in ordered]
 
 
 def _fitting(pricer: Pricer, base: Point, pins: Pins) -> Iterator[Price]:
     """The points of a mesh that fit and that no other that fits dominates: savers are added one level at a time."""
     fitted: list[Point] = []
     for point in _savers(base, pins):
-        if any(_dominates(smaller, point) for smaller in fitted) or any(violations(pricer.job, point)):
+        if pricer.memory.floor(point) > pricer.job.capacity or any(_dominates(smaller, point) for smaller in fitted):
             continue
-        if pricer.memory.of(point).fits(pricer.job):
+        if not any(violations(pricer.job, point)) and pricer.memory.of(point).fits(pricer.job):
             fitted.append(point)
             yield pricer.price(point)
 
@@ -140,13 +157,15 @@ def _dominates(a: Point, b: Point) -> bool:
     return all(x <= y for x, y in levels) and (a.offload == b.offload or a.offload == "none" or b.offload == "both")
 
 
-def _misfits(pricer: Pricer, bounds: list[tuple[float, Point]], pins: Pins, top: int) -> tuple[Price, ...]:
-    """The legal points with all savers that still do not fit, the smallest first."""
+def _misfits(pricer: Pricer, pins: Pins, top: int) -> tuple[Price, ...]:
+    """Of the meshes where nothing fits, the smallest points, those with the smallest shortfall first."""
     smallest: list[tuple[int, Point]] = []
-    for _, base in bounds:
+    for base in meshes(pricer.job, pins):
+        if "micro_batch" not in pins and base.micro_batch > 1:
+            continue
         legal = [p for p in _savers(base, pins) if not any(violations(pricer.job, p))]
         sizes = [(pricer.memory.of(p), p) for p in legal]
-        if not any(memory.fits(pricer.job) for memory, _ in sizes):
+        if sizes and not any(memory.fits(pricer.job) for memory, _ in sizes):
             memory, point = min(sizes, key=lambda size: size[0].over(pricer.job))
             smallest.append((memory.over(pricer.job), point))
     return tuple(pricer.price(point) for _, point in nsmallest(top, smallest, key=lambda size: size[0]))
@@ -155,17 +174,23 @@ def _misfits(pricer: Pricer, bounds: list[tuple[float, Point]], pins: Pins, top:
 def fits_at_all(pricer: Pricer, pins: Pins) -> bool:
     """Whether any legal point with these pins fits. No time is computed."""
     for mesh in meshes(pricer.job, pins):
-        tiled = {"tiling": pins.get("tiling", TILING[-1])}  # tiling has no memory cost; other savers have
+        # tiling has no memory cost; other savers have
+        tiled = {} if pricer.job.stack == "trainer" else {"tiling": pins.get("tiling", TILING[-1])}
         small = (p for p in _savers(mesh, {**pins, **tiled}) if pricer.memory.floor(p) <= pricer.job.capacity)
         if any(pricer.memory.of(p).fits(pricer.job) for p in small if not any(violations(pricer.job, p))):
             return True
     return False
 
 
+def any_legal(pricer: Pricer, pins: Pins) -> bool:
+    """Whether any legal point has these pins, whether it fits or not."""
+    return any(not any(violations(pricer.job, p)) for mesh in meshes(pricer.job, pins) for p in _savers(mesh, pins))
+
+
 def explain_pins(job: Job, pins: Pins) -> str:
     """Why no legal point has these pins: the rule that the nearest point breaks."""
     named = {key: value for key, value in pins.items() if key in KEYS}
-    point = Point().but(**named)
+    point = Point(zero=0 if job.stack == "trainer" else 1).but(**named)
     free = [key for key in ("ring", "dp", "ulysses", "tp", "pp") if key not in pins]
     rest = job.cluster.gpus // max(1, point.gpus)
     if free and job.cluster.gpus % point.gpus == 0:

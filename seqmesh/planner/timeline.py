@@ -19,10 +19,11 @@ from dataclasses import dataclass, replace
 from math import isclose
 from typing import Any
 
-from seqmesh.planner.attention import Shape, StageLoad, price_attention
+from seqmesh.planner.attention import Shape, price_attention
 from seqmesh.planner.cost import TP_BACKWARD, TP_FORWARD, Pricer
 from seqmesh.planner.job import Point
 from seqmesh.planner.price import COMPUTE, PIPELINE
+from seqmesh.planner.ring_load import StageLoad
 from seqmesh.planner.trace_rows import Trace
 
 MOST_EVENTS = 20_000

@@ -50,7 +50,7 @@ def _whole(what: str, given: str | int, amount: Fraction | None, remedy: str) ->
     if amount is None:
         raise ValueError(f"{given!r} is not a number of {what}; {remedy}")
     if amount < 1 or amount.denominator != 1:
-        raise ValueError(f"{given!r} is {'less than one' if amount < 1 else 'not a whole number of'} {what}; {remedy}")
+        raise ValueError(f"{given!r} is {'fewer than one of' if amount < 1 else 'not a whole number of'} {what}; {remedy}")
     return int(amount)
 
 

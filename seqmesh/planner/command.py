@@ -34,6 +34,7 @@ Texts = list[str] | None
 
 UNLIMITED = 1 << 60
 """Bytes: a trace needs no memory, so whatever is traced fits."""
+MOST_SHOWN = 100
 POOL = 12
 """Meshes that compete when an assumption moves, at least."""
 SAMPLE = "1M"
@@ -143,6 +144,8 @@ def _plan(  # one parameter an option: that is typer's form
 
         print(render())
         return 0
+    if top > MOST_SHOWN:
+        raise ValueError(f"--top {top}: at most {MOST_SHOWN} are shown; use less")
     _check_counts(top=top, global_batch=global_batch, max_micro_batch=max_micro_batch)
     _check_kernel_options(kernel, {"--heads": heads, "--kv-heads": kv_heads, "--head-dim": head_dim})
     _check_trainer(stack, {"--precision": precision != "bf16", "--gradients": gradients != "fp32"})

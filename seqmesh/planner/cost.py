@@ -35,6 +35,7 @@ class Pricer:
         self.compute = Compute(job)
         self.network = Network(job.cluster, job.assumptions)
         self._attention = lru_cache(maxsize=None)(self._price_attention)
+        self._group = lru_cache(maxsize=None)(self._place)
 
     def price(self, point: Point) -> Price:
         """Everything about a legal point."""
@@ -85,7 +86,11 @@ class Pricer:
 
     def group(self, point: Point, *members: str) -> Group:
         """The process group over some axes."""
-        degrees = tuple(getattr(point, axis) for axis in self.job.axes)
+        return self._group(point.tp, point.ulysses, point.ring, point.dp, point.pp, members)
+
+    def _place(self, tp: int, ulysses: int, ring: int, dp: int, pp: int, members: tuple[str, ...]) -> Group:
+        degree = {"tp": tp, "ulysses": ulysses, "ring": ring, "dp": dp, "pp": pp}
+        degrees = tuple(degree[axis] for axis in self.job.axes)
         return place(self.job.axes, degrees, frozenset(members), self.job.cluster.gpus_per_node)
 
     def attention(self, point: Point) -> AttentionCost:
@@ -227,6 +232,8 @@ class _Shade:
 
     def hide(self, piece: Piece) -> Piece:
         """The piece, hidden only as far as there is compute left."""
+        if piece.exposed >= piece.seconds:
+            return piece
         hidden = min(piece.seconds - piece.exposed, self._left)
         self._left -= hidden
         return replace(piece, exposed=piece.seconds - hidden)

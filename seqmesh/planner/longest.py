@@ -10,33 +10,44 @@ from math import lcm
 
 from seqmesh.planner.cost import Pricer
 from seqmesh.planner.job import LARGEST, Job
+from seqmesh.planner.request import MOST_DOCUMENTS
 from seqmesh.planner.search import Pins, fits_at_all
+from seqmesh.planner.units import format_tokens
 
+GRAIN = 256
+"""One over the share of the length to which it is found."""
 LARGEST_STEP = 16384
 """Steps that are multiples of the number of GPUs as well, so that tensor parallelism can divide them, if they are no larger."""
 
 
 def longest(pricer: Pricer, pins: Pins) -> int:
-    """Tokens of the longest sequence that fits, to 1/256 (1/32 with documents) and to steps of 1024 tokens; 0 if none does.
+    """Tokens of the longest sequence that fits, to 1/256 and to steps of 1024 tokens; 0 if none does.
 
-    Packed documents keep their lengths in order and are repeated or cut to fill the sequence.
+    Documents are left out: one causal sequence needs every row that they need.
     """
     step = lcm(1024, pricer.job.cluster.gpus)
     step = step if step <= LARGEST_STEP else 1024
-    grain = 32 if pricer.job.documents else 256
     if not _fits(pricer.job, step, pins):
         return 0
     low, high = 1, 2
     while high * step < LARGEST and _fits(pricer.job, high * step, pins):
         low, high = high, 2 * high
-    while high - low > max(1, low // grain):
+    while high - low > max(1, low // GRAIN):
         middle = (low + high) // 2
         low, high = (middle, high) if _fits(pricer.job, middle * step, pins) else (low, middle)
     return low * step
 
 
 def at_length(job: Job, seq_len: int) -> Job:
-    """The same job with another length."""
+    """The same job with another length. Packed documents keep their lengths in order and are repeated or cut to fill it.
+
+    Raises:
+        ValueError: that takes more documents than can be laid out in reasonable time.
+    """
+    if job.documents and len(job.documents) * seq_len > MOST_DOCUMENTS * job.seq_len:
+        raise ValueError(
+            f"{format_tokens(seq_len)} tokens fit, but would be more than {MOST_DOCUMENTS} documents; use longer ones, or --seq-len"
+        )
     documents = []
     left = seq_len if job.documents else 0
     while left:
@@ -49,4 +60,4 @@ def at_length(job: Job, seq_len: int) -> Job:
 
 
 def _fits(job: Job, seq_len: int, pins: Pins) -> bool:
-    return fits_at_all(Pricer(at_length(job, seq_len)), pins)
+    return fits_at_all(Pricer(replace(job, seq_len=seq_len, documents=())), pins)

@@ -18,6 +18,8 @@ from seqmesh.planner.units import format_bytes, format_seconds, format_tokens
 SWING = 0.2
 """How far an assumption is moved, each way, to see what rests on it."""
 
+MOST_GPUS = 16384
+"""Machines beyond which none is suggested."""
 NODES_TRIED = (2, 4, 8, 16, 32, 64)
 """Multiples of the machine that `remedy` tries."""
 
@@ -197,7 +199,7 @@ def remedy(pricer: Pricer, pins: Pins) -> str:
         return f"{free.point} would fit ({format_seconds(free.seconds)} a step)"
     if job.stack == "trainer":
         return "--stack fused prices what shards weights or recomputes, which seqmesh train does not do yet"
-    for times in NODES_TRIED:
+    for times in (n for n in NODES_TRIED if n * job.cluster.gpus <= MOST_GPUS):
         bigger = pricer.with_nodes(job.cluster.nodes * times)
         if fits_at_all(bigger, {}):
             return f"--nodes {job.cluster.nodes * times} would make it fit"

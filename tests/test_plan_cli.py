@@ -201,6 +201,18 @@ def test_a_hugging_face_config_and_hardware_of_ones_own(plan: Run, tmp_path: Pat
     assert mine["candidates"][0]["step_seconds"] == plan.json(*JOB)["candidates"][0]["step_seconds"]
 
 
+def test_names_that_look_like_markup_are_shown_as_they_are(plan: Run, tmp_path: Path) -> None:
+    file = tmp_path / "lab.toml"
+    file.write_text(
+        '[gpu."[/bold]"]\nlike = "a800-sxm"\nsource = "[red]"\n[model."a[v2]"]\nlayers = 4\nhidden = 512\nheads = 8\nkv_heads = 8\n'
+        "head_dim = 64\nintermediate = 1024\nvocabulary = 1000\n"
+    )
+    code, out, _ = plan("--model", "a[v2]", "--gpu", "[/bold]", "--hardware", str(file), "--explain")
+    assert code == 0
+    assert out.startswith("a[v2] (")
+    assert "[/bold]: [red]" in out
+
+
 def test_a_profile_of_another_gpu_is_refused(plan: Run, tmp_path: Path) -> None:
     profile = tmp_path / "measured.toml"
     profile.write_text('[gpu.h100-sxm]\nlike = "h100-sxm"\nmeasured = true\n')
@@ -270,6 +282,14 @@ def test_a_measured_profile_overrides_rates_and_assumptions(plan: Run, tmp_path:
         ((*JOB, "--stack", "trainer", "--gradients", "bf16"), "seqmesh train computes in fp32"),
         ((*JOB, "--precision", "fp32", "--gradients", "bf16"), "gradients have the weights' precision"),
         ((*JOB, "--modle", "x"), "did you mean --model?"),
+        (("--model", "llama3-8b", "--gpu", "[/bold]"), "unknown GPU '[/bold]'"),
+        ((*JOB, "--max-seq", "--pin", "tp=3"), "no legal mesh with tp=3"),
+        ((*JOB, "--assume", "attention_half_rows=1e308"), "from 1e-09 to 1e+15"),
+        ((*JOB, "--memory-limit", "100GiB"), "use less, or correct the GPU"),
+        ((*JOB, "--global-batch", "1" + "0" * 21), "is a slip"),
+        ((*JOB, "--documents", "fixed:1"), "more than 20000 documents"),
+        ((*JOB, "--stack", "trainer", "--pin", "tp=2"), "is not what seqmesh train runs"),
+        ((*JOB, "--top", "1000"), "at most 100 are shown"),
         ((*JOB, "--emit", "/no/such/folder/x.toml"), "cannot write '/no/such/folder/x.toml'"),
         ((*JOB, "--hardware", "/no/such.toml"), "/no/such.toml"),
     ],

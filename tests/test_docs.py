@@ -34,6 +34,11 @@ def test_every_local_link_leads_somewhere(page: Path) -> None:
         assert (page.parent / target).exists(), f"{page.name} links to {target}"
 
 
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_no_page_holds_a_placeholder(page: Path) -> None:
+    assert not re.findall(r"\b(TODO|FIXME|TBD|COMMIT|XXX|CPUTIME)\b", page.read_text())
+
+
 def test_the_readme_example_has_at_most_twelve_lines() -> None:
     (example,) = [match["code"] for match in SNIPPET.finditer((ROOT / "README.md").read_text()) if match["ranks"]]
     assert len([line for line in example.splitlines() if line.strip()]) <= 12

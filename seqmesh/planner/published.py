@@ -227,14 +227,14 @@ def render() -> str:
         if not table.name.startswith("Table 3, ") or table.name.endswith("all"):
             lines += [_line(table, *row) for row in table.rows]
     headline = price_row(HEADLINE)
-    lines.append(
-        f"208K headline, tp8 r2: published {HEADLINE.tflops} TFLOP/s (MFU 0.47), predicted {headline.tflops_per_gpu:.2f} ({headline.mfu_causal:.3f})"
-    )
-    lines.append("fit or out of memory:")
+    predicted = f"predicted {headline.tflops_per_gpu:.2f} ({headline.mfu_causal:.3f})"
+    lines.append(f"208K headline, tp8 r2: published {HEADLINE.tflops} TFLOP/s (MFU 0.47), {predicted}")
+    capacity = load_gpu("a800-sxm").memory_bytes / 1e9
+    lines.append(f"fit or out of memory, of {capacity:.1f} GB:")
     for setup, fitted_there, price in memory_outcomes():
         verdict = "agrees" if price.fits == fitted_there else "DISAGREES"
         outcome = "fitted" if fitted_there else "out of memory"
-        lines.append(f"    {setup:40} {outcome:14} predicted {price.memory.total / 1e9:6.1f} GB of 85.9: {verdict}")
+        lines.append(f"    {setup:40} {outcome:14} predicted {price.memory.total / 1e9:6.1f} GB: {verdict}")
     return "\n".join(lines)
 
 

@@ -151,6 +151,8 @@ def would_change(pricer: Pricer, best: Sequence[Price], pins: Pins) -> list[str]
     rests = rests_on(pricer, best, pins)
     flips = [f"{_rest(one)}" for one in rests if one.flips]
     strongest = [_rest(one) for one in rests if not one.flips][:MOST_RESTS]
+    if len(best) == 1:
+        return [_rest(one) for one in rests][:MOST_RESTS]
     verdict = "the winner changes with:" if flips else "no assumption that was moved changes the winner; its time rests most on:"
     return [verdict, *flips, *(["its time rests most on:"] if flips and strongest else []), *strongest]
 

@@ -20,6 +20,7 @@ from seqmesh.planner.job import AXES, KEYS, Job
 from seqmesh.planner.kernel import attention_model, split_record, splits
 from seqmesh.planner.longest import at_length, longest
 from seqmesh.planner.models import ModelShape, known_models, load_model
+from seqmesh.planner.options import check_options
 from seqmesh.planner.price import Price
 from seqmesh.planner.reasons import overflow, reasons, remedy, shortfall, why_not
 from seqmesh.planner.records import record
@@ -34,7 +35,6 @@ Texts = list[str] | None
 
 UNLIMITED = 1 << 60
 """Bytes: a trace needs no memory, so whatever is traced fits."""
-MOST_SHOWN = 100
 POOL = 12
 """Meshes that compete when an assumption moves, at least."""
 SAMPLE = "1M"
@@ -61,40 +61,6 @@ def add_to(app: typer.Typer) -> None:
 
 def _option(*names: str, text: str) -> Any:
     return typer.Option(*names, help=text)
-
-
-JOB_OPTIONS = {
-    *("model", "gpu", "cluster", "nodes", "gpus_per_node", "seq_len", "global_batch", "documents", "layout", "stack", "precision"),
-    *("gradients", "memory_limit", "max_micro_batch", "axes", "hardware", "profile", "assume"),
-}
-MACHINE_OPTIONS = {"gpu", "cluster", "nodes", "gpus_per_node", "hardware", "profile"}
-FILE_OPTIONS = {"emit", "trace", "plot"}
-MODES = {
-    "published": set[str](),
-    "kernel": {"heads", "kv_heads", "head_dim", "pin", "top", "as_json", *JOB_OPTIONS}
-    - {"model", "stack", "gradients", "memory_limit", "max_micro_batch"},
-    "compare": {"model", "seq_len", "global_batch", "as_json", *MACHINE_OPTIONS},
-    "trace_memory": {"model", "seq_len", "documents", "pin", "as_json", *MACHINE_OPTIONS},
-    "max_seq": {"pin", "top", "explain", "as_json", *JOB_OPTIONS, *FILE_OPTIONS},
-}
-"""Options that mean something in a mode; a search knows all but those of --kernel."""
-
-
-def _check_mode(context: typer.Context) -> None:
-    """Refuse what a mode would ignore."""
-    given = [name for name, value in context.params.items() if value not in (None, (), _default(context, name))]
-    modes = [mode for mode in MODES if mode in given]
-    if not modes:
-        return
-    mode, spelled = modes[0], {p.name: p.opts[0] for p in context.command.params}
-    for name in given:
-        if name != mode and name not in MODES[mode]:
-            raise ValueError(f"{spelled[name]} has no meaning with {spelled[mode]}; remove one of them")
-
-
-def _default(context: typer.Context, name: str) -> object:
-    (parameter,) = (p for p in context.command.params if p.name == name)
-    return parameter.get_default(context)
 
 
 def _plan(  # one parameter an option: that is typer's form
@@ -138,17 +104,12 @@ def _plan(  # one parameter an option: that is typer's form
     plot: Annotated[Path | None, _option("--plot", text="Draw memory and time of the candidates (default plan.png).")] = None,
 ) -> int:
     """Choose a mesh: dp, tp, ulysses, ring, pp, ZeRO stage and memory savers, with memory, time and the reasons. No GPU is needed."""
-    _check_mode(context)
+    check_options(context)
     if published:
         from seqmesh.planner.published import render
 
         print(render())
         return 0
-    if top > MOST_SHOWN:
-        raise ValueError(f"--top {top}: at most {MOST_SHOWN} are shown; use less")
-    _check_counts(top=top, global_batch=global_batch, max_micro_batch=max_micro_batch)
-    _check_kernel_options(kernel, {"--heads": heads, "--kv-heads": kv_heads, "--head-dim": head_dim})
-    _check_trainer(stack, {"--precision": precision != "bf16", "--gradients": gradients != "fp32"})
     machine = Machine(gpu=gpu, cluster=cluster, nodes=nodes, gpus_per_node=gpus_per_node, files=(*(hardware or ()), *(profile or ())))
     check_profiles(profile or (), machine)
     request = Request(
@@ -179,26 +140,6 @@ def _plan(  # one parameter an option: that is typer's form
     if max_seq:
         job = at_length(job, _longest(job, pins))
     return _answer(replace(job, max_micro_batch=max_micro_batch), pins, outputs)
-
-
-def _check_trainer(stack: str, given: dict[str, bool]) -> None:
-    for option, present in given.items():
-        if stack == "trainer" and present:
-            raise ValueError(f"{option} with --stack trainer: seqmesh train computes in fp32; remove {option}")
-
-
-def _check_counts(**counts: int | None) -> None:
-    for name, count in counts.items():
-        if count is not None and count < 1:
-            raise ValueError(f"--{name.replace('_', '-')} {count}: use a whole number of at least 1")
-
-
-def _check_kernel_options(kernel: bool, only: dict[str, int | None]) -> None:
-    given = [name for name, value in only.items() if value is not None]
-    if not kernel and given:
-        raise ValueError(f"{given[0]} is an option of --kernel; add --kernel, or use --model for a whole model")
-    if kernel and only["--heads"] is None:
-        raise ValueError("--kernel needs --heads (and --kv-heads, --head-dim); add --heads 32")
 
 
 def _model(given: str | None, machine: Machine) -> ModelShape:

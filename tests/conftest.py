@@ -1,8 +1,11 @@
 """Session set-up: the server of ranks is forked here, before PyTorch has run anything."""
 
+from pathlib import Path
+
 import pytest
 import torch  # imported before the fork, so that ranks start at once
 from ranks import Ranks
+from train_command import TEXT
 
 _RANKS = Ranks()
 
@@ -21,3 +24,11 @@ def pytest_unconfigure() -> None:
 @pytest.fixture(autouse=True)
 def _one_thread() -> None:
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of text to train on."""
+    path = tmp_path_factory.mktemp("text") / "fox.txt"
+    path.write_text(TEXT)
+    return path

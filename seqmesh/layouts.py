@@ -182,6 +182,36 @@ def balanced(mask: Mask, ring: int, *, pairs_per_row: float = DEFAULT_PAIRS_PER_
     return balance(mask, ring, pairs_per_row)
 
 
+NAMES = ("auto", "contiguous", "zigzag", "striped", "balanced")
+"""What `named` knows."""
+
+
+def named(name: str, mask: Mask, s: int, ring: int) -> Layout:
+    """A layout by its name.
+
+    Args:
+        name: one of NAMES.
+        mask: what "balanced" and "auto" look at; they lay out its queries, which must be as many as its keys.
+        s: tokens that the others lay out: the mask's queries, or its keys.
+        ring: ring degree.
+
+    Raises:
+        ValueError: another name, or what the layout itself refuses.
+    """
+    match name:
+        case "contiguous":
+            return contiguous(s, ring)
+        case "zigzag":
+            return zigzag(s, ring)
+        case "striped":
+            return striped(s, ring)
+        case "balanced":
+            return balanced(mask, ring)
+        case "auto":
+            return auto(mask, ring)
+    raise ValueError(f"layout={name!r} is unknown; use {', '.join(map(repr, NAMES))}, or a Layout")
+
+
 def auto(mask: Mask, ring: int, *, pairs_per_row: float = DEFAULT_PAIRS_PER_ROW) -> Layout:
     """The simplest layout that is as good as any here: contiguous, else zigzag, else balanced. `reason` says what it compared.
 

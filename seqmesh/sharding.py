@@ -162,19 +162,7 @@ class Schedule:
 def _named(layout: str | Layout, mask: Mask, s: int, ring: int, auto: str) -> Layout:
     if isinstance(layout, Layout):
         return layout
-    match auto if layout == "auto" else layout:
-        case "contiguous":
-            return layouts.contiguous(s, ring)
-        case "zigzag":
-            return layouts.zigzag(s, ring)
-        case "striped":
-            return layouts.striped(s, ring)
-        case "balanced":
-            return layouts.balanced(mask, ring)
-        case "auto":
-            return layouts.auto(mask, ring)
-    names = "'auto', 'contiguous', 'zigzag', 'striped', 'balanced'"
-    raise ValueError(f"layout={layout!r} is unknown; use {names}, or a Layout")
+    return layouts.named(auto if layout == "auto" else layout, mask, s, ring)
 
 
 def _pieces(layout: Layout, mesh: SequenceMesh) -> tuple[int, ...]:

@@ -104,10 +104,10 @@ def test_steps_of_a_machine_with_an_odd_number_of_gpus_are_fine_enough() -> None
 def test_another_gpu_for_a_named_cluster_is_refused_not_mixed(tmp_path: Path) -> None:
     file = tmp_path / "lab.toml"
     file.write_text('[cluster.lab]\ngpu = "a800-sxm"\nnodes = 2\ngpus_per_node = 8\nnetwork_gb_per_s = 12.5\n')
-    same = build_cluster(Machine(cluster="lab", gpu="a800-sxm", files=(file,)))
+    same = build_cluster(Machine(cluster="lab", gpu="a800-sxm", hardware=(file,)))
     assert same.gpu.network_bytes_per_s == 12.5e9
     with pytest.raises(ValueError, match="has GPUs of kind a800-sxm, not h100-sxm"):
-        build_cluster(Machine(cluster="lab", gpu="h100-sxm", files=(file,)))
+        build_cluster(Machine(cluster="lab", gpu="h100-sxm", hardware=(file,)))
 
 
 def test_a_plan_for_the_trainer_becomes_a_recipe_that_it_reads(tmp_path: Path) -> None:

@@ -60,6 +60,19 @@ class Shape:
     element: int
     """Bytes of a number."""
 
+    @staticmethod
+    def of(job: Job, *, batch: int, ulysses: int, tp: int = 1) -> "Shape":
+        """A layer's attention of a job's model."""
+        m = job.model
+        return Shape(
+            heads=m.heads // tp,
+            kv_heads=m.kv_heads // tp,
+            head_dim=m.head_dim,
+            batch=batch,
+            ulysses=ulysses,
+            element=job.numerics.element,
+        )
+
 
 @dataclass(frozen=True, kw_only=True)
 class AttentionCost:
@@ -112,7 +125,7 @@ class _Timing:
 
     def __init__(self, job: Job, ring: RingLoad, shape: Shape, network: Network, group: Group) -> None:
         self._stages, self._shape, self._network, self._group = ring.stages, shape, network, group
-        self._a, self._gpu, self._peak = job.assumptions, job.cluster.gpu, job.peak
+        self._a, self._peak, self._memory_rate = job.assumptions, job.peak, job.memory_rate
         (shares,) = split_heads(shape.heads, shape.kv_heads, shape.ulysses)
         self._heads, self._kv_heads = max(share.q for share in shares), max(share.kv for share in shares)
         per_token = shape.batch * shape.kv_heads * shape.head_dim
@@ -143,7 +156,7 @@ class _Timing:
             return kernel, launches
         elements = s.batch * s.head_dim
         moved = q_bytes * stage.q_rows * self._heads * elements + kv_bytes * stage.received * 2 * self._kv_heads * elements
-        return kernel, launches + moved / (self._gpu.memory_bytes_per_s * self._a.memory)
+        return kernel, launches + moved / self._memory_rate
 
     def _walk(self, times: list[tuple[float, float]], sent: list[float]) -> Pass:
         kernel = merge = rows = exposed = 0.0
@@ -206,9 +219,7 @@ class Loads:
         return [None, *sorted({1, isqrt(ring)} - {ring - 1})]
 
     def _seconds(self, load: RingLoad) -> float:
-        m, ring = self._job.model, load.layout.ring
-        shape = Shape(heads=m.heads, kv_heads=m.kv_heads, head_dim=m.head_dim, batch=1, ulysses=1, element=self._job.numerics.element)
-        each = self._job.cluster.gpus_per_node
-        alone, group = (place(("ring",), (size,), frozenset(("ring",)), each) for size in (1, ring))
+        shape, each = Shape.of(self._job, batch=1, ulysses=1), self._job.cluster.gpus_per_node
+        alone, group = (place(("ring",), (size,), frozenset(("ring",)), each) for size in (1, load.layout.ring))
         cost = price_attention(self._job, load, shape, alone, group)
         return sum(one.kernel + one.merge + one.rows_exposed for one in (cost.forward, cost.backward))

@@ -25,7 +25,7 @@ from seqmesh.planner.price import Price
 from seqmesh.planner.reasons import overflow, reasons, remedy, shortfall, why_not
 from seqmesh.planner.records import record
 from seqmesh.planner.report import console, show_found, show_one, show_splits, show_traced
-from seqmesh.planner.request import Machine, Request, build_job, check_profiles, numerics_for, parse_pins
+from seqmesh.planner.request import Machine, Request, build_job, numerics_for, parse_pins
 from seqmesh.planner.search import Found, Pins, any_legal, explain_pins, search
 from seqmesh.planner.trainer_memory import trainer_memory
 from seqmesh.planner.units import format_tokens
@@ -110,8 +110,14 @@ def _plan(  # one parameter an option: that is typer's form
 
         print(render())
         return 0
-    machine = Machine(gpu=gpu, cluster=cluster, nodes=nodes, gpus_per_node=gpus_per_node, files=(*(hardware or ()), *(profile or ())))
-    check_profiles(profile or (), machine)
+    machine = Machine(
+        gpu=gpu,
+        cluster=cluster,
+        nodes=nodes,
+        gpus_per_node=gpus_per_node,
+        hardware=tuple(hardware or ()),
+        profiles=tuple(profile or ()),
+    )
     request = Request(
         machine=machine,
         seq_len=seq_len,

@@ -34,7 +34,7 @@ class Compute:
 
     def streamed(self, moved: float) -> float:
         """Seconds for so many bytes through the GPU's memory."""
-        return moved / (self._job.cluster.gpu.memory_bytes_per_s * self._job.assumptions.memory)
+        return moved / self._job.memory_rate
 
     def matmul(self, m: int, k: int, n: int) -> float:
         """Seconds of an (m, k) x (k, n) product."""

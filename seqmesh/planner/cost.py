@@ -98,10 +98,7 @@ class Pricer:
         return self._attention(point.tp, point.micro_batch, self.group(point, "ulysses"), self.group(point, "ring"))
 
     def _price_attention(self, tp: int, batch: int, ulysses: Group, ring: Group) -> AttentionCost:
-        m, element = self.job.model, self.job.numerics.element
-        shape = Shape(
-            heads=m.heads // tp, kv_heads=m.kv_heads // tp, head_dim=m.head_dim, batch=batch, ulysses=ulysses.size, element=element
-        )
+        shape = Shape.of(self.job, batch=batch, ulysses=ulysses.size, tp=tp)
         return price_attention(self.job, self.loads(ring.size), shape, ulysses, ring)
 
     def runs(self, point: Point) -> int:
@@ -149,7 +146,7 @@ class Pricer:
         return self.job.numerics.element * self.job.model.hidden * point.tokens(self.job) / point.tp
 
     def _activations_to_host(self, point: Point, busy: float) -> Iterator[Piece]:
-        if point.offload in ("activations", "both"):
+        if point.offloads_activations:
             copied = 2 * self._activation(point) * self.runs(point) / self._host_rate()
             yield Piece(name="activations to and from the host", cause=PCIE, seconds=copied, exposed=max(0.0, copied - busy))
 
@@ -192,7 +189,7 @@ class Pricer:
     def _optimizer(self, point: Point) -> Iterator[Piece]:
         a, numerics = self.job.assumptions, self.job.numerics
         mine = self.memory.fullest_parameters(point) / (point.replicas if point.zero else 1)
-        if point.offload not in ("optimizer", "both"):
+        if not point.offloads_optimizer:
             yield compute("optimizer", self.compute.streamed(numerics.update * mine))
             return
         copied = mine * (numerics.gradient + numerics.element) / self._host_rate()  # gradients down, then weights up
@@ -213,10 +210,10 @@ class Pricer:
         )
         sent = 2 * point.micro_batches(self.job) * self._activation(point) * (point.pp - 1) / point.pp
         yield network.spread_bytes((pp.nodes - 1) / (point.pp - 1) if point.pp > 1 else 0.0, sent)
-        if point.offload in ("optimizer", "both"):
+        if point.offloads_optimizer:
             mine = self.memory.mean_parameters(point) / point.replicas
             yield {PCIE: mine * (self.job.numerics.gradient + self.job.numerics.element)}
-        if point.offload in ("activations", "both"):
+        if point.offloads_activations:
             yield {PCIE: 2 * self._activation(point) * runs}
 
 

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from seqmesh.planner.job import Job, Point
+from seqmesh.planner.job import AXES, Job, Point
 from seqmesh.train.config import Config, DataConfig, MeshConfig, ModelConfig
 
 
@@ -72,7 +72,7 @@ def _knobs(job: Job, point: Point) -> Iterator[str]:
         yield f"micro_batch={point.micro_batch}: a step takes its {job.global_batch} sequences at once"
     if job.numerics.element == 2:
         yield "bf16: the trainer computes in fp32"
-    if job.axes != ("tp", "ulysses", "ring", "dp", "pp"):
+    if job.axes != AXES:
         yield f"axes={','.join(job.axes)}: the trainer's mesh has ulysses and ring only, in its own order"
 
 

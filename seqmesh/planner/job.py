@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 
-from seqmesh import masks
+from seqmesh import layouts, masks
 from seqmesh.masks import Mask
 from seqmesh.planner.assumptions import Assumptions
 from seqmesh.planner.hardware import Cluster
@@ -25,7 +25,6 @@ OFFLOAD = ("none", "activations", "optimizer", "both")
 TILING = ("none", "loss", "mlp")
 CHOICES: dict[str, tuple[str, ...]] = {"checkpointing": CHECKPOINTING, "offload": OFFLOAD, "tiling": TILING}
 """Values of the knobs of a `Point` that are words."""
-LAYOUTS = ("auto", "contiguous", "zigzag", "striped", "balanced")
 LARGEST = 1 << 40
 """Tokens, or sequences, beyond which nobody plans."""
 STACKS = ("fused", "trainer")
@@ -85,7 +84,7 @@ class Job:
             raise ValueError(
                 f"seq_len={self.seq_len}, global_batch={self.global_batch}: both must be at least 1; use a positive length and batch"
             )
-        for name, value, known in (("layout", self.layout, LAYOUTS), ("stack", self.stack, STACKS)):
+        for name, value, known in (("layout", self.layout, layouts.NAMES), ("stack", self.stack, STACKS)):
             if value not in known:
                 raise unknown(name, value, known)
         _ = self.peak  # raises where the GPU has no rate for this precision
@@ -98,6 +97,11 @@ class Job:
     def peak(self) -> float:
         """FLOP/s of a GPU in the job's precision."""
         return self.cluster.gpu.peak_flops_per_s(self.numerics.element)
+
+    @property
+    def memory_rate(self) -> float:
+        """Bytes/s through a GPU's memory that kernels reach."""
+        return self.cluster.gpu.memory_bytes_per_s * self.assumptions.memory
 
     @cached_property
     def mask(self) -> Mask:
@@ -143,6 +147,16 @@ class Point:
     def replicas(self) -> int:
         """Ranks with the same weights: N of the ZeRO formulas."""
         return self.dp * self.sp
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether the optimizer's states live on the host."""
+        return self.offload in ("optimizer", "both")
+
+    @property
+    def offloads_activations(self) -> bool:
+        """Whether checkpoints live on the host."""
+        return self.offload in ("activations", "both")
 
     @property
     def gpus(self) -> int:
@@ -212,10 +226,15 @@ def violations(job: Job, point: Point) -> Iterator[str]:
         yield f"micro_batch={point.micro_batch} is above the limit of {job.max_micro_batch}; raise --max-micro-batch, or use a smaller one"
     if point.zero > 1 and point.replicas == 1:
         yield f"zero={point.zero} with dp x ulysses x ring = 1 has nothing to shard over; use zero=0 or 1"
-    if point.offload in ("activations", "both") and point.checkpointing == "none":
+    if point.offloads_activations and point.checkpointing == "none":
         yield f"offload={point.offload} moves checkpoints to the host but checkpointing=none makes none; use checkpointing=full"
-    if point.offload in ("optimizer", "both") and point.zero == 0 and point.replicas > 1:
+    if point.offloads_optimizer and point.zero == 0 and point.replicas > 1:
         yield f"offload={point.offload} with zero=0 would step the whole model on every host; use zero >= 1"
+
+
+def is_legal(job: Job, point: Point) -> bool:
+    """Whether a point breaks no rule."""
+    return not any(violations(job, point))
 
 
 def _not_in_the_trainer(job: Job, point: Point) -> Iterator[str]:

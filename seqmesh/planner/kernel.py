@@ -93,14 +93,7 @@ def _split(job: Job, loads: Loads, ulysses: int, ring: int) -> Split:
     degrees = tuple({"ulysses": ulysses, "ring": ring}[axis] for axis in axes)
     u_group, r_group = (place(axes, degrees, frozenset((axis,)), job.cluster.gpus_per_node) for axis in ("ulysses", "ring"))
     m, network, load = job.model, Network(job.cluster, job.assumptions), loads(ring)
-    shape = Shape(
-        heads=m.heads,
-        kv_heads=m.kv_heads,
-        head_dim=m.head_dim,
-        batch=job.global_batch,
-        ulysses=ulysses,
-        element=job.numerics.element,
-    )
+    shape = Shape.of(job, batch=job.global_batch, ulysses=ulysses)
     parts = price_attention(job, load, shape, u_group, r_group).forward
     links = {COMPUTE: parts.kernel + parts.merge}
     for group, seconds in ((u_group, parts.heads), (r_group, parts.rows_exposed)):

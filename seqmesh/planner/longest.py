@@ -6,11 +6,12 @@ Where it sits: planner, pure; above search.py.
 """
 
 from dataclasses import replace
+from itertools import cycle
 from math import lcm
 
 from seqmesh.planner.cost import Pricer
 from seqmesh.planner.job import LARGEST, Job
-from seqmesh.planner.request import MOST_DOCUMENTS
+from seqmesh.planner.request import MOST_DOCUMENTS, fill
 from seqmesh.planner.search import Pins, fits_at_all
 from seqmesh.planner.units import format_tokens
 
@@ -48,15 +49,8 @@ def at_length(job: Job, seq_len: int) -> Job:
         raise ValueError(
             f"{format_tokens(seq_len)} tokens fit, but would be more than {MOST_DOCUMENTS} documents; use longer ones, or --seq-len"
         )
-    documents = []
-    left = seq_len if job.documents else 0
-    while left:
-        for length in job.documents:
-            documents.append(min(length, left))
-            left -= documents[-1]
-            if not left:
-                break
-    return replace(job, seq_len=seq_len, documents=tuple(documents))
+    documents = fill(seq_len, cycle(job.documents), "--documents") if job.documents else ()
+    return replace(job, seq_len=seq_len, documents=documents)
 
 
 def _fits(job: Job, seq_len: int, pins: Pins) -> bool:

@@ -101,7 +101,7 @@ class MemoryModel:
         numerics, n = self._job.numerics, self.parameters(point, first=first, last=last)
         shards = [point.replicas if point.zero >= stage else 1 for stage in (1, 2, 3)]
         optimizer = numerics.optimizer * n // shards[0]
-        offloaded = point.offload in ("optimizer", "both")
+        offloaded = point.offloads_optimizer
         model = self._job.model
         layer = model.layer_parameters // point.tp
         working = 0
@@ -167,7 +167,7 @@ class MemoryModel:
             return {name: size * layers * in_flight for name, size in layer.items()}, 0
         one = self._job.numerics.element * self._job.model.hidden * point.tokens(self._job) // point.tp
         checkpoints = one * layers * in_flight
-        offloaded = max(0, checkpoints - 2 * one) if point.offload in ("activations", "both") else 0
+        offloaded = max(0, checkpoints - 2 * one) if point.offloads_activations else 0
         return {"checkpoints": checkpoints - offloaded, **layer}, offloaded
 
     def _logits(self, point: Point) -> dict[str, int]:

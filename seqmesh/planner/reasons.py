@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 from seqmesh.planner.cost import Pricer
-from seqmesh.planner.job import Point, violations
+from seqmesh.planner.job import Point, is_legal
 from seqmesh.planner.price import COMPUTE, PIPELINE, Price
 from seqmesh.planner.search import Pins, divisors, fits_at_all, search
 from seqmesh.planner.units import format_bytes, format_seconds, format_tokens
@@ -50,7 +50,7 @@ def _cause(cause: str) -> str:
 
 def _compared(pricer: Pricer, price: Price, other: Point) -> str | None:
     """How another point does, or None if it is not legal."""
-    if any(violations(pricer.job, other)):
+    if not is_legal(pricer.job, other):
         return None
     memory = pricer.memory.of(other)
     if not memory.fits(pricer.job):
@@ -104,12 +104,16 @@ def _zero(pricer: Pricer, price: Price, pins: Pins) -> Iterator[str]:
     if p.replicas == 1:
         return
     if p.zero > 1 and (text := _compared(pricer, price, p.but(zero=1))):
-        purpose = "for memory" if "does not fit" in text else "pinned" if "zero" in pins else "chosen"
-        yield f"ZeRO-{p.zero} {purpose} (practice 3: ZeRO-1 or 2 where it fits): with ZeRO-1 it {text}"
+        yield f"ZeRO-{p.zero} {_purpose('zero', text, pins)} (practice 3: ZeRO-1 or 2 where it fits): with ZeRO-1 it {text}"
     elif p.zero == 1:
         size = price.memory.categories.get("optimizer", 0)
         where = f"takes {format_bytes(size)} of a rank" if size else "is on the host"
         yield f"ZeRO-1 over dp x sp = {p.replicas} ranks (practice 3: ZeRO-1 or 2): the optimizer {where}"
+
+
+def _purpose(key: str, compared: str, pins: Pins) -> str:
+    """Why a saver is there, by how the point without it does."""
+    return "for memory" if "does not fit" in compared else "pinned" if key in pins else "chosen"
 
 
 def _tensor(pricer: Pricer, price: Price) -> Iterator[str]:
@@ -124,7 +128,7 @@ def _tensor(pricer: Pricer, price: Price) -> Iterator[str]:
                 others.append(p.but(tp=1, **{axis: degree * factor}))
             elif degree % factor == 0:
                 others.append(p.but(tp=factor, **{axis: degree // factor}))
-    legal = [other for other in others if not any(violations(pricer.job, other))]
+    legal = [other for other in others if is_legal(pricer.job, other)]
     if legal:
         fitting = [other for other in legal if pricer.memory.of(other).fits(pricer.job)]
         best = min(fitting or legal, key=pricer.seconds)
@@ -146,8 +150,7 @@ def _savers(pricer: Pricer, price: Price, pins: Pins) -> Iterator[str]:
         value = getattr(p, key)
         if value != "none" and (text := _compared(pricer, price, other)):
             instead = f"with {key}={getattr(other, key)}" if getattr(other, key) != "none" else "without"
-            purpose = "for memory" if "does not fit" in text else "pinned" if key in pins else "chosen"
-            yield f"{key}={value} {purpose}: {instead} it {text}"
+            yield f"{key}={value} {_purpose(key, text, pins)}: {instead} it {text}"
 
 
 def _order(pricer: Pricer, price: Price) -> Iterator[str]:
@@ -246,7 +249,7 @@ def rests_on(pricer: Pricer, best: Sequence[Price], pins: Pins) -> list[Rests]:
         cases = []
         for moved in _moved(name, value):
             other = pricer.with_assumption(name, moved)
-            fitting = [point for point in rivals if other.memory.of(point).fits(pricer.job if name != "host_bytes" else other.job)]
+            fitting = [point for point in rivals if other.memory.of(point).fits(other.job)]
             times = [(other.seconds(point), point) for point in fitting]
             mine = other.seconds(best[0].point)
             first = min(times, key=lambda one: one[0], default=(mine, best[0].point))
@@ -263,7 +266,7 @@ def _rivals(pricer: Pricer, best: Sequence[Price], pins: Pins) -> list[Point]:
         variants = [point.but(tiling=tiling) for tiling in ("none", "loss", "mlp")] + [point.but(zero=zero) for zero in (1, 2, 3)]
         for variant in variants:
             pinned = all(getattr(variant, key) == value for key, value in pins.items())
-            if pinned and not any(violations(pricer.job, variant)):
+            if pinned and is_legal(pricer.job, variant):
                 points[variant] = None
     return list(points)
 

@@ -7,6 +7,7 @@ import math
 import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from itertools import cycle, repeat
 from pathlib import Path
 
 from seqmesh.planner.assumptions import Assumptions
@@ -31,8 +32,15 @@ class Machine:
     """A [cluster.NAME] of `files`, in place of a GPU and numbers."""
     nodes: int | None = None
     gpus_per_node: int | None = None
-    files: tuple[Path, ...] = ()
-    """TOML files with GPUs, clusters, models, and measured profiles."""
+    hardware: tuple[Path, ...] = ()
+    """TOML files with GPUs, clusters and models."""
+    profiles: tuple[Path, ...] = ()
+    """The same, measured: they go before the others, and must be of the GPU that is planned for."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All of them, later ones going before earlier ones."""
+        return (*self.hardware, *self.profiles)
 
 
 def build_cluster(machine: Machine) -> Cluster:
@@ -57,9 +65,8 @@ def build_cluster(machine: Machine) -> Cluster:
     )
 
 
-def check_profiles(profiles: Iterable[Path], machine: Machine) -> None:
+def _check_profiles(profiles: Iterable[Path], gpu: str) -> None:
     """Raise ValueError for a profile of another GPU than the one that is planned for: it would change nothing."""
-    gpu = build_cluster(machine).gpu.name if profiles else ""
     for path in profiles:
         measured = known_gpus_of(path)
         if gpu.lower() not in (name.lower() for name in measured):
@@ -149,18 +156,18 @@ def parse_documents(text: str, seq_len: int, seed: int = 0) -> tuple[int, ...]:
     The last document is cut where the sequence ends.
 
     Raises:
-        ValueError: another form, a length below 1, or more than a million documents.
+        ValueError: another form, a length below 1, or more than MOST_DOCUMENTS documents.
     """
     kind, colon, rest = text.partition(":")
     if colon and kind == "lognormal":
         mu, sigma = _two_numbers(text, rest)
         draw = random.Random(seed)
-        return _fill(seq_len, iter(lambda: max(1, round(math.exp(min(draw.gauss(mu, sigma), 50.0)))), 0), text)
+        return fill(seq_len, iter(lambda: max(1, round(math.exp(min(draw.gauss(mu, sigma), 50.0)))), 0), text)
     if colon and kind == "fixed":
         length = parse_tokens(rest)
-        return _fill(seq_len, iter(lambda: length, 0), text)
+        return fill(seq_len, repeat(length), text)
     lengths = _lengths(text)
-    return _fill(seq_len, (length for _ in iter(int, 1) for length in lengths), text)
+    return fill(seq_len, cycle(lengths), text)
 
 
 def _two_numbers(text: str, rest: str) -> tuple[float, float]:
@@ -187,7 +194,12 @@ def _lengths(text: str) -> list[int]:
     return [int(part[:18]) for part in parts]
 
 
-def _fill(seq_len: int, lengths: Iterable[int], text: str) -> tuple[int, ...]:
+def fill(seq_len: int, lengths: Iterable[int], text: str) -> tuple[int, ...]:
+    """Documents of these lengths, in order, until they hold `seq_len` tokens; the last is cut.
+
+    Raises:
+        ValueError: that takes more than MOST_DOCUMENTS; `text` is how the user gave them.
+    """
     documents, left = [], seq_len
     for length in lengths:
         documents.append(min(length, left))
@@ -223,6 +235,7 @@ def build_job(request: Request, model: ModelShape) -> Job:
         ValueError: in one line, whatever is wrong with it.
     """
     cluster = build_cluster(request.machine)
+    _check_profiles(request.machine.profiles, cluster.gpu.name)
     seq_len = parse_tokens(request.seq_len)
     return Job(
         model=model,

@@ -105,18 +105,9 @@ def _runs(plan: RingSchedule, half_rows: float) -> tuple[StageLoad, ...]:
 
 
 def _layout(mask: Mask, name: str, ring: int) -> Layout:
-    match name:
-        case "contiguous":
-            return layouts.contiguous(mask.q_len, ring)
-        case "zigzag":
-            return layouts.zigzag(mask.q_len, ring)
-        case "striped":
-            return layouts.striped(mask.q_len, ring)
-        case "balanced":
-            return layouts.balanced(mask, ring)
-    if ring > 1 and mask.q_len >= ZIGZAG_ROWS * ring and mask == masks.causal(mask.q_len):
+    if name == "auto" and ring > 1 and mask.q_len >= ZIGZAG_ROWS * ring and mask == masks.causal(mask.q_len):
         return layouts.zigzag(mask.q_len, ring)  # what auto picks, without comparing (a test shows it)
-    return layouts.auto(mask, ring)
+    return layouts.named(name, mask, mask.q_len, ring)
 
 
 def _measure(stage: Stage, half_rows: float) -> tuple[int, float, int, int, int, int]:

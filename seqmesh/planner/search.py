@@ -18,10 +18,9 @@ from itertools import product
 from math import inf
 
 from seqmesh.planner.cost import Pricer
-from seqmesh.planner.job import CHECKPOINTING, KEYS, OFFLOAD, TILING, Job, Point, violations
+from seqmesh.planner.job import CHECKPOINTING, KEYS, OFFLOAD, TILING, Job, Point, is_legal, violations
 from seqmesh.planner.price import Price
 
-MESH = ("tp", "ulysses", "ring", "dp", "pp")
 SAVERS: dict[str, tuple[int | str, ...]] = {"tiling": TILING, "checkpointing": CHECKPOINTING, "offload": OFFLOAD}
 """Values of each saver, each one at least as slow as those before it."""
 
@@ -52,12 +51,12 @@ def search(pricer: Pricer, pins: Pins, top: int = 5) -> Found:
         ValueError: no legal point has these pins; the message is the rule that they break.
     """
     bounds = sorted(_bounds(pricer, pins), key=lambda bound: bound[0])
-    if not bounds and not any_legal(pricer, pins):
+    if not bounds:
         raise ValueError(explain_pins(pricer.job, pins))
     best: dict[tuple[int, ...], Price] = {}
     limit = inf
     for seconds, base in bounds:
-        if seconds > limit:
+        if seconds > limit or seconds == inf:
             break
         for price in _fitting(pricer, base, pins):
             mesh = mesh_of(price.point)
@@ -67,7 +66,7 @@ def search(pricer: Pricer, pins: Pins, top: int = 5) -> Found:
             limit = nsmallest(top, (price.seconds for price in best.values()))[-1]
     ranked = tuple(nsmallest(top, best.values(), key=lambda price: (price.seconds, price.memory.total)))
     misfits = () if ranked and not pins else _misfits(pricer, pins, top)
-    return Found(best=ranked, misfits=misfits, meshes=len({mesh_of(point) for point in meshes(pricer.job, pins)}))
+    return Found(best=ranked, misfits=misfits, meshes=len({mesh_of(base) for _, base in bounds}))
 
 
 def mesh_of(point: Point) -> tuple[int, ...]:
@@ -76,13 +75,11 @@ def mesh_of(point: Point) -> tuple[int, ...]:
 
 
 def _bounds(pricer: Pricer, pins: Pins) -> Iterator[tuple[float, Point]]:
-    """Every legal mesh, micro-batch and ZeRO stage with the fewest savers that the pins allow, and its time."""
+    """Every legal mesh, micro-batch and ZeRO stage with the fewest savers that the pins allow, and its time: inf if it cannot fit."""
     for point in meshes(pricer.job, pins):
-        if not _could_fit(pricer, point, pins):
-            continue
-        legal = next((p for p in _savers(point, pins) if not any(violations(pricer.job, p))), None)
+        legal = next((p for p in _savers(point, pins) if is_legal(pricer.job, p)), None)
         if legal is not None:
-            yield pricer.seconds(legal), legal
+            yield pricer.seconds(legal) if _could_fit(pricer, point, pins) else inf, legal
 
 
 def _could_fit(pricer: Pricer, point: Point, pins: Pins) -> bool:
@@ -146,7 +143,7 @@ def _fitting(pricer: Pricer, base: Point, pins: Pins) -> Iterator[Price]:
     for point in _savers(base, pins):
         if pricer.memory.floor(point) > pricer.job.capacity or any(_dominates(smaller, point) for smaller in fitted):
             continue
-        if not any(violations(pricer.job, point)) and pricer.memory.of(point).fits(pricer.job):
+        if is_legal(pricer.job, point) and pricer.memory.of(point).fits(pricer.job):
             fitted.append(point)
             yield pricer.price(point)
 
@@ -163,7 +160,7 @@ def _misfits(pricer: Pricer, pins: Pins, top: int) -> tuple[Price, ...]:
     for base in meshes(pricer.job, pins):
         if "micro_batch" not in pins and base.micro_batch > 1:
             continue
-        legal = [p for p in _savers(base, pins) if not any(violations(pricer.job, p))]
+        legal = [p for p in _savers(base, pins) if is_legal(pricer.job, p)]
         sizes = [(pricer.memory.of(p), p) for p in legal]
         if sizes and not any(memory.fits(pricer.job) for memory, _ in sizes):
             memory, point = min(sizes, key=lambda size: size[0].over(pricer.job))
@@ -177,14 +174,14 @@ def fits_at_all(pricer: Pricer, pins: Pins) -> bool:
         # tiling has no memory cost; other savers have
         tiled = {} if pricer.job.stack == "trainer" else {"tiling": pins.get("tiling", TILING[-1])}
         small = (p for p in _savers(mesh, {**pins, **tiled}) if pricer.memory.floor(p) <= pricer.job.capacity)
-        if any(pricer.memory.of(p).fits(pricer.job) for p in small if not any(violations(pricer.job, p))):
+        if any(pricer.memory.of(p).fits(pricer.job) for p in small if is_legal(pricer.job, p)):
             return True
     return False
 
 
 def any_legal(pricer: Pricer, pins: Pins) -> bool:
     """Whether any legal point has these pins, whether it fits or not."""
-    return any(not any(violations(pricer.job, p)) for mesh in meshes(pricer.job, pins) for p in _savers(mesh, pins))
+    return any(is_legal(pricer.job, p) for mesh in meshes(pricer.job, pins) for p in _savers(mesh, pins))
 
 
 def explain_pins(job: Job, pins: Pins) -> str:

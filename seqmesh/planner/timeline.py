@@ -48,15 +48,7 @@ def timeline(pricer: Pricer, point: Point) -> dict[str, Any]:
 def ring_stages(pricer: Pricer, point: Point) -> tuple[list[Stage], list[Stage]]:
     """The stages of one attention call, forward and backward; they add up to `pricer.attention(point)`."""
     job, ring = pricer.job, pricer.loads(point.ring)
-    m, tp = job.model, point.tp
-    shape = Shape(
-        heads=m.heads // tp,
-        kv_heads=m.kv_heads // tp,
-        head_dim=m.head_dim,
-        batch=point.micro_batch,
-        ulysses=point.ulysses,
-        element=job.numerics.element,
-    )
+    shape = Shape.of(job, batch=point.micro_batch, ulysses=point.ulysses, tp=point.tp)
     groups = pricer.group(point, "ulysses"), pricer.group(point, "ring")
 
     def priced(*stages: StageLoad) -> tuple[Any, Any]:

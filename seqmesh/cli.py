@@ -1,10 +1,8 @@
-"""The command line: `seqmesh train [recipe.toml] [--key value]...`, `seqmesh plan`, `seqmesh bench [--quick]` and `seqmesh --version`.
+"""The command line: `seqmesh train [recipe.toml] [--key value]...`, `seqmesh plan`, `seqmesh bench [--quick]`
+and `seqmesh --version`.
 
-Exit codes: 0 done; 1 a rank failed or a check of the report did not pass; 2 wrong input; 130 Ctrl-C. Whatever goes wrong with the
-input is one line on stderr, `seqmesh: error: ...`, with the remedy.
-
-Where it sits: the top layer, the only one that reads the environment. typer and the train extra load on use, so that a plain
-`pip install seqmesh` gets one line instead of a traceback.
+Exit codes: 0 done; 1 a rank failed or a check of the report did not pass; 2 wrong input; 130 Ctrl-C. Whatever
+goes wrong with the input is one line on stderr, `seqmesh: error: ...`, with the remedy.
 """
 
 import os
@@ -36,7 +34,9 @@ def main() -> None:
             raise
         near = (getattr(error, "possibilities", None) or [])[:1]
         suggestion = f"; did you mean {near[0]}?" if near else ""
-        code = _fail(f"{_one_line(getattr(error, 'message', error))}{suggestion} (see {_help_of(sys.argv)})", USAGE)
+        code = _fail(
+            f"{_one_line(getattr(error, 'message', error))}{suggestion} (see {_help_of(sys.argv)})", USAGE
+        )
     sys.exit(code)
 
 
@@ -45,7 +45,11 @@ def _spelled_out(arguments: list[str]) -> list[str]:
     spelled: list[str] = []
     for at, argument in enumerate(arguments):
         spelled.append(argument)
-        if argument == "--plot" and arguments[0] == "plan" and (arguments[at + 1 : at + 2] or ["-"])[0].startswith("-"):
+        if (
+            argument == "--plot"
+            and arguments[0] == "plan"
+            and (arguments[at + 1 : at + 2] or ["-"])[0].startswith("-")
+        ):
             spelled.append("plan.png")
     return spelled
 
@@ -78,7 +82,8 @@ def _app() -> "typer.Typer":
 
     @app.callback(invoke_without_command=True)
     def seqmesh_command(
-        context: typer.Context, version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False
+        context: typer.Context,
+        version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False,
     ) -> None:
         """Exact sequence parallelism for PyTorch."""
         if version:
@@ -86,21 +91,31 @@ def _app() -> "typer.Typer":
         elif context.invoked_subcommand is None:
             print(context.get_help())
 
-    arguments = typer.Argument(metavar="[RECIPE.toml] [--KEY VALUE]...", help="A recipe file, and keys to override.")
+    arguments = typer.Argument(
+        metavar="[RECIPE.toml] [--KEY VALUE]...", help="A recipe file, and keys to override."
+    )
     defaults = ", ".join(f"--{key} {to_toml(value)}" for key, value in keys().items())
     about = f"Keys and defaults: {defaults}. A key's section can be left out; --data PATH is short for --data.path PATH."
 
     @app.command("train", context_settings={"ignore_unknown_options": True}, epilog=about)
     def train_command(given: Annotated[list[str] | None, arguments] = None) -> int:
-        """Train a model on local ranks, or as one of torchrun's. Without a recipe, the one of recipes/stdlib.toml."""
+        """Train a model on local ranks, or as one of torchrun's.
+        Without a recipe, the one of recipes/stdlib.toml.
+        """
         return train(given or [])
 
     @app.command("bench")
     def bench_command(
-        quick: Annotated[bool, typer.Option("--quick", help="Small sizes: seconds instead of minutes; times are not judged.")] = False,
-        json: Annotated[Path | None, typer.Option("--json", help="Also write every figure to this file.")] = None,
+        quick: Annotated[
+            bool,
+            typer.Option("--quick", help="Small sizes: seconds instead of minutes; times are not judged."),
+        ] = False,
+        json: Annotated[
+            Path | None, typer.Option("--json", help="Also write every figure to this file.")
+        ] = None,
         profile: Annotated[
-            Path | None, typer.Option("--profile", help="Write a measured profile for seqmesh plan, and nothing else.")
+            Path | None,
+            typer.Option("--profile", help="Write a measured profile for seqmesh plan, and nothing else."),
         ] = None,
         ranks: Annotated[int, typer.Option("--ranks", help="Ranks that --profile measures at once.")] = 4,
     ) -> int:
@@ -127,7 +142,9 @@ def train(arguments: Sequence[str]) -> int:
     recipe, overrides = split_arguments(arguments)
     config = load(recipe, overrides)
 
-    from seqmesh.train import session  # loads torch and transformers: seconds, which a typing mistake should not cost
+    from seqmesh.train import (
+        session,
+    )  # loads torch and transformers: seconds, which a typing mistake should not cost
     from seqmesh.train.launch import RankFailedError
 
     try:

@@ -1,8 +1,9 @@
 """Attention masks as sets of bands: which query may meet which key, exactly and without a tensor.
 
-Every mask that long-context training uses is a handful of *bands*: a rectangle of (query, key) pairs, cut by at most two
-diagonals. Bands are closed under intersection, their area is a closed form, and both survive sharding, so the schedule,
-the load balance, the FLOP count and the MFU numerator all come from this one description (docs/masks.md).
+Every mask that long-context training uses is a handful of *bands*: a rectangle of (query, key) pairs, cut by
+at most two diagonals. Bands are closed under intersection, their area is a closed form, and both survive
+sharding, so the schedule, the load balance, the FLOP count and the MFU numerator all come from this one
+description (docs/masks.md).
 
       key j ->        causal          window 2        two documents    prefix 2
     query i    0      X . . .         X . . .         X . . .          X X . .
@@ -11,9 +12,8 @@ the load balance, the FLOP count and the MFU numerator all come from this one de
                3      X X X X         . . X X         . . X X          X X X X
              bands:      1               1               2                2
 
-Where it sits: the lowest layer. Pure Python; NumPy only inside `Mask.dense`, for tests and pictures.
-
-Trade-off: a mask that is not a few bands (random sparsity) is legal as many one-pair bands, but slow. Use a dense library.
+Trade-off: a mask that is not a few bands (random sparsity) is legal as many one-pair bands, but slow. Use a
+dense library.
 """
 
 from bisect import bisect_left, bisect_right
@@ -37,7 +37,8 @@ def _triangle(n: int) -> int:
 class Band(NamedTuple):
     """The pairs (i, j) with q_start <= i < q_stop, k_start <= j < k_stop and lo <= i - j <= hi.
 
-    `lo=None` and `hi=None` leave that side open: `lo=0` is causal, `lo=0, hi=w-1` a sliding window of w tokens.
+    `lo=None` and `hi=None` leave that side open: `lo=0` is causal, `lo=0, hi=w-1` a sliding window of w
+    tokens.
     """
 
     q_start: int
@@ -48,9 +49,11 @@ class Band(NamedTuple):
     hi: int | None = None
 
     def trim(self) -> "Band | None":
-        """The same pairs in the smallest rectangle, with bounds that exclude nothing set to None; None if no pair is left.
+        """The same pairs in the smallest rectangle, with bounds that exclude nothing set to None; None if no
+        pair is left.
 
-        In the result every row and every column has at least one pair, so its columns are exactly the keys it needs.
+        In the result every row and every column has at least one pair, so its columns are exactly the keys it
+        needs.
         """
         q_start, q_stop, k_start, k_stop, lo, hi = self
         if lo is not None and hi is not None and lo > hi:
@@ -87,7 +90,12 @@ class Band(NamedTuple):
     def within(self, q_start: int, q_stop: int, k_start: int, k_stop: int) -> "Band | None":
         """The pairs that also lie in a rectangle, trimmed, or None."""
         return Band(
-            max(self.q_start, q_start), min(self.q_stop, q_stop), max(self.k_start, k_start), min(self.k_stop, k_stop), self.lo, self.hi
+            max(self.q_start, q_start),
+            min(self.q_stop, q_stop),
+            max(self.k_start, k_start),
+            min(self.k_stop, k_stop),
+            self.lo,
+            self.hi,
         ).trim()
 
     def shift(self, q: int, k: int) -> "Band":
@@ -104,7 +112,9 @@ class Band(NamedTuple):
 
     @property
     def area(self) -> int:
-        """Number of pairs, in closed form: rectangle minus the corner above lo minus the corner below hi, kept inside it."""
+        """Number of pairs, in closed form: rectangle minus the corner above lo minus the corner below hi,
+        kept inside it.
+        """
         q, k = self.q_stop - self.q_start, self.k_stop - self.k_start
         if q <= 0 or k <= 0 or (self.lo is not None and self.hi is not None and self.lo > self.hi):
             return 0
@@ -114,13 +124,17 @@ class Band(NamedTuple):
 
     @staticmethod
     def _pairs_up_to(c: int, q: int, k: int) -> int:
-        """Pairs of a q x k rectangle at the origin with i - j <= c: the sum over rows of clip(k + c - i, 0, k)."""
+        """Pairs of a q x k rectangle at the origin with i - j <= c: the sum over rows of clip(k + c - i, 0,
+        k).
+        """
         return _triangle(k + c) - _triangle(k + c - q) - _triangle(c) + _triangle(c - q)
 
 
 def _meetings(left: Sequence[Band], right: Sequence[Band]) -> Iterator[tuple[int, int]]:
     """Index pairs of bands whose query ranges overlap, by a sweep along the queries: cheap when few do."""
-    events = sorted([(b.q_start, 0, n) for n, b in enumerate(left)] + [(b.q_start, 1, n) for n, b in enumerate(right)])
+    events = sorted(
+        [(b.q_start, 0, n) for n, b in enumerate(left)] + [(b.q_start, 1, n) for n, b in enumerate(right)]
+    )
     bands: tuple[Sequence[Band], Sequence[Band]] = (left, right)
     active: tuple[list[int], list[int]] = ([], [])
     for q_start, side, n in events:
@@ -135,7 +149,11 @@ class BandIndex:
     """Bands that meet a range of queries (or of keys), found by bisection."""
 
     def __init__(self, bands: Iterable[Band], *, by_key: bool = False) -> None:
-        start, stop = (attrgetter("k_start"), attrgetter("k_stop")) if by_key else (attrgetter("q_start"), attrgetter("q_stop"))
+        start, stop = (
+            (attrgetter("k_start"), attrgetter("k_stop"))
+            if by_key
+            else (attrgetter("q_start"), attrgetter("q_stop"))
+        )
         self._bands = sorted(bands, key=start)
         self._starts: list[int] = [start(band) for band in self._bands]
         self._furthest_stop: list[int] = list(accumulate(map(stop, self._bands), max))
@@ -147,12 +165,16 @@ class BandIndex:
 
 @dataclass(frozen=True)
 class Mask:
-    """A set of disjoint bands over `q_len` queries and `k_len` keys. A query that no band covers attends to nothing (output 0).
+    """A set of disjoint bands over `q_len` queries and `k_len` keys.
 
-    Bands are stored trimmed and sorted, so equal masks compare equal however they were written; empty ones are dropped.
+    A query that no band covers attends to nothing (output 0).
+
+    Bands are stored trimmed and sorted, so equal masks compare equal however they were written; empty ones
+    are dropped.
 
     Raises:
-        ValueError: a band leaves the (q_len, k_len) rectangle, or two bands share a pair (it would count twice in the softmax).
+        ValueError: a band leaves the (q_len, k_len) rectangle, or two bands share a pair (it would count
+            twice in the softmax).
     """
 
     q_len: int
@@ -163,14 +185,24 @@ class Mask:
         object.__setattr__(self, "q_len", _whole(self.q_len))
         object.__setattr__(self, "k_len", _whole(self.k_len))
         if self.q_len < 0 or self.k_len < 0:
-            raise ValueError(f"a mask of {self.q_len} queries x {self.k_len} keys: lengths must not be negative; pass lengths >= 0")
+            raise ValueError(
+                f"a mask of {self.q_len} queries x {self.k_len} keys: lengths must not be negative; pass lengths >= 0"
+            )
         for band in self.bands:
-            if not (0 <= band.q_start <= band.q_stop <= self.q_len and 0 <= band.k_start <= band.k_stop <= self.k_len):
-                raise ValueError(f"{band} leaves the mask of {self.q_len} queries x {self.k_len} keys; clip the band or lengthen the mask")
+            if not (
+                0 <= band.q_start <= band.q_stop <= self.q_len
+                and 0 <= band.k_start <= band.k_stop <= self.k_len
+            ):
+                raise ValueError(
+                    f"{band} leaves the mask of {self.q_len} queries x {self.k_len} keys; clip the band or lengthen the mask"
+                )
         trimmed = (band.trim() for band in map(Band._make, self.bands))
         bands = tuple(sorted((b for b in trimmed if b is not None), key=lambda b: b[:4]))
         object.__setattr__(self, "bands", bands)
-        if any(later.q_start < earlier for later, earlier in zip(bands[1:], accumulate((b.q_stop for b in bands), max), strict=False)):
+        if any(
+            later.q_start < earlier
+            for later, earlier in zip(bands[1:], accumulate((b.q_stop for b in bands), max), strict=False)
+        ):
             self._refuse_overlaps()
 
     def _refuse_overlaps(self) -> None:
@@ -182,7 +214,9 @@ class Mask:
                 )
 
     def __and__(self, other: "Mask") -> "Mask":
-        """The pairs allowed by both masks: `documents(lengths) & sliding_window(s, w)` is a window inside each document."""
+        """The pairs allowed by both masks: `documents(lengths) & sliding_window(s, w)` is a window inside
+        each document.
+        """
         if (self.q_len, self.k_len) != (other.q_len, other.k_len):
             raise ValueError(
                 f"cannot intersect a mask of {self.q_len} x {self.k_len} with one of {other.q_len} x {other.k_len};"
@@ -212,7 +246,10 @@ class Mask:
         return sum(band.area for band in clipped if band is not None)
 
     def dense(self) -> "npt.NDArray[np.bool_]":
-        """The mask as a NumPy bool array (q_len, k_len), True where allowed. For tests and pictures: quadratic memory."""
+        """The mask as a NumPy bool array (q_len, k_len), True where allowed.
+
+        For tests and pictures: quadratic memory.
+        """
         import numpy as np
 
         allowed = np.zeros((self.q_len, self.k_len), dtype=np.bool_)
@@ -228,7 +265,10 @@ class Mask:
 
 
 def _whole(number: int) -> int:
-    """A number of tokens as an int. NumPy and torch integers pass, 3.7 does not: truncated lengths would shift every document."""
+    """A number of tokens as an int.
+
+    NumPy and torch integers pass, 3.7 does not: truncated lengths would shift every document.
+    """
     try:
         return index(number)
     except TypeError:
@@ -246,14 +286,17 @@ def causal(s: int) -> Mask:
 
 
 def sliding_window(s: int, window: int, sink_tokens: int = 0) -> Mask:
-    """Token i of s sees the last `window` tokens, itself included, and the first `sink_tokens` tokens (StreamingLLM's sinks).
+    """Token i of s sees the last `window` tokens, itself included, and the first `sink_tokens` tokens
+    (StreamingLLM's sinks).
 
     Raises:
         ValueError: window < 1 or sink_tokens < 0.
     """
     s, window, sink_tokens = _whole(s), _whole(window), _whole(sink_tokens)
     if window < 1 or sink_tokens < 0:
-        raise ValueError(f"window={window}, sink_tokens={sink_tokens}: a token sees at least itself; use window >= 1 and sink_tokens >= 0")
+        raise ValueError(
+            f"window={window}, sink_tokens={sink_tokens}: a token sees at least itself; use window >= 1 and sink_tokens >= 0"
+        )
     local = Band(0, s, 0, s, lo=0, hi=window - 1)
     return Mask(s, s, (local, Band(0, s, 0, min(sink_tokens, s), lo=window)))
 
@@ -271,7 +314,9 @@ def documents(lengths: Iterable[int], causal: bool = True) -> Mask:
     bands, start = [], 0
     for length in map(_whole, lengths):
         if length < 0:
-            raise ValueError(f"document length {length} is negative; pass lengths >= 0 (not cumulative offsets)")
+            raise ValueError(
+                f"document length {length} is negative; pass lengths >= 0 (not cumulative offsets)"
+            )
         bands.append(Band(start, start + length, start, start + length, 0 if causal else None))
         start += length
     return Mask(start, start, tuple(bands))

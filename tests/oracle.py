@@ -81,7 +81,13 @@ def dense(case: Case) -> Result:
     out = torch.einsum("bhqk,bkhd->bqhd", weights_of_keys, v.repeat_interleave(repeat, 2))
     grads = torch.autograd.grad((out * weights).sum(), leaves, allow_unused=True)
     grads = tuple(torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True))
-    return Result(out=out.detach(), dq=grads[0], dk=grads[1], dv=grads[2], dsinks=grads[3] if sinks is not None else None)
+    return Result(
+        out=out.detach(),
+        dq=grads[0],
+        dk=grads[1],
+        dv=grads[2],
+        dsinks=grads[3] if sinks is not None else None,
+    )
 
 
 def local_inputs(case: Case, schedule: Schedule) -> tuple[list[Tensor], Tensor, Tensor | None]:
@@ -91,7 +97,11 @@ def local_inputs(case: Case, schedule: Schedule) -> tuple[list[Tensor], Tensor, 
     if case.strided:  # the same values in a transposed, gappy memory layout
         local = [torch.stack((x, x), -1).transpose(0, 1).contiguous()[..., 0].transpose(0, 1) for x in local]
     local = [x.to(case.dtype).detach().requires_grad_() for x in local]
-    return local, schedule.shard(weights, 1).to(case.dtype), None if sinks is None else sinks.to(case.dtype).requires_grad_()
+    return (
+        local,
+        schedule.shard(weights, 1).to(case.dtype),
+        None if sinks is None else sinks.to(case.dtype).requires_grad_(),
+    )
 
 
 @cache
@@ -114,13 +124,18 @@ def attend(cases: list[Case]) -> list[dict[str, Any]]:
     for case in cases:
         schedule = build(case)
         (q, k, v), weights, sinks = local_inputs(case, schedule)
-        out = attention(q, k, v, schedule, case.scale, case.softcap, sinks, case.kernel, head_chunks=case.head_chunks)
+        out = attention(
+            q, k, v, schedule, case.scale, case.softcap, sinks, case.kernel, head_chunks=case.head_chunks
+        )
         (out * weights).sum().backward()
         assert out.dtype == q.grad.dtype == k.grad.dtype == v.grad.dtype == case.dtype
         parts = {"out": out.detach(), "dq": q.grad, "dk": k.grad, "dv": v.grad, "q_at": schedule.positions()}
         parts |= {"k_at": schedule.positions(keys=True), "dsinks": None if sinks is None else sinks.grad}
         results.append(
-            {name: None if x is None else x.double().numpy() if x.is_floating_point() else x.numpy() for name, x in parts.items()}
+            {
+                name: None if x is None else x.double().numpy() if x.is_floating_point() else x.numpy()
+                for name, x in parts.items()
+            }
         )
     return results
 
@@ -145,8 +160,10 @@ def assemble(case: Case, parts: list[dict[str, Any]]) -> Result:
     )
 
 
-# Largest error allowed, relative to the largest entry of the oracle's tensor. fp64 and fp32: rounding of sums of a few hundred
-# terms. Half precisions: one rounding of the result (2^-9, 2^-12) plus that of partial results, inputs being exact.
+# Largest error allowed, relative to the largest entry of the oracle's tensor. fp64 and fp32: rounding of sums
+# of a few hundred
+# terms. Half precisions: one rounding of the result (2^-9, 2^-12) plus that of partial results, inputs being
+# exact.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 
 
@@ -157,6 +174,10 @@ def compare(case: Case, got: Result, want: Result) -> None:
         if b is None:
             assert a is None
         elif b.numel():
-            scale = max(b.abs().max().item(), 1.0)  # terms are of order 1: where they cancel, their rounding stays
+            scale = max(
+                b.abs().max().item(), 1.0
+            )  # terms are of order 1: where they cancel, their rounding stays
             error = (a - b).abs().max().item() / scale
-            assert error <= TOLERANCE[case.dtype], f"{name} is off by {error:.2e} of its largest entry in {case}"
+            assert error <= TOLERANCE[case.dtype], (
+                f"{name} is off by {error:.2e} of its largest entry in {case}"
+            )

@@ -1,7 +1,8 @@
 """A reused pool of real gloo ranks: a multi-rank test costs milliseconds.
 
-PyTorch must be forked before it has run any OpenMP work, so one small server process is forked when the test session starts
-(conftest.py). It forks the ranks of a pool on request; a pool lives until a rank fails, then the next request makes a new one.
+PyTorch must be forked before it has run any OpenMP work, so one small server process is forked when the test
+session starts (conftest.py). It forks the ranks of a pool on request; a pool lives until a rank fails, then
+the next request makes a new one.
 
     parent (pytest) --spawn--> server --fork--> rank 0 .. W-1, one gloo group       tasks and results go over local sockets
 """
@@ -19,7 +20,9 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT_SECONDS = 60
-"""A collective that hangs this long is an error in every rank; the parent waits a little longer, then ends the pool."""
+"""A collective that hangs this long is an error in every rank; the parent waits a little longer, then ends
+the pool.
+"""
 
 
 def serve(address: str, requests: Connection) -> None:
@@ -54,7 +57,11 @@ def work(address: str, rank: int, world: int, rendezvous: str) -> None:
     parent = Client(address, "AF_UNIX")
     parent.send(rank)
     dist.init_process_group(
-        "gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world, timeout=timedelta(seconds=TIMEOUT_SECONDS)
+        "gloo",
+        init_method=f"file://{rendezvous}",
+        rank=rank,
+        world_size=world,
+        timeout=timedelta(seconds=TIMEOUT_SECONDS),
     )
     while True:
         try:
@@ -100,7 +107,10 @@ class Ranks:
         return self._pools[world][1]
 
     def run(self, world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
-        """`function(*args)` on every rank of a pool; its results by rank. Raises RuntimeError with the first rank's traceback."""
+        """`function(*args)` on every rank of a pool; its results by rank.
+
+        Raises RuntimeError with the first rank's traceback.
+        """
         connections = self._pool(world)
         task = pickle.dumps((function, args))
         for connection in connections:
@@ -111,7 +121,9 @@ class Ranks:
             ready = wait(missing, TIMEOUT_SECONDS + 30)
             if not ready:
                 self._end(world)
-                raise TimeoutError(f"ranks {sorted(set(range(world)) - set(results))} of {world} did not answer")
+                raise TimeoutError(
+                    f"ranks {sorted(set(range(world)) - set(results))} of {world} did not answer"
+                )
             for connection in ready:
                 rank = connections.index(connection)
                 try:

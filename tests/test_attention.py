@@ -1,4 +1,6 @@
-"""Attention on real ranks against the dense fp64 oracle: output and all gradients, over layout x mask x mesh x heads x length."""
+"""Attention on real ranks against the dense fp64 oracle: output and all gradients, over layout x mask x mesh
+x heads x length.
+"""
 
 import random
 from collections import defaultdict
@@ -9,8 +11,8 @@ from oracle import Case, assemble, attend, build, compare, dense, local_inputs
 from ranks import Ranks
 
 from seqmesh import attention, masks
+from seqmesh.engine.merge import _Rows
 from seqmesh.masks import Band, Mask
-from seqmesh.merge import _Rows
 
 MESHES = [(1, 1), (2, 1), (1, 2), (4, 1), (1, 4), (2, 2), (4, 2), (2, 4), (1, 8)]
 
@@ -55,13 +57,25 @@ def test_every_mask_on_every_mesh_and_layout(ranks: Ranks, name: str, mesh: tupl
     check(ranks, [Case(mask=mask, ulysses=u, ring=r, layout=layout) for layout in layouts])
 
 
-@pytest.mark.parametrize(("heads", "kv_heads"), [(4, 1), (4, 2), (6, 2), (6, 3), (5, 5), (7, 1), (8, 2), (9, 3), (12, 4), (13, 13)])
+@pytest.mark.parametrize(
+    ("heads", "kv_heads"), [(4, 1), (4, 2), (6, 2), (6, 3), (5, 5), (7, 1), (8, 2), (9, 3), (12, 4), (13, 13)]
+)
 @pytest.mark.parametrize("mesh", [(1, 2), (2, 1), (4, 1), (2, 2), (4, 2)], ids=lambda m: f"u{m[0]}r{m[1]}")
-def test_any_number_of_query_and_kv_heads(ranks: Ranks, heads: int, kv_heads: int, mesh: tuple[int, int]) -> None:
+def test_any_number_of_query_and_kv_heads(
+    ranks: Ranks, heads: int, kv_heads: int, mesh: tuple[int, int]
+) -> None:
     check(
         ranks,
         [
-            Case(mask=masks.causal(37), ulysses=mesh[0], ring=mesh[1], heads=heads, kv_heads=kv_heads, head_chunks=chunks, batch=2)
+            Case(
+                mask=masks.causal(37),
+                ulysses=mesh[0],
+                ring=mesh[1],
+                heads=heads,
+                kv_heads=kv_heads,
+                head_chunks=chunks,
+                batch=2,
+            )
             for chunks in (None, 2, 3)
         ],
     )
@@ -70,16 +84,34 @@ def test_any_number_of_query_and_kv_heads(ranks: Ranks, heads: int, kv_heads: in
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("mesh", [(1, 1), (2, 1), (1, 4), (2, 2)], ids=lambda m: f"u{m[0]}r{m[1]}")
 @pytest.mark.parametrize("kernel", ["cpu", "reference"])
-def test_every_dtype_is_as_exact_as_it_can_be(ranks: Ranks, dtype: torch.dtype, mesh: tuple[int, int], kernel: str) -> None:
+def test_every_dtype_is_as_exact_as_it_can_be(
+    ranks: Ranks, dtype: torch.dtype, mesh: tuple[int, int], kernel: str
+) -> None:
     mask = masks.documents([20, 13])
-    check(ranks, [Case(mask=mask, ulysses=mesh[0], ring=mesh[1], dtype=dtype, kernel=kernel, heads=4, kv_heads=2, layout="zigzag")])
+    check(
+        ranks,
+        [
+            Case(
+                mask=mask,
+                ulysses=mesh[0],
+                ring=mesh[1],
+                dtype=dtype,
+                kernel=kernel,
+                heads=4,
+                kv_heads=2,
+                layout="zigzag",
+            )
+        ],
+    )
 
 
 @pytest.mark.parametrize("mesh", [(1, 1), (2, 1), (1, 2), (2, 2)], ids=lambda m: f"u{m[0]}r{m[1]}")
 def test_softcap_sinks_scale_and_batch(ranks: Ranks, mesh: tuple[int, int]) -> None:
     u, r = mesh
     base = {"mask": masks.sliding_window(39, 11), "ulysses": u, "ring": r, "heads": 6, "kv_heads": 3}
-    odd = Mask(20, 20, (Band(5, 20, 0, 9, lo=0),))  # rows without a key: a sink takes all the weight, the output is 0
+    odd = Mask(
+        20, 20, (Band(5, 20, 0, 9, lo=0),)
+    )  # rows without a key: a sink takes all the weight, the output is 0
     check(
         ranks,
         [
@@ -107,7 +139,9 @@ def test_any_number_of_stages_from_ring_to_all_gather(ranks: Ranks, stages: int)
 
 
 def sum_of_outputs(case: Case) -> list[list[float]]:
-    """On one rank: gradients of `out.sum()`, whose incoming gradient has stride 0, and of the same loss with real ones."""
+    """On one rank: gradients of `out.sum()`, whose incoming gradient has stride 0, and of the same loss with
+    real ones.
+    """
     schedule = build(case)
     found = []
     for loss in (lambda out: out.sum(), lambda out: (out * torch.ones_like(out)).sum()):
@@ -126,16 +160,32 @@ def test_an_expanded_incoming_gradient_is_read_right(ranks: Ranks, mesh: tuple[i
 
 def test_large_logits_neither_overflow_nor_lose_rows(ranks: Ranks) -> None:
     """exp of a difference of unnormalised sums would overflow here; merging by log-sum-exp must not."""
-    case = Case(mask=masks.causal(40), ring=4, layout="contiguous", logit_scale=300.0, dtype=torch.float32, kernel="reference")
+    case = Case(
+        mask=masks.causal(40),
+        ring=4,
+        layout="contiguous",
+        logit_scale=300.0,
+        dtype=torch.float32,
+        kernel="reference",
+    )
     results = ranks.run(4, attend, [case])
     got, want = assemble(case, [rank[0] for rank in results]), dense(case)
     assert torch.isfinite(got.out).all()
-    # Logits near 1000 carry an fp32 error of 1e-4 into the exponent: the tolerance follows from that, not from the merge.
+    # Logits near 1000 carry an fp32 error of 1e-4 into the exponent: the tolerance follows from that, not
+    # from the merge.
     assert (got.out - want.out).abs().max() < 2e-3
 
 
 def test_the_result_is_the_same_bit_for_bit_when_repeated(ranks: Ranks) -> None:
-    case = Case(mask=masks.documents([31, 33]), ulysses=2, ring=2, heads=4, kv_heads=1, dtype=torch.float32, layout="zigzag")
+    case = Case(
+        mask=masks.documents([31, 33]),
+        ulysses=2,
+        ring=2,
+        heads=4,
+        kv_heads=1,
+        dtype=torch.float32,
+        layout="zigzag",
+    )
     for rank in ranks.run(4, attend, [case, case, case]):
         for repeat in rank[1:]:
             for name, value in rank[0].items():
@@ -155,7 +205,14 @@ def random_case(draw: random.Random) -> Case:
         masks.sliding_window(s, draw.randrange(1, 20), draw.randrange(0, 4)),
         masks.prefix_lm(s, draw.randrange(0, s + 1)),
         masks.chunked(s, draw.randrange(1, 20)),
-        Mask(s, s, (Band(0, s // 2, 0, s, hi=draw.randrange(-5, 9)), Band(s // 2, s, s // 3, s, lo=draw.randrange(-9, 5)))),
+        Mask(
+            s,
+            s,
+            (
+                Band(0, s // 2, 0, s, hi=draw.randrange(-5, 9)),
+                Band(s // 2, s, s // 3, s, lo=draw.randrange(-9, 5)),
+            ),
+        ),
     ]
     mask = draw.choice(choices)
     mask = mask & draw.choice(choices) if draw.random() < 0.4 else mask

@@ -1,4 +1,6 @@
-"""balanced and auto layouts: against brute-forced dense masks on small cases, and the load of long-tailed documents at 1M tokens."""
+"""balanced and auto layouts: against brute-forced dense masks on small cases, and the load of long-tailed
+documents at 1M tokens.
+"""
 
 import random
 import time
@@ -8,10 +10,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seqmesh import layouts, load, masks
-from seqmesh.layouts import Layout
+from seqmesh import layouts, masks
+from seqmesh.layouts import Layout, load
+from seqmesh.layouts.segments import nearest, segments
 from seqmesh.masks import Band, Mask
-from seqmesh.segments import nearest, segments
 
 SEEDS = range(4)
 MEGA = 2**20
@@ -64,7 +66,8 @@ MASKS = {
     "prefix-LM": masks.prefix_lm(1000, 300),
     "documents": masks.documents([400, 16, 16, 130, 60, 17, 250, 35, 100]),
     "full documents": masks.documents([400, 16, 16, 130, 60, 17, 250, 35, 100], causal=False),
-    "documents and window": masks.documents([400, 16, 130, 60, 17, 250, 135]) & masks.sliding_window(1008, 50),
+    "documents and window": masks.documents([400, 16, 130, 60, 17, 250, 135])
+    & masks.sliding_window(1008, 50),
     "one long document": masks.documents([800] + [8] * 100),
     "two long documents": masks.documents([900, 100]),
     "tiny documents": masks.chunked(1000, 7),
@@ -76,7 +79,9 @@ every_mask = pytest.mark.parametrize("mask", MASKS.values(), ids=MASKS)
 
 @settings(deadline=None, max_examples=300)
 @given(any_mask(), st.integers(1, 50), st.sampled_from([0.0, 1.0, 1000.0]))
-def test_any_mask_gets_near_equal_shards_and_the_same_ones_again(mask: Mask, ring: int, pairs_per_row: float) -> None:
+def test_any_mask_gets_near_equal_shards_and_the_same_ones_again(
+    mask: Mask, ring: int, pairs_per_row: float
+) -> None:
     for choose in (layouts.balanced, layouts.auto):
         layout = choose(mask, ring, pairs_per_row=pairs_per_row)
         assert max(layout.counts) - min(layout.counts) <= 1
@@ -88,7 +93,11 @@ def test_any_mask_gets_near_equal_shards_and_the_same_ones_again(mask: Mask, rin
 @settings(deadline=None)
 @given(any_mask(), st.integers(1, 8))
 def test_load_matches_the_dense_mask(mask: Mask, ring: int) -> None:
-    for layout in (layouts.contiguous(mask.q_len, ring), layouts.striped(mask.q_len, ring), layouts.balanced(mask, ring)):
+    for layout in (
+        layouts.contiguous(mask.q_len, ring),
+        layouts.striped(mask.q_len, ring),
+        layouts.balanced(mask, ring),
+    ):
         assert (load.areas(mask, layout), load.rows_received(mask, layout)) == brute_load(mask, layout)
 
 
@@ -107,7 +116,9 @@ def test_segments_cover_the_tokens_know_their_area_and_never_turn(mask: Mask) ->
 
 
 @given(st.lists(st.integers(0, 100), min_size=1), st.booleans(), st.floats(-5, 105))
-def test_nearest_finds_the_closest_value_of_a_monotone_function(values: list[int], falling: bool, target: float) -> None:
+def test_nearest_finds_the_closest_value_of_a_monotone_function(
+    values: list[int], falling: bool, target: float
+) -> None:
     values.sort(reverse=falling)
     found = values[nearest(values.__getitem__, 0, len(values) - 1, target)]
     assert abs(found - target) == min(abs(value - target) for value in values)
@@ -116,13 +127,16 @@ def test_nearest_finds_the_closest_value_of_a_monotone_function(values: list[int
 @every_mask
 @pytest.mark.parametrize("ring", [2, 3, 4, 8])
 @pytest.mark.parametrize("pairs_per_row", [0.0, 10.0, 1000.0])
-def test_balanced_costs_no_more_than_contiguous_or_zigzag(mask: Mask, ring: int, pairs_per_row: float) -> None:
+def test_balanced_costs_no_more_than_contiguous_or_zigzag(
+    mask: Mask, ring: int, pairs_per_row: float
+) -> None:
     def cost(layout: Layout) -> float:
         return max(area + pairs_per_row * rows for area, rows in zip(*brute_load(mask, layout), strict=True))
 
     fixed = (layouts.contiguous(mask.q_len, ring), layouts.zigzag(mask.q_len, ring))
     cheapest = min(map(cost, fixed))
-    # Contiguous is taken at once within half a percent of the mean area and one percent of the rows of perfection.
+    # Contiguous is taken at once within half a percent of the mean area and one percent of the rows of
+    # perfection.
     enough = 1.005 * mask.area / ring + pairs_per_row * 0.01 * mask.q_len / ring
     assert cost(layouts.balanced(mask, ring, pairs_per_row=pairs_per_row)) <= max(cheapest, enough)
 
@@ -146,7 +160,9 @@ def test_causal_comes_out_as_good_as_zigzag(s: int, ring: int) -> None:
 
 @pytest.mark.parametrize("mu_sigma", [(7, 1.3), (8, 1.5)])
 @pytest.mark.parametrize("seed", SEEDS)
-def test_long_tailed_documents_are_balanced_and_receive_no_more_than_zigzag(mu_sigma: tuple[float, float], seed: int) -> None:
+def test_long_tailed_documents_are_balanced_and_receive_no_more_than_zigzag(
+    mu_sigma: tuple[float, float], seed: int
+) -> None:
     mask = masks.documents(log_normal_lengths(*mu_sigma, MEGA, seed))
     balanced, zigzag = layouts.balanced(mask, 64), layouts.zigzag(MEGA, 64)
     area, rows = busiest(mask, balanced)
@@ -158,7 +174,9 @@ def test_long_tailed_documents_are_balanced_and_receive_no_more_than_zigzag(mu_s
 
 
 @pytest.mark.parametrize("ring", [4, 8])
-@pytest.mark.parametrize("kind", [masks.documents, lambda d: masks.documents(d, causal=False)], ids=["causal", "full"])
+@pytest.mark.parametrize(
+    "kind", [masks.documents, lambda d: masks.documents(d, causal=False)], ids=["causal", "full"]
+)
 def test_documents_of_64k_tokens_are_balanced(kind: object, ring: int) -> None:
     for seed in SEEDS:
         mask = kind(log_normal_lengths(7, 1.3, 65536, seed))  # type: ignore[operator]
@@ -171,13 +189,19 @@ def test_whole_documents_are_not_cut_where_they_fit() -> None:
 
 
 def test_the_longest_document_shares_its_head_with_the_ranks_of_its_tail() -> None:
-    """The rank that holds the last row receives the document less what it holds, so it has to hold more than an equal share."""
+    """The rank that holds the last row receives the document less what it holds, so it has to hold more than
+    an equal share.
+    """
     mask = masks.documents([32768] + [64] * 512)
     layout = layouts.balanced(mask, 8)
     area, rows = busiest(mask, layout)
     assert area <= 1.01
     assert rows <= max(load.rows_received(mask, layouts.zigzag(65536, 8)))
-    last = next(spans for spans in layout.ranks if any(span.start <= 32767 < span.start + span.count for span in spans))
+    last = next(
+        spans
+        for spans in layout.ranks
+        if any(span.start <= 32767 < span.start + span.count for span in spans)
+    )
     assert last[0].start == 0
 
 

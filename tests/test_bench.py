@@ -1,4 +1,7 @@
-"""The benchmark's exact parts: bytes, memory, loads, and a table that says what was measured. Nothing here judges a time."""
+"""The benchmark's exact parts: bytes, memory, loads, and a table that says what was measured.
+
+Nothing here judges a time.
+"""
 
 import json
 import os
@@ -49,7 +52,9 @@ def test_schedule_times_come_in_pairs_of_layout_and_schedule() -> None:
     figures = list(schedules.measure_times([batch]))
     assert [figure.what for figure in figures][:2] == ["small, auto: layout", "small, auto: schedule"]
     assert len(figures) == 2 * len(schedules.LAYOUTS)
-    assert all(figure.values["milliseconds_min"] <= figure.values["milliseconds_median"] for figure in figures)
+    assert all(
+        figure.values["milliseconds_min"] <= figure.values["milliseconds_median"] for figure in figures
+    )
     assert not any(figure.exact for figure in figures)
 
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from seqmesh.bench.profile import BLOCKS, MESSAGES, Measured, link, long_block_rate, to_toml, write_profile
-from seqmesh.planner.hardware import Cluster, load_gpu
-from seqmesh.planner.job import Job, Numerics
-from seqmesh.planner.models import load_model
-from seqmesh.planner.request import assumptions_for
+from seqmesh.planner.inputs.hardware import Cluster, load_gpu
+from seqmesh.planner.inputs.job import Job, Numerics
+from seqmesh.planner.inputs.models import load_model
+from seqmesh.planner.inputs.request import assumptions_for
 
 FP32 = Numerics(element=4, gradient=4, optimizer=8)
 
@@ -26,7 +26,12 @@ def test_block_rates_and_link_rates_are_recovered_from_their_two_measurements() 
 
 def test_a_profile_is_read_by_the_planner_with_its_rates_as_shares_of_the_fastest(tmp_path: Path) -> None:
     measured = Measured(
-        matmul=5e10, forward=rates(4e10, 40.0), backward=rates(6e10, 30.0), copy=1e10, exchange=(3.1e-3, 1.1e-2), memory=6 << 30
+        matmul=5e10,
+        forward=rates(4e10, 40.0),
+        backward=rates(6e10, 30.0),
+        copy=1e10,
+        exchange=(3.1e-3, 1.1e-2),
+        memory=6 << 30,
     )
     file = tmp_path / "machine.toml"
     file.write_text(to_toml(measured, 4))
@@ -38,8 +43,12 @@ def test_a_profile_is_read_by_the_planner_with_its_rates_as_shares_of_the_fastes
     assert [share * gpu.peak_flops_per_s(4) for share in peaks] == pytest.approx([5e10, 4e10, 6e10], rel=2e-3)
     assert assumed.attention_half_rows == pytest.approx(40, rel=1e-2)
     cluster = Cluster(gpu=gpu, nodes=1, gpus_per_node=4)
-    assert Job(model=load_model("llama3.2-1b"), cluster=cluster, seq_len=8192, numerics=FP32).peak == pytest.approx(6e10, rel=1e-3)
-    with pytest.raises(ValueError, match=r"has no tflops, so bf16 cannot be priced; add it, or use --precision fp32"):
+    assert Job(
+        model=load_model("llama3.2-1b"), cluster=cluster, seq_len=8192, numerics=FP32
+    ).peak == pytest.approx(6e10, rel=1e-3)
+    with pytest.raises(
+        ValueError, match=r"has no tflops, so bf16 cannot be priced; add it, or use --precision fp32"
+    ):
         Job(model=load_model("llama3.2-1b"), cluster=cluster, seq_len=8192)
 
 

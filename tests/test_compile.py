@@ -1,4 +1,6 @@
-"""torch.compile(fullgraph=True) around the attention: same numbers as eager, and new documents do not compile again."""
+"""torch.compile(fullgraph=True) around the attention: same numbers as eager, and new documents do not compile
+again.
+"""
 
 import warnings
 
@@ -13,7 +15,9 @@ pytestmark = pytest.mark.filterwarnings("default")  # PyTorch's compiler warns a
 
 
 def compiled(cases: list[Case], backend: str) -> tuple[list[float], int]:
-    """On one rank: the largest difference to eager over outputs and gradients, per case, and how often it compiled."""
+    """On one rank: the largest difference to eager over outputs and gradients, per case, and how often it
+    compiled.
+    """
     import torch._dynamo.testing
 
     torch._dynamo.reset()
@@ -39,25 +43,42 @@ def compiled(cases: list[Case], backend: str) -> tuple[list[float], int]:
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 @pytest.mark.parametrize("mesh", [(2, 1), (1, 2)], ids=lambda m: f"u{m[0]}r{m[1]}")
-def test_a_full_graph_gives_the_eager_numbers_and_new_documents_do_not_recompile(ranks: Ranks, backend: str, mesh: tuple[int, int]) -> None:
+def test_a_full_graph_gives_the_eager_numbers_and_new_documents_do_not_recompile(
+    ranks: Ranks, backend: str, mesh: tuple[int, int]
+) -> None:
     lengths = [[20, 30], [50], [1, 4, 45], [10] * 5, [25, 25]]
-    base = {"ulysses": mesh[0], "ring": mesh[1], "dtype": torch.float32, "heads": 4, "kv_heads": 2, "sinks": True, "layout": "zigzag"}
+    base = {
+        "ulysses": mesh[0],
+        "ring": mesh[1],
+        "dtype": torch.float32,
+        "heads": 4,
+        "kv_heads": 2,
+        "sinks": True,
+        "layout": "zigzag",
+    }
     cases = [Case(mask=masks.documents(packed), **base) for packed in lengths]
     for errors, compilations in ranks.run(2, compiled, cases, backend):
-        # The operators of attention are the same; sin and the product around it may be fused or reordered, one rounding each.
+        # The operators of attention are the same; sin and the product around it may be fused or reordered,
+        # one rounding each.
         assert max(errors) <= 2e-6
-        assert compilations <= 2, "one graph, and one more when the number of documents first becomes symbolic"
+        assert compilations <= 2, (
+            "one graph, and one more when the number of documents first becomes symbolic"
+        )
 
 
 def test_one_process_without_a_group_compiles_too() -> None:
-    (error,), _ = compiled([Case(mask=masks.causal(33), dtype=torch.float32, heads=4, kv_heads=2)], "aot_eager")
+    (error,), _ = compiled(
+        [Case(mask=masks.causal(33), dtype=torch.float32, heads=4, kv_heads=2)], "aot_eager"
+    )
     assert error <= 2e-6
 
 
 def test_keys_with_a_layout_of_their_own_compile_too(ranks: Ranks) -> None:
     """Queries and keys of as many rows, of other numbers of rows, and of as many on one rank only."""
     cases = [
-        Case(mask=masks.cross(q, k), ulysses=2, ring=2, dtype=torch.float32, layout="contiguous", own_keys=True)
+        Case(
+            mask=masks.cross(q, k), ulysses=2, ring=2, dtype=torch.float32, layout="contiguous", own_keys=True
+        )
         for q, k in ((16, 16), (8, 24), (8, 9))
     ]
     for case in cases:

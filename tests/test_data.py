@@ -7,19 +7,23 @@ from pathlib import Path
 import pytest
 import torch
 
-from seqmesh import data
-from seqmesh.data import Corpus
+from seqmesh.train import data
+from seqmesh.train.data import Corpus
 
 
 def corpus(*documents: bytes) -> Corpus:
     return Corpus(source="test", documents=documents)
 
 
-def first_batches(text: Corpus, count: int, *, seq_len: int, sequences: int = 1, seed: int = 0) -> list[data.Batch]:
+def first_batches(
+    text: Corpus, count: int, *, seq_len: int, sequences: int = 1, seed: int = 0
+) -> list[data.Batch]:
     return list(islice(data.batches(text, seq_len=seq_len, sequences=sequences, seed=seed), count))
 
 
-@pytest.mark.parametrize("text", ["", "plain", "tabs\tand\nlines\r\n", "naïve ✓ 日本語 🙂", "".join(map(chr, range(1, 256)))])
+@pytest.mark.parametrize(
+    "text", ["", "plain", "tabs\tand\nlines\r\n", "naïve ✓ 日本語 🙂", "".join(map(chr, range(1, 256)))]
+)
 def test_tokens_equal_the_byt5_tokenizer(text):
     tokenizer = pytest.importorskip("transformers").ByT5Tokenizer()
     assert [*data.encode(text.encode()).tolist(), data.EOS_ID] == tokenizer(text).input_ids
@@ -60,7 +64,9 @@ def test_a_file_is_one_document(tmp_path: Path):
         ("latin.txt", "caf\xe9 ".encode("latin-1"), "not UTF-8"),
     ],
 )
-def test_a_path_without_text_is_refused_in_one_line(tmp_path: Path, name: str, content: bytes | None, said: str):
+def test_a_path_without_text_is_refused_in_one_line(
+    tmp_path: Path, name: str, content: bytes | None, said: str
+):
     if content is not None:
         (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=said) as error:
@@ -69,8 +75,13 @@ def test_a_path_without_text_is_refused_in_one_line(tmp_path: Path, name: str, c
     assert name in str(error.value)
 
 
-@pytest.mark.parametrize(("path", "said"), [("~nosuchuser/x", "in full"), ("x" * 5000, "File name too long"), ("file/x", "not exist")])
-def test_a_path_that_cannot_be_looked_up_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, said: str):
+@pytest.mark.parametrize(
+    ("path", "said"),
+    [("~nosuchuser/x", "in full"), ("x" * 5000, "File name too long"), ("file/x", "not exist")],
+)
+def test_a_path_that_cannot_be_looked_up_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, path: str, said: str
+):
     (tmp_path / "file").write_text("text")
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ValueError, match=said):
@@ -112,7 +123,9 @@ def test_a_binary_file_in_a_folder_is_refused_by_name(tmp_path: Path):
 
 
 def test_too_little_text_for_one_sequence_is_refused_before_the_first_batch():
-    with pytest.raises(ValueError, match=r"7 tokens, too few for one sequence of 16; use more text or data\.seq_len <= 7"):
+    with pytest.raises(
+        ValueError, match=r"7 tokens, too few for one sequence of 16; use more text or data\.seq_len <= 7"
+    ):
         data.batches(corpus(b"abc", b"de"), seq_len=16, sequences=1, seed=0)
 
 
@@ -127,7 +140,9 @@ def test_packing_fills_every_sequence_and_uses_every_token_once(seq_len: int, se
 
 
 def test_a_cut_document_goes_on_in_the_next_sequence_as_a_document_of_its_own():
-    batch, following = sorted(first_batches(corpus(b"abcdefghi"), 2, seq_len=5), key=lambda batch: batch.input_ids[0, 0].item())
+    batch, following = sorted(
+        first_batches(corpus(b"abcdefghi"), 2, seq_len=5), key=lambda batch: batch.input_ids[0, 0].item()
+    )
     assert data.decode(batch.input_ids[0]) == "abcde"
     assert data.decode(following.input_ids[0]) == "fghi"
     assert following.input_ids[0, -1] == data.EOS_ID
@@ -139,7 +154,9 @@ def test_labels_are_the_next_token_of_the_same_document_and_positions_restart():
     start = 0
     for band in batch.mask.bands:
         stop = band.q_stop
-        assert batch.shift_labels[0, start : stop - 1].tolist() == batch.input_ids[0, start + 1 : stop].tolist()
+        assert (
+            batch.shift_labels[0, start : stop - 1].tolist() == batch.input_ids[0, start + 1 : stop].tolist()
+        )
         assert batch.shift_labels[0, stop - 1] == data.IGNORED_LABEL
         assert batch.position_ids[0, start:stop].tolist() == list(range(stop - start))
         start = stop
@@ -154,7 +171,9 @@ def test_several_sequences_are_one_row_whose_documents_end_at_every_sequence():
 
 
 def test_the_parts_of_a_long_document_do_not_follow_each_other():
-    starts = [int(batch.input_ids[0, 0]) for batch in first_batches(corpus(bytes(range(1, 201))), 20, seq_len=10)]
+    starts = [
+        int(batch.input_ids[0, 0]) for batch in first_batches(corpus(bytes(range(1, 201))), 20, seq_len=10)
+    ]
     assert starts != sorted(starts)
     assert sorted(starts) == [data.BYTE_OFFSET + 1 + 10 * n for n in range(20)]
 

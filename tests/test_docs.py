@@ -1,4 +1,6 @@
-"""README and docs: every Python snippet runs, every linked file exists, and the README's example runs under torchrun."""
+"""README and docs: every Python snippet runs, every linked file exists, and the README's example runs under
+torchrun.
+"""
 
 import re
 import subprocess
@@ -11,7 +13,11 @@ ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 SNIPPET = re.compile(r"(?P<tag><!-- torchrun (?P<ranks>\d+) -->\n)?```python\n(?P<code>.*?)```", re.DOTALL)
 SNIPPETS = [
-    pytest.param(match["code"], int(match["ranks"] or 1), id=f"{page.name}:{page.read_text()[: match.start()].count(chr(10)) + 1}")
+    pytest.param(
+        match["code"],
+        int(match["ranks"] or 1),
+        id=f"{page.name}:{page.read_text()[: match.start()].count(chr(10)) + 1}",
+    )
     for page in PAGES
     for match in SNIPPET.finditer(page.read_text())
 ]
@@ -22,9 +28,13 @@ def test_a_snippet_runs_as_it_stands(code: str, ranks: int, tmp_path: Path) -> N
     file = tmp_path / "example.py"
     file.write_text(code)
     launcher = (
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"] if ranks > 1 else [sys.executable]
+        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
+        if ranks > 1
+        else [sys.executable]
     )
-    done = subprocess.run([*launcher, str(file)], capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path)
+    done = subprocess.run(
+        [*launcher, str(file)], capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -40,5 +50,7 @@ def test_no_page_holds_a_placeholder(page: Path) -> None:
 
 
 def test_the_readme_example_has_at_most_twelve_lines() -> None:
-    (example,) = [match["code"] for match in SNIPPET.finditer((ROOT / "README.md").read_text()) if match["ranks"]]
+    (example,) = [
+        match["code"] for match in SNIPPET.finditer((ROOT / "README.md").read_text()) if match["ranks"]
+    ]
     assert len([line for line in example.splitlines() if line.strip()]) <= 12

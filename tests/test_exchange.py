@@ -1,4 +1,6 @@
-"""What moves: counted at the collective, equal to the schedule to the byte; buffers bounded whatever the mesh; unshard inverts."""
+"""What moves: counted at the collective, equal to the schedule to the byte; buffers bounded whatever the
+mesh; unshard inverts.
+"""
 
 import pytest
 import torch
@@ -7,7 +9,7 @@ from ranks import Ranks
 
 from seqmesh import attention, masks
 from seqmesh.bench.memory import peak_bytes
-from seqmesh.exchange import CountBytes
+from seqmesh.engine.exchange import CountBytes
 from seqmesh.masks import Band, Mask
 
 MESHES = [(1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (1, 4), (4, 2), (2, 4), (1, 8)]
@@ -23,7 +25,12 @@ def count(cases: list[Case]) -> list[tuple[int, int, int, int]]:
             out = attention(q, k, v, schedule, head_chunks=case.head_chunks)
         with CountBytes() as backward:
             (out * weights).sum().backward()
-        sizes = {"batch": case.batch, "heads": case.heads, "kv_heads": case.kv_heads, "head_dim": case.head_dim}
+        sizes = {
+            "batch": case.batch,
+            "heads": case.heads,
+            "kv_heads": case.kv_heads,
+            "head_dim": case.head_dim,
+        }
         traffic = schedule.traffic(**sizes, dtype=case.dtype)
         found.append((forward.bytes_sent, traffic.forward_bytes, backward.bytes_sent, traffic.backward_bytes))
     return found
@@ -34,9 +41,27 @@ def test_bytes_counted_at_the_collective_are_the_schedules_bytes(ranks: Ranks, m
     u, r = mesh
     cross = Mask(30, 50, (Band(0, 30, 0, 50, lo=-20),))
     cases = [
-        Case(mask=mask, ulysses=u, ring=r, layout=layout, heads=heads, kv_heads=kv_heads, batch=2, head_chunks=chunks, dtype=dtype)
-        for mask, layout in ((masks.causal(64), "zigzag"), (masks.documents([9, 40, 4]), "auto"), (cross, "contiguous"))
-        for heads, kv_heads, chunks, dtype in ((8, 8, None, torch.float32), (8, 2, 2, torch.bfloat16), (9, 3, None, torch.float32))
+        Case(
+            mask=mask,
+            ulysses=u,
+            ring=r,
+            layout=layout,
+            heads=heads,
+            kv_heads=kv_heads,
+            batch=2,
+            head_chunks=chunks,
+            dtype=dtype,
+        )
+        for mask, layout in (
+            (masks.causal(64), "zigzag"),
+            (masks.documents([9, 40, 4]), "auto"),
+            (cross, "contiguous"),
+        )
+        for heads, kv_heads, chunks, dtype in (
+            (8, 8, None, torch.float32),
+            (8, 2, 2, torch.bfloat16),
+            (9, 3, None, torch.float32),
+        )
     ]
     total = 0
     for rank in ranks.run(u * r, count, cases):
@@ -63,7 +88,9 @@ def test_causal_zigzag_moves_three_quarters_of_a_rotating_ring_forward(ranks: Ra
 
 
 def memory(case: Case) -> tuple[float, float, float]:
-    """On one rank: peak extra memory of forward and backward, and what stays between, in units of the local K + V."""
+    """On one rank: peak extra memory of forward and backward, and what stays between, in units of the local K
+    + V.
+    """
     schedule = build(case)
     (q, k, v), weights, _ = local_inputs(case, schedule)
     attention(q, k, v, schedule).backward(weights)  # once, so that caches and contexts are not counted
@@ -83,7 +110,9 @@ FULL, CAUSAL = "full contiguous", "causal zigzag"
     [(FULL, (1, 1)), (FULL, (2, 1)), (FULL, (1, 4)), (FULL, (2, 2)), (CAUSAL, (2, 2)), (FULL, (2, 4))],
     ids=lambda x: x if isinstance(x, str) else f"u{x[0]}r{x[1]}",
 )
-def test_buffers_stay_below_3x_and_6x_of_the_local_kv_whatever_the_mesh(ranks: Ranks, mesh: tuple[int, int], mask: str) -> None:
+def test_buffers_stay_below_3x_and_6x_of_the_local_kv_whatever_the_mesh(
+    ranks: Ranks, mesh: tuple[int, int], mask: str
+) -> None:
     u, r = mesh
     s, heads = 128 * u * r, 32  # 4 MiB of K per rank: large enough for every default chunk
     case = Case(
@@ -125,7 +154,9 @@ def unshard(case: Case) -> list[bool]:
 
 @pytest.mark.parametrize("mesh", MESHES[1:], ids=lambda m: f"u{m[0]}r{m[1]}")
 @pytest.mark.parametrize("layout", ["contiguous", "zigzag", "striped", "auto"])
-def test_unshard_inverts_shard_and_has_the_gradient_it_promises(ranks: Ranks, mesh: tuple[int, int], layout: str) -> None:
+def test_unshard_inverts_shard_and_has_the_gradient_it_promises(
+    ranks: Ranks, mesh: tuple[int, int], layout: str
+) -> None:
     for s in (0, 3, 29):
         case = Case(mask=masks.causal(s), ulysses=mesh[0], ring=mesh[1], layout=layout)
         assert all(all(checks) for checks in ranks.run(mesh[0] * mesh[1], unshard, case))

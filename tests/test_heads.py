@@ -2,7 +2,7 @@
 
 import pytest
 
-from seqmesh.heads import split_heads
+from seqmesh.schedule.heads import split_heads
 
 
 @pytest.mark.parametrize("ulysses", range(1, 9))
@@ -18,7 +18,10 @@ def test_every_query_head_meets_its_kv_head_exactly_once(ulysses: int, chunks: i
                         ratio, rest = divmod(group.q_stop - group.q_start, group.kv_stop - group.kv_start)
                         assert not rest
                         met += [
-                            (share.q_start + q, share.kv_start + group.kv_start + (q - group.q_start) // ratio)
+                            (
+                                share.q_start + q,
+                                share.kv_start + group.kv_start + (q - group.q_start) // ratio,
+                            )
                             for q in range(group.q_start, group.q_stop)
                         ]
                     received.setdefault(rank, []).extend(range(share.kv_start, share.kv_stop))
@@ -35,7 +38,10 @@ def test_shares_are_near_equal() -> None:
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        ((6, 6, 8), "ulysses=8 with 6 query heads leaves 2 ranks without a head; use ulysses <= 6 and put the rest on ring"),
+        (
+            (6, 6, 8),
+            "ulysses=8 with 6 query heads leaves 2 ranks without a head; use ulysses <= 6 and put the rest on ring",
+        ),
         ((6, 4, 2), "6 query heads with 4 K/V heads"),
         ((4, 8, 1), "4 query heads with 8 K/V heads"),
         ((4, 4, 2, 0), "head_chunks=0"),

@@ -1,69 +1,164 @@
-"""The architecture as a test: imports point one way, the pure part knows no torch, and importing does nothing."""
+"""The architecture as a test: imports point one way and never in a circle, the pure part knows no torch,
+importing does nothing.
+"""
 
 import ast
+import subprocess
+import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
 
 ROOT = Path(__file__).parent.parent / "seqmesh"
-PURE = ["masks", "layouts", "load", "segments", "filling", "balance", "schedule", "heads", "traffic", "kernels.tiles"]
-TORCH = ["mesh", "exchange", "merge", "kernels", "sharding", "calls", "ring", "ulysses", "compiled", "unified_attention"]
-TRAINING = ["data", "loss", "integrations", "parallel"]
-PROGRAMS = ["train", "bench", "verify", "planner", "picture", "cli", "__main__"]
-LAYERS = [PURE, TORCH, TRAINING, PROGRAMS]
-FILES = sorted(path for path in ROOT.rglob("*.py") if path.name != "__init__.py" or path.parent != ROOT)
+FILES = sorted(ROOT.rglob("*.py"))
+
+PURE = ["masks", "layouts", "schedule"]
+"""Data, not code: no torch below the engine."""
+
+ALLOWED: dict[str, list[str]] = {
+    "masks": [],
+    "layouts": ["masks"],
+    "schedule": ["masks", "layouts"],
+    "engine": PURE,
+    "processes": [],
+    "provenance": [],
+    "picture": PURE,
+    "integrations": ["masks", "engine"],
+    "train": ["masks", "engine", "integrations", "processes", "provenance"],
+    "bench": [*PURE, "seqmesh", "engine", "train", "processes", "provenance"],
+    "planner.inputs": ["masks", "layouts"],
+    "planner.trainer": [*PURE, "planner.inputs", "engine", "train"],
+    "planner.cost": [*PURE, "planner.inputs", "planner.trainer"],
+    "planner": [*PURE, "planner.inputs", "planner.cost", "planner.trainer", "planner.paper", "planner.output"],
+    "planner.paper": ["planner.inputs", "planner.cost", "planner"],
+    "planner.output": ["masks", "planner.inputs", "planner.cost", "planner", "train"],
+    "cli": ["seqmesh", "train", "bench", "planner"],
+    "seqmesh": ["masks", "layouts", "engine"],
+}
+"""Part of the package -> the parts that it may import, besides itself. "planner" is what lies in no folder of it."""
+
+TORCH_FREE = [*PURE, "planner", "picture", "provenance", "cli", "train.config", "train.recipe", "train.events"]
+TRACES_THE_TRAINER = "planner.trainer.tracing"
+"""The one module of the planner that loads torch; command.py imports it when --trace-memory asks for it."""
+TORCH_ONLY = ["engine", "processes"]
+"""Need torch and nothing else that is not in the standard library."""
 
 
 def module_of(path: Path) -> str:
-    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+    """`planner.cost.step` for seqmesh/planner/cost/step.py; `seqmesh` for the package's own __init__."""
+    name = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix("__init__").rstrip(".")
+    return name or "seqmesh"
 
 
-def layer_of(module: str) -> int:
-    for number, names in enumerate(LAYERS):
-        if module in names:
-            return number
-    for number, names in enumerate(LAYERS):
-        if module.split(".")[0] in names:
-            return number
-    raise AssertionError(f"seqmesh.{module} is in no layer: add it to tests/test_layers.py")
+def part_of(module: str) -> str:
+    """The longest name of ALLOWED that a module lies in."""
+    inside = [part for part in ALLOWED if module == part or module.startswith(f"{part}.")]
+    assert inside, f"seqmesh.{module} is in no part: add it to ALLOWED"
+    return max(inside, key=len)
 
 
-def imports(path: Path) -> set[str]:
+def is_in(module: str, parts: list[str]) -> bool:
+    return any(module == part or module.startswith(f"{part}.") for part in parts)
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
+def imports(path: Path, *, at_import: bool = False) -> set[str]:
+    """Full names of what a file imports, anywhere in it or only `at_import` (not in functions, not for types)."""
     found: set[str] = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    pending: list[ast.AST] = [ast.parse(path.read_text())]
+    while pending:
+        node = pending.pop()
+        for_types = isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"
+        if at_import and (isinstance(node, ast.FunctionDef) or for_types):
+            continue
+        pending += ast.iter_child_nodes(node)
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            found.add(node.module)
-            if node.module == "seqmesh":
-                found |= {f"seqmesh.{alias.name}" for alias in node.names if (ROOT / f"{alias.name}.py").exists()}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.module, f"{path} has a relative import; write it in full"
+            for alias in node.names:  # `from package import module` names a module, `from module import name` does not
+                longer = f"{node.module}.{alias.name}"
+                found.add(longer if longer.removeprefix("seqmesh.") in MODULES else node.module)
     return found
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_of)
-def test_a_file_imports_only_its_own_layer_and_those_below(path: Path) -> None:
-    mine = layer_of(module_of(path))
-    for name in imports(path):
-        if name.startswith("seqmesh."):
-            assert layer_of(name.removeprefix("seqmesh.")) <= mine, f"{module_of(path)} imports {name} from above"
-        if mine == 0:
-            assert name.split(".")[0] not in ("torch", "transformers"), f"{module_of(path)} is pure but imports {name}"
-        if mine <= 1:
-            assert name.split(".")[0] not in ("transformers", "rich", "typer", "pydantic", "matplotlib")
+def ours(names: set[str]) -> set[str]:
+    """Those of seqmesh, as modules."""
+    return {name.removeprefix("seqmesh.") for name in names if name.split(".")[0] == "seqmesh"}
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_of)
-def test_importing_a_file_reads_no_environment_and_asks_no_device(path: Path) -> None:
-    for node in ast.parse(path.read_text()).body:
+def foreign(names: set[str]) -> set[str]:
+    """Packages that neither the standard library nor seqmesh has."""
+    packages = {name.split(".")[0] for name in names}
+    return packages - {"seqmesh"} - set(sys.stdlib_module_names)
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_a_file_imports_only_what_its_part_may(module: str) -> None:
+    mine = part_of(module)
+    for name in ours(imports(MODULES[module])):
+        theirs = part_of(name)
+        assert theirs == mine or theirs in ALLOWED[mine], f"{module} imports {name}: {mine} may not use {theirs}"
+
+
+def test_what_may_import_what_has_no_circle() -> None:
+    """"planner" and its folders are one part here: its own files may use paper/ and output/, which use its search."""
+    graph: dict[str, set[str]] = {}
+    for part, others in ALLOWED.items():
+        graph.setdefault(part.split(".")[0], set()).update(other.split(".")[0] for other in others)
+    for part, others in graph.items():
+        others.discard(part)
+    tuple(TopologicalSorter(graph).static_order())
+
+
+def test_no_files_import_each_other_in_a_circle() -> None:
+    """Imports inside functions count too: they would only hide a circle."""
+    graph = {module: ours(imports(path)) - {module} for module, path in MODULES.items()}
+    try:
+        tuple(TopologicalSorter(graph).static_order())
+    except CycleError as error:
+        pytest.fail(" -> ".join(error.args[1]))
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if is_in(m, PURE)] + ["engine.kernels.tiles"])
+def test_the_pure_part_needs_only_the_standard_library(module: str) -> None:
+    assert foreign(imports(MODULES[module])) <= {"numpy"}  # Mask.dense, on use, for tests and pictures
+    assert foreign(imports(MODULES[module], at_import=True)) == set()
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if is_in(m, TORCH_FREE) and m != TRACES_THE_TRAINER])
+def test_the_planner_and_the_command_line_load_no_torch(module: str) -> None:
+    slow = {"torch", "transformers", "numpy", "matplotlib", "safetensors"}
+    assert not foreign(imports(MODULES[module], at_import=True)) & slow
+    for name in ours(imports(MODULES[module], at_import=True)):
+        assert name == "seqmesh" or is_in(name, TORCH_FREE) or name in ("train", "integrations", "bench")
+
+
+def test_the_planner_runs_without_torch() -> None:
+    code = "import sys, seqmesh.planner.command, seqmesh.cli; assert not {'torch', 'transformers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if is_in(m, TORCH_ONLY)])
+def test_the_engine_needs_torch_alone(module: str) -> None:
+    assert foreign(imports(MODULES[module])) <= {"torch"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_importing_a_file_reads_no_environment_and_asks_no_device(module: str) -> None:
+    for node in ast.parse(MODULES[module].read_text()).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef | ast.If):
             continue
         text = ast.unparse(node)
         for forbidden in ("os.environ", "getenv(", "cuda.is_available", "device_count(", "print("):
-            assert forbidden not in text, f"{module_of(path)} runs {text!r} when imported"
+            assert forbidden not in text, f"{module} runs {text!r} when imported"
 
 
-@pytest.mark.parametrize("path", FILES, ids=module_of)
-def test_a_file_opens_with_what_it_is_and_stays_short(path: Path) -> None:
-    text = path.read_text()
-    assert ast.get_docstring(ast.parse(text)), f"{module_of(path)} has no docstring"
+@pytest.mark.parametrize("module", MODULES)
+def test_a_file_opens_with_what_it_is_and_stays_short(module: str) -> None:
+    text = MODULES[module].read_text()
+    assert ast.get_docstring(ast.parse(text)), f"{module} has no docstring"
     assert text.count("\n") <= 400

@@ -1,4 +1,6 @@
-"""Layouts: every token exactly once, near-equal shares, and what their names say, for any length and ring degree."""
+"""Layouts: every token exactly once, near-equal shares, and what their names say, for any length and ring
+degree.
+"""
 
 from itertools import pairwise
 

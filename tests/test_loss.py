@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from seqmesh.loss import next_token_loss
+from seqmesh.train.loss import next_token_loss
 
 VOCABULARY = 11
 
@@ -19,7 +19,9 @@ def logits_and_labels(n: int, valid: float = 0.7) -> tuple[torch.Tensor, torch.T
 
 @pytest.mark.parametrize("shares", [(40,), (10, 30), (1, 38, 1), (0, 40), (13, 13, 14)])
 @pytest.mark.parametrize("chunk_rows", [7, 4096])
-def test_shares_of_any_size_sum_to_the_global_mean_with_its_gradient(shares: tuple[int, ...], chunk_rows: int):
+def test_shares_of_any_size_sum_to_the_global_mean_with_its_gradient(
+    shares: tuple[int, ...], chunk_rows: int
+):
     logits, labels = logits_and_labels(40)
     expected = F.cross_entropy(logits[0], labels[0])
     (expected_grad,) = torch.autograd.grad(expected, logits)
@@ -57,7 +59,10 @@ def test_low_precision_logits_are_summed_in_fp32():
 
 def test_a_count_of_this_rank_alone_is_refused():
     logits, labels = logits_and_labels(10, valid=1.0)
-    with pytest.raises(ValueError, match=r"label_count=9 but this rank alone has 10 labels; pass the count of the global batch"):
+    with pytest.raises(
+        ValueError,
+        match=r"label_count=9 but this rank alone has 10 labels; pass the count of the global batch",
+    ):
         next_token_loss(logits, labels, 9)
     with pytest.raises(ValueError, match="label_count=0"):
         next_token_loss(logits, torch.full((1, 10), -100), 0)

@@ -13,7 +13,10 @@ BOUND = st.one_of(st.none(), st.integers(-14, 14))
 
 @st.composite
 def bands(draw: st.DrawFn, size: int = 12) -> Band:
-    q, k = sorted(draw(st.tuples(*[st.integers(0, size)] * 2))), sorted(draw(st.tuples(*[st.integers(0, size)] * 2)))
+    q, k = (
+        sorted(draw(st.tuples(*[st.integers(0, size)] * 2))),
+        sorted(draw(st.tuples(*[st.integers(0, size)] * 2))),
+    )
     return Band(*q, *k, draw(BOUND), draw(BOUND))
 
 
@@ -57,7 +60,9 @@ def test_a_mask_refuses_exactly_the_bands_that_share_a_pair(a: Band, b: Band) ->
 
 
 @given(st.lists(st.integers(0, 7), max_size=5), st.integers(1, 9), st.integers(0, 3), st.booleans())
-def test_named_masks_are_what_their_names_say(lengths: list[int], window: int, sinks: int, causal: bool) -> None:
+def test_named_masks_are_what_their_names_say(
+    lengths: list[int], window: int, sinks: int, causal: bool
+) -> None:
     s = sum(lengths)
     i, j = np.arange(s)[:, None], np.arange(s)[None, :]
     document = np.repeat(np.arange(len(lengths)), lengths)

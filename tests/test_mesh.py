@@ -18,7 +18,10 @@ def run_on(mesh: SequenceMesh, case: Case) -> dict[str, Any]:
     out = attention(q, k, v, schedule)
     (out * weights).sum().backward()
     parts = {"out": out.detach(), "dq": q.grad, "dk": k.grad, "dv": v.grad}
-    return {name: x.numpy() for name, x in (parts | {"q_at": schedule.positions(), "k_at": schedule.positions()}).items()}
+    return {
+        name: x.numpy()
+        for name, x in (parts | {"q_at": schedule.positions(), "k_at": schedule.positions()}).items()
+    }
 
 
 def data_parallel_sequences() -> tuple[int, dict[str, Any]]:
@@ -38,7 +41,9 @@ def test_replicas_of_a_larger_mesh_attend_to_their_own_sequence(ranks: Ranks) ->
 
 
 def two_meshes() -> list[dict[str, Any]]:
-    """On one of 4 ranks: two meshes of different shapes used in turn; one axis named by the user; one axis left out."""
+    """On one of 4 ranks: two meshes of different shapes used in turn; one axis named by the user; one axis
+    left out.
+    """
     shapes = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
     first = SequenceMesh.from_device_mesh(shapes, ulysses="inner", ring="outer")
     second = SequenceMesh.build(ulysses=4)
@@ -78,14 +83,22 @@ def test_a_process_without_a_group_is_the_one_by_one_mesh() -> None:
 
 def precision(ring: int) -> tuple[torch.dtype, list[torch.Tensor]]:
     """On one rank: the dtype of the log-sum-exp for bf16 inputs, and dK and dV of a long row of partial sums."""
-    from seqmesh.kernels import Problem, select
+    from seqmesh.engine.kernels import Problem, select
     from seqmesh.masks import Band
 
     x = torch.randn(1, 2, 8, 16, dtype=torch.bfloat16)
     _, lse = select("auto", Problem(device_type="cpu", dtype=x.dtype, head_dim=16, softcap=None)).forward(
         x, x, x, Band(0, 8, 0, 8), 0.25, None
     )
-    case = Case(mask=masks.full(256), ring=ring, dtype=torch.bfloat16, layout="contiguous", heads=2, kv_heads=1, head_dim=16)
+    case = Case(
+        mask=masks.full(256),
+        ring=ring,
+        dtype=torch.bfloat16,
+        layout="contiguous",
+        heads=2,
+        kv_heads=1,
+        head_dim=16,
+    )
     schedule = Schedule.build(case.mask, SequenceMesh.build(ring=ring), case.layout)
     (q, k, v), weights, _ = local_inputs(case, schedule)
     (attention(q, k, v, schedule) * weights).sum().backward()
@@ -93,7 +106,9 @@ def precision(ring: int) -> tuple[torch.dtype, list[torch.Tensor]]:
 
 
 def test_bf16_gradients_lose_nothing_as_the_ring_grows(ranks: Ranks) -> None:
-    """Partial dK/dV add up in fp32: with 8 partial sums the error stays that of rounding, not of 8 bf16 additions."""
+    """Partial dK/dV add up in fp32: with 8 partial sums the error stays that of rounding, not of 8 bf16
+    additions.
+    """
     want = dense(Case(mask=masks.full(256), dtype=torch.bfloat16, heads=2, kv_heads=1, head_dim=16))
     errors = {}
     for ring in (1, 8):

@@ -1,4 +1,6 @@
-"""Pictures and the text form of schedules: drawn from the schedules themselves, the same file every time, refusals in one line."""
+"""Pictures and the text form of schedules: drawn from the schedules themselves, the same file every time,
+refusals in one line.
+"""
 
 import re
 import struct
@@ -43,7 +45,9 @@ def test_a_schedule_is_drawn(mask: Mask, layout: Layout, stages: int | None, tmp
 
 
 @every_case
-def test_the_grid_shows_every_allowed_pair_in_its_ranks_colour(mask: Mask, layout: Layout, stages: int | None) -> None:
+def test_the_grid_shows_every_allowed_pair_in_its_ranks_colour(
+    mask: Mask, layout: Layout, stages: int | None
+) -> None:
     """The grid is read off the blocks and receive buffers of all ranks; the mask's dense form is the oracle."""
     schedules = [ring_schedule(mask, layout, layout, rank, stages) for rank in range(layout.ring)]
     image = _owners_image(*_sampled(layout), schedules)
@@ -79,7 +83,9 @@ def test_the_text_form_says_what_the_schedules_say(mask: Mask, layout: Layout, s
 
 
 def test_the_text_form_of_causal_zigzag_shows_the_three_quarters() -> None:
-    assert describe(masks.causal(64), layouts.zigzag(64, 4)).endswith("144 K/V rows move, 75 % of the 192 of a rotating ring")
+    assert describe(masks.causal(64), layouts.zigzag(64, 4)).endswith(
+        "144 K/V rows move, 75 % of the 192 of a rotating ring"
+    )
 
 
 def test_long_sequences_are_sampled(tmp_path: Path) -> None:
@@ -109,10 +115,15 @@ def test_other_formats_follow_the_files_name(tmp_path: Path) -> None:
 
 
 def area_of(corners: list[tuple[float, float]]) -> float:
-    return abs(sum(a * d - b * c for (a, b), (c, d) in zip(corners, [*corners[1:], corners[0]], strict=True))) / 2
+    return (
+        abs(sum(a * d - b * c for (a, b), (c, d) in zip(corners, [*corners[1:], corners[0]], strict=True)))
+        / 2
+    )
 
 
-@pytest.mark.parametrize("band", [Band(2, 9, 1, 5), Band(0, 40, 0, 40, 0), Band(0, 60, 0, 60, 0, 11), Band(5, 45, 0, 40, None, 5)])
+@pytest.mark.parametrize(
+    "band", [Band(2, 9, 1, 5), Band(0, 40, 0, 40, 0), Band(0, 60, 0, 60, 0, 11), Band(5, 45, 0, 40, None, 5)]
+)
 def test_a_blocks_outline_has_nearly_the_area_of_its_pairs(band: Band) -> None:
     """Up to half a pair for each row that a diagonal edge cuts."""
     assert abs(area_of(outline(band)) - band.area) <= 1
@@ -128,5 +139,7 @@ def test_refusals_name_the_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     with pytest.raises(ValueError, match="layout holds 8 tokens but the mask has 9"):
         describe(masks.causal(9), layouts.contiguous(8, 2))
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=r"pictures need matplotlib, which is not installed; pip install 'seqmesh\[train\]'"):
+    with pytest.raises(
+        ImportError, match=r"pictures need matplotlib, which is not installed; pip install 'seqmesh\[train\]'"
+    ):
         draw_mesh(1, 2, tmp_path / "x.png")

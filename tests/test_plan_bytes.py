@@ -1,4 +1,6 @@
-"""What the planner says is sent is what is sent: predicted bytes against bytes counted at the collectives of real ranks."""
+"""What the planner says is sent is what is sent: predicted bytes against bytes counted at the collectives of
+real ranks.
+"""
 
 import pytest
 import torch
@@ -6,23 +8,27 @@ from ranks import Ranks
 
 import seqmesh
 from seqmesh import masks
-from seqmesh.data import Corpus, batches
-from seqmesh.exchange import CountBytes
+from seqmesh.engine.exchange import CountBytes
 from seqmesh.masks import Mask
-from seqmesh.planner.attention import Shape, price_attention
-from seqmesh.planner.cost import Pricer
-from seqmesh.planner.hardware import Cluster, load_gpu
-from seqmesh.planner.job import Job, Numerics, Point
-from seqmesh.planner.kernel import attention_model
-from seqmesh.planner.models import ModelShape
-from seqmesh.planner.network import place
-from seqmesh.planner.ring_load import ring_load
+from seqmesh.planner.cost.attention import Shape, price_attention
+from seqmesh.planner.cost.network import place
+from seqmesh.planner.cost.ring_load import ring_load
+from seqmesh.planner.cost.step import Pricer
+from seqmesh.planner.inputs.hardware import Cluster, load_gpu
+from seqmesh.planner.inputs.job import Job, Numerics, Point
+from seqmesh.planner.inputs.models import ModelShape
+from seqmesh.planner.one_attention import attention_model
 from seqmesh.train.config import Config, DataConfig, MeshConfig
+from seqmesh.train.data import Corpus, batches
 from seqmesh.train.trainer import Trainer
 
 MESHES = [(u, r) for u in range(1, 9) for r in range(1, 9) if 2 <= u * r <= 8]
 S = 1003
-MASKS = {"causal": masks.causal(S), "documents": masks.documents((300, 17, 511, 4, 171)), "window": masks.sliding_window(S, 200)}
+MASKS = {
+    "causal": masks.causal(S),
+    "documents": masks.documents((300, 17, 511, 4, 171)),
+    "window": masks.sliding_window(S, 200),
+}
 CALLS = [("auto", 8, 8, 16, 1), ("zigzag", 10, 2, 8, 2), ("contiguous", 9, 3, 8, 1), ("striped", 8, 2, 8, 1)]
 """(layout, query heads, K/V heads, head dim, batch)"""
 
@@ -33,7 +39,9 @@ def counted(ulysses: int, ring: int, mask: Mask) -> list[tuple[int, int]]:
     for layout, heads, kv_heads, dim, batch in CALLS:
         schedule = seqmesh.Schedule.build(mask, mesh, layout=layout)
         n = schedule.positions().numel()
-        q, k, v = (torch.randn(batch, n, count, dim, requires_grad=True) for count in (heads, kv_heads, kv_heads))
+        q, k, v = (
+            torch.randn(batch, n, count, dim, requires_grad=True) for count in (heads, kv_heads, kv_heads)
+        )
         with CountBytes() as forward:
             out = seqmesh.attention(q, k, v, schedule)
         with CountBytes() as backward:
@@ -44,16 +52,27 @@ def counted(ulysses: int, ring: int, mask: Mask) -> list[tuple[int, int]]:
 
 def predicted(ulysses: int, ring: int, mask: Mask, call: tuple[str, int, int, int, int]) -> tuple[int, int]:
     layout, heads, kv_heads, dim, batch = call
-    job = Job(model=attention_model(heads, kv_heads, dim), cluster=Cluster(gpu=load_gpu("a800-sxm"), nodes=1, gpus_per_node=8), seq_len=S)
+    job = Job(
+        model=attention_model(heads, kv_heads, dim),
+        cluster=Cluster(gpu=load_gpu("a800-sxm"), nodes=1, gpus_per_node=8),
+        seq_len=S,
+    )
     shape = Shape(heads=heads, kv_heads=kv_heads, head_dim=dim, batch=batch, ulysses=ulysses, element=4)
-    groups = [place(("ulysses", "ring"), (ulysses, ring), frozenset((axis,)), 8) for axis in ("ulysses", "ring")]
+    groups = [
+        place(("ulysses", "ring"), (ulysses, ring), frozenset((axis,)), 8) for axis in ("ulysses", "ring")
+    ]
     cost = price_attention(job, ring_load(mask, layout, ring, 256.0)[0], shape, *groups)
-    return cost.forward.heads_bytes + cost.forward.rows_bytes, cost.backward.heads_bytes + cost.backward.rows_bytes
+    return (
+        cost.forward.heads_bytes + cost.forward.rows_bytes,
+        cost.backward.heads_bytes + cost.backward.rows_bytes,
+    )
 
 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda mesh: f"u{mesh[0]}r{mesh[1]}")
-def test_predicted_attention_bytes_equal_the_counted_ones(ranks: Ranks, mesh: tuple[int, int], mask: str) -> None:
+def test_predicted_attention_bytes_equal_the_counted_ones(
+    ranks: Ranks, mesh: tuple[int, int], mask: str
+) -> None:
     every = ranks.run(mesh[0] * mesh[1], counted, *mesh, MASKS[mask])
     for number, call in enumerate(CALLS):
         total = tuple(sum(rank[number][way] for rank in every) for way in (0, 1))
@@ -72,7 +91,9 @@ def trained(ulysses: int, ring: int) -> int:
 
 
 @pytest.mark.parametrize("mesh", [(2, 2), (4, 1), (1, 4), (1, 3)], ids=lambda mesh: f"u{mesh[0]}r{mesh[1]}")
-def test_predicted_bytes_of_a_step_equal_those_of_a_real_training_step(ranks: Ranks, mesh: tuple[int, int]) -> None:
+def test_predicted_bytes_of_a_step_equal_those_of_a_real_training_step(
+    ranks: Ranks, mesh: tuple[int, int]
+) -> None:
     m = CONFIG.model
     shape = ModelShape(
         name="recipe", layers=m.layers, hidden=m.hidden, heads=m.heads, kv_heads=m.kv_heads, head_dim=m.head_dim,
@@ -81,7 +102,13 @@ def test_predicted_bytes_of_a_step_equal_those_of_a_real_training_step(ranks: Ra
     batch = next(batches(CORPUS, seq_len=1024, sequences=1, seed=CONFIG.train.seed))
     documents = tuple(band.q_stop - band.q_start for band in batch.mask.bands)
     cluster = Cluster(gpu=load_gpu("a800-sxm"), nodes=1, gpus_per_node=mesh[0] * mesh[1])
-    job = Job(model=shape, cluster=cluster, seq_len=1024, documents=documents, numerics=Numerics(element=4, gradient=4, optimizer=8))
+    job = Job(
+        model=shape,
+        cluster=cluster,
+        seq_len=1024,
+        documents=documents,
+        numerics=Numerics(element=4, gradient=4, optimizer=8),
+    )
     pricer, point = Pricer(job), Point(ulysses=mesh[0], ring=mesh[1], zero=0)
     cost = pricer.attention(point)
     attention = m.layers * sum(one.heads_bytes + one.rows_bytes for one in (cost.forward, cost.backward))
@@ -89,21 +116,31 @@ def test_predicted_bytes_of_a_step_equal_those_of_a_real_training_step(ranks: Ra
     gradients = (
         2 * 4 * shape.parameters * (point.sp - 1) // point.sp
     )  # what an all-reduce sends from each rank, in reduce-scatter + all-gather
-    assert sum(pricer.price(point).bytes_per_step.values()) == pytest.approx(attention / point.sp + gradients, abs=4)
+    assert sum(pricer.price(point).bytes_per_step.values()) == pytest.approx(
+        attention / point.sp + gradients, abs=4
+    )
 
 
 def test_checkpointing_sends_the_forward_twice() -> None:
     cluster = Cluster(gpu=load_gpu("a800-sxm"), nodes=2, gpus_per_node=8)
-    model = ModelShape(name="m", layers=4, hidden=512, heads=8, kv_heads=4, head_dim=64, intermediate=1024, vocabulary=1000)
+    model = ModelShape(
+        name="m", layers=4, hidden=512, heads=8, kv_heads=4, head_dim=64, intermediate=1024, vocabulary=1000
+    )
     pricer = Pricer(Job(model=model, cluster=cluster, seq_len=65536))
     point = Point(ulysses=4, ring=4)
     cost = pricer.attention(point).forward
-    once, twice = (sum(pricer.price(point.but(checkpointing=c)).bytes_per_step.values()) for c in ("none", "full"))
+    once, twice = (
+        sum(pricer.price(point.but(checkpointing=c)).bytes_per_step.values()) for c in ("none", "full")
+    )
     assert twice - once == pytest.approx(4 * (cost.heads_bytes + cost.rows_bytes) / 16, abs=4)
 
 
 @pytest.mark.parametrize(("ring", "per_node"), [(8, 4), (8, 2), (6, 3), (4, 1), (8, 8)])
-def test_the_share_of_rows_that_leaves_the_node_is_that_of_a_full_mask_counted_pair_by_pair(ring: int, per_node: int) -> None:
+def test_the_share_of_rows_that_leaves_the_node_is_that_of_a_full_mask_counted_pair_by_pair(
+    ring: int, per_node: int
+) -> None:
     load = ring_load(masks.full(64 * ring), "contiguous", ring, 256.0)[0]
     pairs = [(a, b) for a in range(ring) for b in range(ring) if a != b]
-    assert load.off_node(per_node) == pytest.approx(sum(a // per_node != b // per_node for a, b in pairs) / len(pairs))
+    assert load.off_node(per_node) == pytest.approx(
+        sum(a // per_node != b // per_node for a, b in pairs) / len(pairs)
+    )

@@ -1,4 +1,6 @@
-"""`seqmesh plan` as its users see it: JSON, text, files, and every kind of wrong input in one line with exit code 2."""
+"""`seqmesh plan` as its users see it: JSON, text, files, and every kind of wrong input in one line with exit
+code 2.
+"""
 
 import json
 import subprocess
@@ -9,11 +11,36 @@ from typing import Any
 import pytest
 
 from seqmesh import cli
-from seqmesh.planner.job import KEYS
+from seqmesh.planner.inputs.job import KEYS
 
-JOB = ("--model", "llama3-8b", "--gpu", "a800-sxm", "--nodes", "2", "--gpus-per-node", "8", "--seq-len", "208K", "--global-batch", "1")
+JOB = (
+    "--model",
+    "llama3-8b",
+    "--gpu",
+    "a800-sxm",
+    "--nodes",
+    "2",
+    "--gpus-per-node",
+    "8",
+    "--seq-len",
+    "208K",
+    "--global-batch",
+    "1",
+)
 HEADLINE = "tp=8,ulysses=1,ring=2,dp=1,pp=1,zero=1,checkpointing=none,offload=none,tiling=none,micro_batch=1"
-KERNEL = ("--kernel", "--heads", "32", "--kv-heads", "8", "--head-dim", "128", "--gpu", "l20", "--gpus-per-node", "8")
+KERNEL = (
+    "--kernel",
+    "--heads",
+    "32",
+    "--kv-heads",
+    "8",
+    "--head-dim",
+    "128",
+    "--gpu",
+    "l20",
+    "--gpus-per-node",
+    "8",
+)
 
 
 class Run:
@@ -52,7 +79,9 @@ def test_json_has_the_promised_keys_best_first(plan: Run) -> None:
         assert one["fits"] is True
         assert one["reasons"]
         assert one["tp"] * one["ulysses"] * one["ring"] * one["dp"] * one["pp"] == 16
-        assert one["memory_bytes"]["total"] == sum(size for name, size in one["memory_bytes"].items() if name != "total")
+        assert one["memory_bytes"]["total"] == sum(
+            size for name, size in one["memory_bytes"].items() if name != "total"
+        )
         assert one["memory_bytes"]["total"] <= one["capacity_bytes"]
         assert one["step_seconds_lower"] <= one["step_seconds"] <= one["step_seconds_upper"]
         assert one["tokens_per_second"] == pytest.approx(208 * 1024 / one["step_seconds"])
@@ -66,7 +95,9 @@ def test_a_pinned_point_is_priced_alone_whether_it_fits_or_not(plan: Run) -> Non
     (fits,) = plan.json(*JOB, "--pin", HEADLINE)["candidates"]
     assert fits["fits"] is True
     assert [fits[key] for key in KEYS] == [8, 1, 2, 1, 1, 1, "none", "none", "none", 1]
-    (too_big,) = plan.json(*JOB, "--pin", HEADLINE.replace("tp=8", "tp=1").replace("ring=2", "ring=16"))["candidates"]
+    (too_big,) = plan.json(*JOB, "--pin", HEADLINE.replace("tp=8", "tp=1").replace("ring=2", "ring=16"))[
+        "candidates"
+    ]
     assert too_big["fits"] is False
     assert too_big["bound_by"] == "memory"
     assert "too much; " in too_big["reasons"][0]
@@ -87,7 +118,12 @@ def test_some_pins_leave_the_rest_to_the_search(plan: Run) -> None:
 
 def test_kernel_mode_ranks_the_splits_by_iterations_per_second(plan: Run) -> None:
     candidates = plan.json(*KERNEL, "--seq-len", "128K")["candidates"]
-    assert [(one["ulysses"], one["ring"]) for one in candidates] == [(2, 4), (1, 8), (4, 2), (8, 1)]  # Table 3's order
+    assert [(one["ulysses"], one["ring"]) for one in candidates] == [
+        (2, 4),
+        (1, 8),
+        (4, 2),
+        (8, 1),
+    ]  # Table 3's order
     speeds = [one["iterations_per_second"] for one in candidates]
     assert speeds == sorted(speeds, reverse=True)
 
@@ -128,7 +164,9 @@ def test_the_longest_sequence_is_found_and_planned(plan: Run) -> None:
     assert found["candidates"][0]["memory_bytes"]["total"] > 0.8 * found["candidates"][0]["capacity_bytes"]
 
 
-def test_the_traced_memory_of_the_trainers_step_is_shown_beside_the_predicted_one(plan: Run, tmp_path: Path) -> None:
+def test_the_traced_memory_of_the_trainers_step_is_shown_beside_the_predicted_one(
+    plan: Run, tmp_path: Path
+) -> None:
     config = {
         "model_type": "llama", "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
         "intermediate_size": 256, "vocab_size": 500, "tie_word_embeddings": False,
@@ -157,15 +195,25 @@ def test_the_traced_memory_of_the_trainers_step_is_shown_beside_the_predicted_on
 
 
 def test_the_trainers_stack_is_planned_as_it_stands(plan: Run) -> None:
-    candidates = plan.json("--model", "llama3.2-1b", "--gpu", "h100-sxm", "--seq-len", "32K", "--stack", "trainer")["candidates"]
-    assert {(one["tp"], one["dp"], one["pp"], one["zero"], one["checkpointing"]) for one in candidates} == {(1, 1, 1, 0, "none")}
-    assert candidates[0]["memory_bytes"]["parameters"] == pytest.approx(4 * 1.2358e9, rel=1e-3)  # fp32, tied embeddings
-    code, _, error = plan("--model", "llama3.2-1b", "--gpu", "h100-sxm", "--stack", "trainer", "--pin", "tp=2")
+    candidates = plan.json(
+        "--model", "llama3.2-1b", "--gpu", "h100-sxm", "--seq-len", "32K", "--stack", "trainer"
+    )["candidates"]
+    assert {(one["tp"], one["dp"], one["pp"], one["zero"], one["checkpointing"]) for one in candidates} == {
+        (1, 1, 1, 0, "none")
+    }
+    assert candidates[0]["memory_bytes"]["parameters"] == pytest.approx(
+        4 * 1.2358e9, rel=1e-3
+    )  # fp32, tied embeddings
+    code, _, error = plan(
+        "--model", "llama3.2-1b", "--gpu", "h100-sxm", "--stack", "trainer", "--pin", "tp=2"
+    )
     assert code == 2
     assert "is not what seqmesh train runs" in error
 
 
-def test_files_are_written_and_what_the_trainer_cannot_run_is_named(plan: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_written_and_what_the_trainer_cannot_run_is_named(
+    plan: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     code, out, error = plan(*JOB, "--emit", "recipe.toml", "--trace", "step.json", "--plot", "--json")
     assert code == 0
@@ -185,7 +233,9 @@ def test_the_published_tables_are_shown_beside_the_predictions(plan: Run) -> Non
 
 def test_packed_documents_are_balanced_unless_zigzag_is_asked_for(plan: Run) -> None:
     arguments = (*JOB, "--documents", "lognormal:7,1.3", "--pin", "ring=16,ulysses=1,dp=1,tp=1,pp=1,zero=3")
-    auto, zigzag = (plan.json(*arguments, "--layout", layout)["candidates"][0] for layout in ("auto", "zigzag"))
+    auto, zigzag = (
+        plan.json(*arguments, "--layout", layout)["candidates"][0] for layout in ("auto", "zigzag")
+    )
     assert auto["step_seconds"] < zigzag["step_seconds"]
     assert auto["tflops_per_gpu"] > zigzag["tflops_per_gpu"]
 
@@ -196,8 +246,19 @@ def test_a_hugging_face_config_and_hardware_of_ones_own(plan: Run, tmp_path: Pat
         "intermediate_size": 14336, "vocab_size": 128256, "tie_word_embeddings": False,
     }  # fmt: skip
     (tmp_path / "config.json").write_text(json.dumps(config))
-    (tmp_path / "mine.toml").write_text('[gpu.mine]\nlike = "a800-sxm"\n[cluster.lab]\ngpu = "mine"\nnodes = 2\ngpus_per_node = 8\n')
-    mine = plan.json("--model", str(tmp_path), "--cluster", "lab", "--hardware", str(tmp_path / "mine.toml"), "--seq-len", "208K")
+    (tmp_path / "mine.toml").write_text(
+        '[gpu.mine]\nlike = "a800-sxm"\n[cluster.lab]\ngpu = "mine"\nnodes = 2\ngpus_per_node = 8\n'
+    )
+    mine = plan.json(
+        "--model",
+        str(tmp_path),
+        "--cluster",
+        "lab",
+        "--hardware",
+        str(tmp_path / "mine.toml"),
+        "--seq-len",
+        "208K",
+    )
     assert mine["candidates"][0]["step_seconds"] == plan.json(*JOB)["candidates"][0]["step_seconds"]
 
 
@@ -222,21 +283,36 @@ def test_a_profile_of_another_gpu_is_refused(plan: Run, tmp_path: Path) -> None:
 
 
 def test_fp32_is_priced_by_the_fp32_rate(plan: Run, tmp_path: Path) -> None:
-    arguments = ("--model", "llama3.2-1b", "--gpu", "h100-sxm", "--seq-len", "8K", "--pin", "dp=1,tp=1,pp=1,ulysses=8,ring=1,zero=1")
-    bf16, fp32 = (plan.json(*arguments, "--precision", precision)["candidates"][0] for precision in ("bf16", "fp32"))
+    arguments = (
+        "--model",
+        "llama3.2-1b",
+        "--gpu",
+        "h100-sxm",
+        "--seq-len",
+        "8K",
+        "--pin",
+        "dp=1,tp=1,pp=1,ulysses=8,ring=1,zero=1",
+    )
+    bf16, fp32 = (
+        plan.json(*arguments, "--precision", precision)["candidates"][0] for precision in ("bf16", "fp32")
+    )
     assert fp32["tflops_per_gpu"] < 67 < bf16["tflops_per_gpu"]
     measured = tmp_path / "cpu.toml"
     measured.write_text(
         '[gpu.cpu]\nlike = "l20"\n[gpu.new]\ntflops = 100\nmemory_gb = 8\nmemory_tb_per_s = 1\npcie_gb_per_s = 1\nnetwork_gb_per_s = 1\n'
     )
-    code, _, error = plan("--model", "llama3.2-1b", "--gpu", "new", "--hardware", str(measured), "--precision", "fp32")
+    code, _, error = plan(
+        "--model", "llama3.2-1b", "--gpu", "new", "--hardware", str(measured), "--precision", "fp32"
+    )
     assert code == 2
     assert "has no tflops_fp32" in error
 
 
 def test_a_measured_profile_overrides_rates_and_assumptions(plan: Run, tmp_path: Path) -> None:
     profile = tmp_path / "measured.toml"
-    profile.write_text('[gpu.a800-sxm]\nlike = "a800-sxm"\nmeasured = true\n[gpu.a800-sxm.assumptions]\nattention_backward = 0.26\n')
+    profile.write_text(
+        '[gpu.a800-sxm]\nlike = "a800-sxm"\nmeasured = true\n[gpu.a800-sxm.assumptions]\nattention_backward = 0.26\n'
+    )
     slow = plan.json(*JOB, "--pin", HEADLINE, "--profile", str(profile))["candidates"][0]
     assert slow["step_seconds"] > 1.5 * plan.json(*JOB, "--pin", HEADLINE)["candidates"][0]["step_seconds"]
     assert "measured profile" in plan(*JOB, "--profile", str(profile))[1]
@@ -245,7 +321,10 @@ def test_a_measured_profile_overrides_rates_and_assumptions(plan: Run, tmp_path:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (("--model", "lama3-8b", "--gpu", "a800-sxm"), "unknown model 'lama3-8b'; did you mean 'llama3-8b'? known: "),
+        (
+            ("--model", "lama3-8b", "--gpu", "a800-sxm"),
+            "unknown model 'lama3-8b'; did you mean 'llama3-8b'? known: ",
+        ),
         (("--model", "llama3-8b", "--gpu", "a80"), "unknown GPU 'a80'; did you mean 'a800-sxm'? known: "),
         (("--model", "llama3-8b"), "no GPU given; add --gpu"),
         (("--gpu", "l20"), "no model given; add --model"),
@@ -295,7 +374,9 @@ def test_a_measured_profile_overrides_rates_and_assumptions(plan: Run, tmp_path:
     ],
     ids=lambda value: " ".join(value[-2:]) if isinstance(value, tuple) else "",
 )
-def test_wrong_input_is_one_line_with_the_remedy_and_exit_code_2(plan: Run, arguments: tuple[str, ...], said: str) -> None:
+def test_wrong_input_is_one_line_with_the_remedy_and_exit_code_2(
+    plan: Run, arguments: tuple[str, ...], said: str
+) -> None:
     code, out, error = plan(*arguments)
     assert (code, out) == (2, "")
     assert error.startswith("seqmesh: error: ")
@@ -318,6 +399,8 @@ try:
 except SystemExit as stop:
     print(stop.code, [m for m in sys.modules if m.split(".")[0] in ("torch", "transformers", "numpy")], file=sys.stderr)
 """
-    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run(
+        [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True
+    )
     assert done.stderr == "0 []\n"
     assert json.loads(done.stdout)["candidates"][0]["fits"]

@@ -8,17 +8,18 @@ from pathlib import Path
 
 import pytest
 
-from seqmesh import layouts, load, masks
-from seqmesh.heads import split_heads
-from seqmesh.planner.compare import PRINTED, Comparison, as_record, compare, render
-from seqmesh.planner.cost import Pricer
-from seqmesh.planner.hardware import Cluster, load_gpu
-from seqmesh.planner.job import Job, Point
-from seqmesh.planner.models import ModelShape, known_models, load_model
-from seqmesh.planner.symbols import cost, shown, symbol
-from seqmesh.planner.table2 import methods, mixed
-from seqmesh.planner.table2_numbers import activations_per_token
-from seqmesh.traffic import attention_traffic
+from seqmesh import layouts, masks
+from seqmesh.layouts import load
+from seqmesh.planner.cost.step import Pricer
+from seqmesh.planner.inputs.hardware import Cluster, load_gpu
+from seqmesh.planner.inputs.job import Job, Point
+from seqmesh.planner.inputs.models import ModelShape, known_models, load_model
+from seqmesh.planner.paper.compare import PRINTED, Comparison, as_record, compare, render
+from seqmesh.planner.paper.symbols import cost, shown, symbol
+from seqmesh.planner.paper.table2 import methods, mixed
+from seqmesh.planner.paper.table2_numbers import activations_per_token
+from seqmesh.schedule.heads import split_heads
+from seqmesh.schedule.traffic import attention_traffic
 
 DOCS = Path(__file__).parent.parent / "docs" / "table2.md"
 PAPER = """
@@ -33,7 +34,17 @@ TP | 0 | 0 | 4 all-reduce | 8·bsLd | heads / d | (P+G)/N | 6P/N | αA
 TP-sp | 0 | 0 | 6 AG + 4 RS | 10·bsLd | heads / d | (P+G)/N | 6P/N | A/N
 """
 TABLE = [[cell.strip() for cell in line.split("|")] for line in PAPER.strip().splitlines()]
-GPT2 = ModelShape(name="gpt2-style", layers=1, hidden=64, heads=8, kv_heads=8, head_dim=8, intermediate=256, vocabulary=1000, gated=False)
+GPT2 = ModelShape(
+    name="gpt2-style",
+    layers=1,
+    hidden=64,
+    heads=8,
+    kv_heads=8,
+    head_dim=8,
+    intermediate=256,
+    vocabulary=1000,
+    gated=False,
+)
 
 
 def llama3(**changes: int) -> Comparison:
@@ -77,7 +88,9 @@ def test_grouped_heads_change_the_printed_rows_as_the_text_says() -> None:
 
 
 def test_a_gpt2_block_gives_the_column_that_the_rule_demands() -> None:
-    costs = {row.name: row.corrected.parameter_cost for row in compare(GPT2, ranks=2, batch=2, seq_len=64).rows}
+    costs = {
+        row.name: row.corrected.parameter_cost for row in compare(GPT2, ranks=2, batch=2, seq_len=64).rows
+    }
     # 2 norms of 64 beside 12 x 64²: the printed 12d² leaves them out.
     assert shown(Fraction(GPT2.layer_matmul_parameters, 64**2)) == "12"
     assert costs["DP"] == "24.06d²"
@@ -109,12 +122,16 @@ def test_expert_parallelism_is_derived_from_its_four_exchanges() -> None:
     (numbers,) = [row.numbers for row in llama3().rows if row.name == "EP (derived)"]
     assert numbers is not None
     assert numbers.activation_elements == 4 * 2 * 8 * 8192 * 4096 // 8
-    assert numbers.states_elements == 2 * load_model("llama3-8b").layer_parameters  # one expert a rank: as much as the dense layer
+    assert (
+        numbers.states_elements == 2 * load_model("llama3-8b").layer_parameters
+    )  # one expert a rank: as much as the dense layer
 
 
 @pytest.mark.parametrize(("ulysses", "ring"), [(1, 8), (2, 4), (4, 2), (8, 1)])
 def test_seqmesh_rows_are_what_the_schedule_sends(ulysses: int, ring: int) -> None:
-    """Traffic counts what really leaves a rank: (R-1)/R of the ring's part and (U-1)/U of Ulysses' part of the table's figure."""
+    """Traffic counts what really leaves a rank: (R-1)/R of the ring's part and (U-1)/U of Ulysses' part of
+    the table's figure.
+    """
     model, s = load_model("llama3-8b"), 8192
     layout = layouts.zigzag(s, ring)
     received = load.rows_received(masks.causal(s), layout)
@@ -122,7 +139,13 @@ def test_seqmesh_rows_are_what_the_schedule_sends(ulysses: int, ring: int) -> No
     rows = [s // ring // ulysses] * ulysses
     sent = [
         attention_traffic(
-            rows_sent=count, rows_received=count, rows=rows, kv_rows=rows, shares=shares, ulysses_rank=0, row_head_bytes=model.head_dim
+            rows_sent=count,
+            rows_received=count,
+            rows=rows,
+            kv_rows=rows,
+            shares=shares,
+            ulysses_rank=0,
+            row_head_bytes=model.head_dim,
         )
         for count in received
     ]
@@ -138,9 +161,17 @@ def test_ulysses_beyond_the_kv_heads_moves_the_copies_too() -> None:
     (shares,) = split_heads(model.heads, model.kv_heads, ulysses)
     rows = [s // ulysses] * ulysses
     sent = attention_traffic(
-        rows_sent=0, rows_received=0, rows=rows, kv_rows=rows, shares=shares, ulysses_rank=0, row_head_bytes=model.head_dim
+        rows_sent=0,
+        rows_received=0,
+        rows=rows,
+        kv_rows=rows,
+        shares=shares,
+        ulysses_rank=0,
+        row_head_bytes=model.head_dim,
     )
-    (numbers,) = [row.numbers for row in llama3(ranks=16, seq_len=s, batch=1).rows if row.name == "SP-Ulysses"]
+    (numbers,) = [
+        row.numbers for row in llama3(ranks=16, seq_len=s, batch=1).rows if row.name == "SP-Ulysses"
+    ]
     assert numbers is not None
     assert (sent.heads_forward + sent.heads_backward) * Fraction(16, 15) == numbers.activation_elements
 
@@ -150,7 +181,9 @@ def test_activations_are_those_of_the_memory_model(name: str) -> None:
     model = load_model(name)
     job = Job(model=model, cluster=Cluster(gpu=load_gpu("a800-sxm"), nodes=1, gpus_per_node=1), seq_len=1024)
     (norms, attention), inside = activations_per_token(model)
-    assert sum(Pricer(job).memory.layer_activations(Point()).values()) == 2 * 1024 * (norms + attention + inside)
+    assert sum(Pricer(job).memory.layer_activations(Point()).values()) == 2 * 1024 * (
+        norms + attention + inside
+    )
 
 
 def test_numbers_are_the_formulas_at_the_models_sizes() -> None:
@@ -200,7 +233,12 @@ def test_the_record_is_json_with_bytes() -> None:
 
 @pytest.mark.parametrize(
     ("changes", "message"),
-    [({"ranks": 1}, "ranks=1"), ({"batch": 0}, "batch=0"), ({"seq_len": 0}, "seq_len=0"), ({"top_k": 9}, "top_k=9")],
+    [
+        ({"ranks": 1}, "ranks=1"),
+        ({"batch": 0}, "batch=0"),
+        ({"seq_len": 0}, "seq_len=0"),
+        ({"top_k": 9}, "top_k=9"),
+    ],
 )
 def test_a_senseless_comparison_is_refused(changes: dict[str, int], message: str) -> None:
     with pytest.raises(ValueError, match=re.escape(message)):
@@ -213,7 +251,11 @@ def test_like_terms_add_up() -> None:
 
 
 def test_the_page_shows_these_tables() -> None:
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in DOCS.read_text().splitlines() if line.startswith("| ")]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in DOCS.read_text().splitlines()
+        if line.startswith("| ")
+    ]
     for expected in TABLE:
         assert expected in rows
     for row in llama3().rows:

@@ -5,19 +5,25 @@ from pathlib import Path
 
 import pytest
 
-from seqmesh.planner.cost import Pricer
-from seqmesh.planner.emit import emit
-from seqmesh.planner.hardware import Cluster, load_gpu
-from seqmesh.planner.job import Job, Point, violations
+from seqmesh.planner.cost.step import Pricer
+from seqmesh.planner.inputs.hardware import Cluster, load_gpu
+from seqmesh.planner.inputs.job import Job, Point, violations
+from seqmesh.planner.inputs.models import load_model
+from seqmesh.planner.inputs.request import Machine, build_cluster
 from seqmesh.planner.longest import longest
-from seqmesh.planner.models import load_model
-from seqmesh.planner.request import Machine, build_cluster
+from seqmesh.planner.output.emit import emit
 from seqmesh.planner.search import meshes, search
 from seqmesh.train.recipe import load
 
 
 def pricer(
-    model: str = "llama3-8b", gpu: str = "a800-sxm", *, nodes: int = 1, each: int = 8, seq_len: int = 65536, **more: object
+    model: str = "llama3-8b",
+    gpu: str = "a800-sxm",
+    *,
+    nodes: int = 1,
+    each: int = 8,
+    seq_len: int = 65536,
+    **more: object,
 ) -> Pricer:
     cluster = Cluster(gpu=load_gpu(gpu), nodes=nodes, gpus_per_node=each)
     return Pricer(Job(model=load_model(model), cluster=cluster, seq_len=seq_len, **more))  # type: ignore[arg-type]
@@ -32,14 +38,18 @@ def test_one_gpu_sends_nothing_and_its_step_is_its_compute() -> None:
 
 @pytest.mark.parametrize(("zero", "numbers"), [(0, 4 + 4), (1, 4 + 2), (2, 4 + 2), (3, 4 + 2 * 2)])
 def test_data_parallelism_sends_gradients_and_weights_by_the_zero_stage(zero: int, numbers: int) -> None:
-    """Bytes a parameter, times (d - 1)/d: fp32 gradients once (twice in an all-reduce), bf16 weights once (ZeRO-3: twice)."""
+    """Bytes a parameter, times (d - 1)/d: fp32 gradients once (twice in an all-reduce), bf16 weights once
+    (ZeRO-3: twice).
+    """
     price = pricer("llama3.2-1b", seq_len=8192, global_batch=8).price(Point(dp=8, zero=zero))
     parameters = load_model("llama3.2-1b").parameters
     assert sum(price.bytes_per_step.values()) == pytest.approx(numbers * parameters * 7 / 8, rel=1e-6)
 
 
 def test_bytes_of_ulysses_ring_and_tensor_parallelism_are_papers_formulas() -> None:
-    """PAPER.md: Ulysses e (2 + 2κ)(U - 1)/U each way; zigzag 3/4 of 2κe (R - 1), three times; TP-sp 10 M (t - 1)/t."""
+    """PAPER.md: Ulysses e (2 + 2κ)(U - 1)/U each way; zigzag 3/4 of 2κe (R - 1), three times; TP-sp 10 M (t -
+    1)/t.
+    """
     s, hidden, kappa, layers = 65536, 4096, 8 / 32, 32
     weights = pricer().price(Point(dp=1, ulysses=8, zero=0)).bytes_per_step["scale_up"]
     reduced = 2 * 4 * load_model("llama3-8b").parameters * 7 / 8
@@ -66,7 +76,9 @@ def test_the_last_stage_of_a_tied_model_holds_a_copy_of_the_embedding() -> None:
 
 def test_no_stage_is_charged_for_embedding_and_head_at_once() -> None:
     model, one = load_model("llama3-8b"), pricer(each=4, global_batch=4)
-    assert one.memory.fullest_parameters(Point(pp=4)) == 8 * model.layer_parameters + model.embedding_parameters
+    assert (
+        one.memory.fullest_parameters(Point(pp=4)) == 8 * model.layer_parameters + model.embedding_parameters
+    )
     assert one.memory.mean_parameters(Point(pp=4)) == pytest.approx(model.parameters / 4, rel=1e-4)
 
 
@@ -103,7 +115,9 @@ def test_steps_of_a_machine_with_an_odd_number_of_gpus_are_fine_enough() -> None
 
 def test_another_gpu_for_a_named_cluster_is_refused_not_mixed(tmp_path: Path) -> None:
     file = tmp_path / "lab.toml"
-    file.write_text('[cluster.lab]\ngpu = "a800-sxm"\nnodes = 2\ngpus_per_node = 8\nnetwork_gb_per_s = 12.5\n')
+    file.write_text(
+        '[cluster.lab]\ngpu = "a800-sxm"\nnodes = 2\ngpus_per_node = 8\nnetwork_gb_per_s = 12.5\n'
+    )
     same = build_cluster(Machine(cluster="lab", gpu="a800-sxm", hardware=(file,)))
     assert same.gpu.network_bytes_per_s == 12.5e9
     with pytest.raises(ValueError, match="has GPUs of kind a800-sxm, not h100-sxm"):

@@ -12,18 +12,25 @@ from typing import Any
 
 import pytest
 
-from seqmesh.planner.assumptions import Assumptions
-from seqmesh.planner.cost import Pricer
-from seqmesh.planner.emit import emit
-from seqmesh.planner.hardware import Cluster, load_gpu
-from seqmesh.planner.job import Job, Numerics, Point, violations
-from seqmesh.planner.models import load_model
-from seqmesh.planner.plot import OTHER, label, parts, plot
-from seqmesh.planner.timeline import MOST_EVENTS, ring_stages, timeline
+from seqmesh.planner.cost.step import Pricer
+from seqmesh.planner.inputs.assumptions import Assumptions
+from seqmesh.planner.inputs.hardware import Cluster, load_gpu
+from seqmesh.planner.inputs.job import Job, Numerics, Point, violations
+from seqmesh.planner.inputs.models import load_model
+from seqmesh.planner.output.emit import emit
+from seqmesh.planner.output.plot import OTHER, label, parts, plot
+from seqmesh.planner.output.timeline import MOST_EVENTS, ring_stages, timeline
 from seqmesh.train.recipe import load
 
 
-def job(model: str = "llama3-8b", gpu: str = "a800-sxm", nodes: int = 2, each: int = 8, seq_len: int = 65536, batch: int = 1) -> Job:
+def job(
+    model: str = "llama3-8b",
+    gpu: str = "a800-sxm",
+    nodes: int = 2,
+    each: int = 8,
+    seq_len: int = 65536,
+    batch: int = 1,
+) -> Job:
     cluster = Cluster(gpu=load_gpu(gpu), nodes=nodes, gpus_per_node=each)
     return Job(model=load_model(model), cluster=cluster, seq_len=seq_len, global_batch=batch)
 
@@ -38,7 +45,11 @@ def test_the_trainer_reads_an_emitted_recipe(model: str, tmp_path: Path) -> None
     (tmp_path / "recipe.toml").write_text(text)
     read, shape = load(str(tmp_path / "recipe.toml")), load_model(model)
     assert (read.mesh.ulysses, read.mesh.ring, read.mesh.layout, read.mesh.world) == (2, 2, "zigzag", 4)
-    assert (read.model.hidden, read.model.layers, read.model.intermediate) == (shape.hidden, shape.layers, shape.intermediate)
+    assert (read.model.hidden, read.model.layers, read.model.intermediate) == (
+        shape.hidden,
+        shape.layers,
+        shape.intermediate,
+    )
     assert (read.model.heads, read.model.kv_heads) == (shape.heads, shape.kv_heads)
     assert read.model.tie_embeddings == shape.tied_embeddings
     assert (read.data.seq_len, read.data.sequences) == (8192, 4)
@@ -46,9 +57,21 @@ def test_the_trainer_reads_an_emitted_recipe(model: str, tmp_path: Path) -> None
 
 
 def test_a_recipe_names_everything_that_the_trainer_does_not_run() -> None:
-    point = Point(tp=2, ulysses=2, ring=2, dp=2, pp=1, zero=3, checkpointing="full", offload="both", tiling="mlp")
+    point = Point(
+        tp=2, ulysses=2, ring=2, dp=2, pp=1, zero=3, checkpointing="full", offload="both", tiling="mlp"
+    )
     text, missing = emit(replace(job(batch=4), documents=(65000, 536)), point)
-    for named in ("tp=2", "dp=2", "zero=3", "checkpointing=full", "offload=both", "tiling=mlp", "micro_batch=1", "bf16", "vocabulary="):
+    for named in (
+        "tp=2",
+        "dp=2",
+        "zero=3",
+        "checkpointing=full",
+        "offload=both",
+        "tiling=mlp",
+        "micro_batch=1",
+        "bf16",
+        "vocabulary=",
+    ):
         assert any(line.startswith(named) for line in missing), named
     assert any(line.startswith("2 documents") for line in missing)
     for line in missing:
@@ -59,7 +82,11 @@ def test_a_recipe_names_everything_that_the_trainer_does_not_run() -> None:
 def test_a_plan_that_the_trainer_runs_as_it_is_names_only_the_machine_and_the_text() -> None:
     asked = replace(job(nodes=1, each=4), numerics=Numerics(element=4, gradient=4, optimizer=8))
     _, missing = emit(asked, Point(ulysses=2, ring=2, zero=0))
-    assert [line.partition(":")[0] for line in missing] == ["1 x 4 a800-sxm", "vocabulary=128256", "rotary base"]
+    assert [line.partition(":")[0] for line in missing] == [
+        "1 x 4 a800-sxm",
+        "vocabulary=128256",
+        "rotary base",
+    ]
 
 
 def test_a_shape_that_a_recipe_cannot_say_is_named() -> None:
@@ -81,10 +108,12 @@ def test_a_models_name_cannot_add_keys_to_a_recipe() -> None:
     assert "train" not in tomllib.loads(text)
 
 
-@pytest.mark.parametrize("module", ["compare", "emit", "timeline", "plot"])
+@pytest.mark.parametrize("module", ["paper.compare", "output.emit", "output.timeline", "output.plot"])
 def test_making_outputs_loads_no_torch_and_no_matplotlib(module: str) -> None:
     code = f"import sys, seqmesh.planner.{module}; assert not {{'torch', 'matplotlib'}} & set(sys.modules)"
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=False, timeout=60
+    )
     assert done.returncode == 0, done.stderr
 
 
@@ -95,8 +124,14 @@ POINTS = [
     (job(batch=4), Point(ring=4, dp=2, pp=2, zero=3, tiling="mlp")),
     (job("gpt2-xl", "l20", nodes=1, seq_len=4096, batch=512), Point(dp=8, zero=0)),
     (job(nodes=1, each=1), Point(zero=0)),
-    (replace(job(seq_len=16384, batch=2), documents=(9000, 7000, 384)), Point(ulysses=2, ring=4, dp=2, offload="optimizer")),
-    (replace(job(batch=2), assumptions=Assumptions(gradient_overlap=1.0, overlap_tax=0.0)), Point(ulysses=8, dp=2, zero=2)),
+    (
+        replace(job(seq_len=16384, batch=2), documents=(9000, 7000, 384)),
+        Point(ulysses=2, ring=4, dp=2, offload="optimizer"),
+    ),
+    (
+        replace(job(batch=2), assumptions=Assumptions(gradient_overlap=1.0, overlap_tax=0.0)),
+        Point(ulysses=8, dp=2, zero=2),
+    ),
 ]
 IDS = [str(point) for _, point in POINTS]
 
@@ -122,8 +157,12 @@ def test_a_timeline_ends_at_the_estimate_and_adds_up_to_its_pieces(asked: Job, p
     events = drawn(trace)
     assert min(event["ts"] for event in events) == 0
     assert max(event["ts"] + event["dur"] for event in events) == pytest.approx(price.seconds * 1e6, rel=1e-6)
-    assert sums(trace, "seconds") == pytest.approx({piece.name: piece.seconds for piece in price.pieces}, rel=1e-6)
-    assert sums(trace, "exposed_seconds") == pytest.approx({piece.name: piece.exposed for piece in price.pieces}, rel=1e-6, abs=1e-9)
+    assert sums(trace, "seconds") == pytest.approx(
+        {piece.name: piece.seconds for piece in price.pieces}, rel=1e-6
+    )
+    assert sums(trace, "exposed_seconds") == pytest.approx(
+        {piece.name: piece.exposed for piece in price.pieces}, rel=1e-6, abs=1e-9
+    )
     for event in events:
         if not isinstance(event["args"]["seconds"], dict):
             assert event["dur"] == pytest.approx(event["args"]["seconds"] * 1e6, rel=1e-9)
@@ -176,10 +215,14 @@ def test_many_micro_batches_become_one_event() -> None:
 
 
 def test_an_exchange_that_finds_nothing_to_hide_behind_stays_within_the_step() -> None:
-    """Where a share is hidden by assumption on a network too slow for that, the row is compressed; its args keep the truth."""
+    """Where a share is hidden by assumption on a network too slow for that, the row is compressed; its args
+    keep the truth.
+    """
     slow = replace(load_gpu("h100-sxm"), scale_up_bytes_per_s=1e9)
     asked = replace(
-        job(seq_len=4096, nodes=1), cluster=Cluster(gpu=slow, nodes=1, gpus_per_node=8), assumptions=Assumptions(tp_exposed=0.0)
+        job(seq_len=4096, nodes=1),
+        cluster=Cluster(gpu=slow, nodes=1, gpus_per_node=8),
+        assumptions=Assumptions(tp_exposed=0.0),
     )
     pricer, point = Pricer(asked), Point(tp=8, zero=0)
     price, trace = pricer.price(point), timeline(pricer, point)
@@ -195,7 +238,14 @@ def test_a_picture_is_drawn_of_points_that_fit_and_that_do_not(tmp_path: Path) -
     assert [price.fits for price in prices] == [True, False]
     plot(prices, asked.capacity, tmp_path / "plan.svg", "costs $x and y$")
     svg = (tmp_path / "plan.svg").read_text()
-    for written in ("costs $x and y$", "u8 r2 zero3", "does not fit", "capacity: 80 GiB", "GiB", "lower bound: everything overlaps"):
+    for written in (
+        "costs $x and y$",
+        "u8 r2 zero3",
+        "does not fit",
+        "capacity: 80 GiB",
+        "GiB",
+        "lower bound: everything overlaps",
+    ):
         assert f"<!-- {written} -->" in svg
     assert "<pattern" in svg  # hatched
     plot(prices[:1], asked.capacity, tmp_path / "plan.png", "one")
@@ -214,8 +264,13 @@ def test_small_parts_are_drawn_together_and_nothing_is_lost() -> None:
     assert parts(bars) == {"a": [90.0, 50.0], "b": [9.8, 0.0], OTHER: pytest.approx([0.2, 0.4])}
 
 
-@pytest.mark.parametrize(("count", "name", "message"), [(0, "a.png", "0 candidates"), (17, "a.png", "--top 16"), (1, "a.xyz", r"\.xyz")])
-def test_a_picture_that_cannot_be_drawn_is_refused(count: int, name: str, message: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("count", "name", "message"),
+    [(0, "a.png", "0 candidates"), (17, "a.png", "--top 16"), (1, "a.xyz", r"\.xyz")],
+)
+def test_a_picture_that_cannot_be_drawn_is_refused(
+    count: int, name: str, message: str, tmp_path: Path
+) -> None:
     price = Pricer(job()).price(POINT)
     with pytest.raises(ValueError, match=message):
         plot([price] * count, 80 * 2**30, tmp_path / name, "none")

@@ -1,13 +1,22 @@
-"""The planner against what was published: rankings, absolute figures with one constant a table, fit and out-of-memory outcomes."""
+"""The planner against what was published: rankings, absolute figures with one constant a table, fit and
+out-of-memory outcomes.
+"""
 
 import pytest
 
-from seqmesh.planner.cost import Pricer
-from seqmesh.planner.hardware import Cluster, load_gpu
-from seqmesh.planner.job import Job, Point
-from seqmesh.planner.models import load_model
-from seqmesh.planner.price import Price
-from seqmesh.planner.published import HEADLINE, Agreement, agreements, memory_outcomes, price_row, spearman
+from seqmesh.planner.cost.estimate import Price
+from seqmesh.planner.cost.step import Pricer
+from seqmesh.planner.inputs.hardware import Cluster, load_gpu
+from seqmesh.planner.inputs.job import Job, Point
+from seqmesh.planner.inputs.models import load_model
+from seqmesh.planner.paper.published import (
+    HEADLINE,
+    Agreement,
+    agreements,
+    memory_outcomes,
+    price_row,
+    spearman,
+)
 
 TABLES = agreements()
 
@@ -18,11 +27,19 @@ def test_meshes_are_ranked_as_published(table: Agreement) -> None:
     assert table.spearman >= least
 
 
-@pytest.mark.parametrize("table", [t for t in TABLES if not t.name.startswith("Table 3, ") or t.name.endswith("all")], ids=lambda t: t.name)
-def test_absolute_figures_are_within_10_percent_after_one_constant_a_table(table: Agreement, capsys: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize(
+    "table",
+    [t for t in TABLES if not t.name.startswith("Table 3, ") or t.name.endswith("all")],
+    ids=lambda t: t.name,
+)
+def test_absolute_figures_are_within_10_percent_after_one_constant_a_table(
+    table: Agreement, capsys: pytest.CaptureFixture[str]
+) -> None:
     fitted, checked = table.errors()
     with capsys.disabled():
-        print(f"\n{table.name}: constant {table.constant:.3f}, mean error {fitted:.1%} fitted, {checked:.1%} checked")
+        print(
+            f"\n{table.name}: constant {table.constant:.3f}, mean error {fitted:.1%} fitted, {checked:.1%} checked"
+        )
     assert checked <= 0.10
     assert 0.85 <= table.constant <= 1.15  # the constants before any fit are not far off either
 
@@ -34,12 +51,17 @@ def test_every_reported_fit_and_out_of_memory_is_predicted(outcome: tuple[str, b
 
 
 def test_outcomes_are_also_right_by_the_papers_own_formula_without_overhead() -> None:
-    """P/t (6 + 12/N) + activations + logits against 85.9e9 bytes: PAPER.md. The planner's categories contain exactly these."""
+    """P/t (6 + 12/N) + activations + logits against 85.9e9 bytes: PAPER.md.
+
+    The planner's categories contain exactly these.
+    """
     price = price_row(HEADLINE)
     model, n = load_model("llama3-8b"), 208 * 1024
     states = model.parameters / 8 * (6 + 12 / 2)
     kept = price.memory.categories
-    assert sum(kept[name] for name in ("parameters", "gradients", "optimizer")) == pytest.approx(states, rel=1e-6)
+    assert sum(kept[name] for name in ("parameters", "gradients", "optimizer")) == pytest.approx(
+        states, rel=1e-6
+    )
     per_token = 2 * 4096 * (6 + 2 * 8 / 32) + 6 * 14336
     lse = 4 * 32 * n / 16
     activations = sum(kept[name] for name in kept if name.startswith("activations"))
@@ -50,7 +72,9 @@ def test_outcomes_are_also_right_by_the_papers_own_formula_without_overhead() ->
 def test_the_headline_is_within_5_percent_of_the_papers_figure() -> None:
     assert price_row(HEADLINE).tflops_per_gpu == pytest.approx(147.26, rel=0.05)
     assert price_row(HEADLINE).mfu_causal == pytest.approx(0.47, abs=0.02)
-    assert price_row(HEADLINE).mfu_noncausal == pytest.approx(0.86, abs=0.05)  # the first version's 86%: the same run, counted non-causally
+    assert price_row(HEADLINE).mfu_noncausal == pytest.approx(
+        0.86, abs=0.05
+    )  # the first version's 86%: the same run, counted non-causally
 
 
 def test_spearman_is_one_for_the_same_order_minus_one_for_the_reverse_and_shares_ranks_of_ties() -> None:

@@ -6,22 +6,32 @@ from itertools import product
 import pytest
 
 from seqmesh import layouts, masks
-from seqmesh.planner.assumptions import Assumptions
-from seqmesh.planner.attention import head_rate
-from seqmesh.planner.cost import Pricer
-from seqmesh.planner.hardware import Cluster, load_gpu
-from seqmesh.planner.job import AXES, CHECKPOINTING, OFFLOAD, TILING, Job, Point, violations
+from seqmesh.planner.cost.attention import head_rate
+from seqmesh.planner.cost.estimate import Price
+from seqmesh.planner.cost.ring_load import ZIGZAG_ROWS
+from seqmesh.planner.cost.step import Pricer
+from seqmesh.planner.inputs.assumptions import Assumptions
+from seqmesh.planner.inputs.hardware import Cluster, load_gpu
+from seqmesh.planner.inputs.job import AXES, CHECKPOINTING, OFFLOAD, TILING, Job, Point, violations
+from seqmesh.planner.inputs.models import ModelShape, load_model
 from seqmesh.planner.longest import longest
-from seqmesh.planner.models import ModelShape, load_model
-from seqmesh.planner.price import Price
 from seqmesh.planner.reasons import rests_on, shortfall, why_not
-from seqmesh.planner.ring_load import ZIGZAG_ROWS
 from seqmesh.planner.search import Pins, divisors, mesh_of, meshes, search
 
-SMALL = ModelShape(name="small", layers=6, hidden=768, heads=12, kv_heads=6, head_dim=64, intermediate=2048, vocabulary=32000)
+SMALL = ModelShape(
+    name="small", layers=6, hidden=768, heads=12, kv_heads=6, head_dim=64, intermediate=2048, vocabulary=32000
+)
 
 
-def job(model: ModelShape = SMALL, *, nodes: int = 1, each: int = 4, seq_len: int = 24576, batch: int = 4, limit: int | None = None) -> Job:
+def job(
+    model: ModelShape = SMALL,
+    *,
+    nodes: int = 1,
+    each: int = 4,
+    seq_len: int = 24576,
+    batch: int = 4,
+    limit: int | None = None,
+) -> Job:
     cluster = Cluster(gpu=load_gpu("a800-sxm"), nodes=nodes, gpus_per_node=each)
     return Job(model=model, cluster=cluster, seq_len=seq_len, global_batch=batch, memory_limit=limit)
 
@@ -46,7 +56,9 @@ def brute_force(pricer: Pricer, pins: Pins) -> list[Price]:
 
 
 @pytest.mark.parametrize("limit", [80 << 30, 6 << 30, 3 << 30, 2 << 30], ids=lambda n: f"{n >> 30} GiB")
-@pytest.mark.parametrize("pins", [{}, {"tp": 2}, {"zero": 0}, {"checkpointing": "full"}, {"micro_batch": 2, "ring": 2}], ids=str)
+@pytest.mark.parametrize(
+    "pins", [{}, {"tp": 2}, {"zero": 0}, {"checkpointing": "full"}, {"micro_batch": 2, "ring": 2}], ids=str
+)
 def test_the_search_finds_what_brute_force_finds(limit: int, pins: Pins) -> None:
     pricer = Pricer(job(limit=limit))
     expected = brute_force(pricer, pins)
@@ -66,17 +78,29 @@ def test_six_gpus_and_odd_lengths_are_planned_too() -> None:
     found = search(Pricer(job(each=6, seq_len=10_007, batch=1)), {})
     assert found.best
     assert {price.point.gpus for price in found.best} == {6}
-    assert all(price.point.tp == 1 for price in found.best)  # 10,007 is a prime: TP's sequence parallelism cannot divide it
+    assert all(
+        price.point.tp == 1 for price in found.best
+    )  # 10,007 is a prime: TP's sequence parallelism cannot divide it
 
 
 @pytest.mark.parametrize("gpu", ["h100-sxm", "b200", "l20"])
 @pytest.mark.parametrize(("nodes", "each"), [(8, 1), (4, 2), (1, 8)])
 @pytest.mark.parametrize("seq_len", [4096, 32768])
-def test_the_estimate_lies_between_its_bounds_on_every_mesh(gpu: str, nodes: int, each: int, seq_len: int) -> None:
+def test_the_estimate_lies_between_its_bounds_on_every_mesh(
+    gpu: str, nodes: int, each: int, seq_len: int
+) -> None:
     cluster = Cluster(gpu=load_gpu(gpu), nodes=nodes, gpus_per_node=each)
     assumed = Assumptions(tp_exposed=0.1, gradient_overlap=0.9, prefetch=1.0)
     for assumptions in (Assumptions(), assumed):
-        pricer = Pricer(Job(model=load_model("llama3-8b"), cluster=cluster, seq_len=seq_len, global_batch=4, assumptions=assumptions))
+        pricer = Pricer(
+            Job(
+                model=load_model("llama3-8b"),
+                cluster=cluster,
+                seq_len=seq_len,
+                global_batch=4,
+                assumptions=assumptions,
+            )
+        )
         for point in meshes(pricer.job, {}):
             if not any(violations(pricer.job, point)):
                 price = pricer.price(point)
@@ -115,7 +139,9 @@ def test_the_longest_sequence_fits_and_a_longer_one_does_not() -> None:
     one = job(load_model("llama3-8b"), each=8, batch=1)
     length = longest(Pricer(one), {})
     assert search(Pricer(job(load_model("llama3-8b"), each=8, batch=1, seq_len=length)), {}, top=1).best
-    assert not search(Pricer(job(load_model("llama3-8b"), each=8, batch=1, seq_len=length + length // 64)), {}, top=1).best
+    assert not search(
+        Pricer(job(load_model("llama3-8b"), each=8, batch=1, seq_len=length + length // 64)), {}, top=1
+    ).best
     assert longest(Pricer(one), {"checkpointing": "none"}) < length
     assert longest(Pricer(job(load_model("llama3-405b"), each=8, batch=1)), {}) == 0
 
@@ -126,7 +152,9 @@ def test_a_misfit_names_its_shortfall_and_what_would_fit() -> None:
     price = pricer.price(point)
     assert not price.fits
     said = shortfall(pricer, price, asdict(point))
-    assert "3.75 GB too much; zero=2 would make it fit" in said  # the cheapest: tiling the loss is not enough, the rest takes longer
+    assert (
+        "3.75 GB too much; zero=2 would make it fit" in said
+    )  # the cheapest: tiling the loss is not enough, the rest takes longer
     assert "too much; tp=2 would make it fit" in shortfall(
         pricer, price, {"zero": 1, "tp": 1, "tiling": "none", "checkpointing": "none", "ring": 1, "pp": 1}
     )

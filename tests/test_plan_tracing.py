@@ -1,7 +1,9 @@
-"""The memory trace against memory that was allocated, on one rank and on four, and the formula against the trace.
+"""The memory trace against memory that was allocated, on one rank and on four, and the formula against the
+trace.
 
-Tolerances: a trace cannot see one operator's own buffers. Those of the flash kernel's backward are 1 MiB of logits a thread and a
-copy of a tile's queries; others are a few KB. The formula leaves out a few KB of scalars, and what unequal heads save in copies.
+Tolerances: a trace cannot see one operator's own buffers. Those of the flash kernel's backward are 1 MiB of
+logits a thread and a copy of a tile's queries; others are a few KB. The formula leaves out a few KB of
+scalars, and what unequal heads save in copies.
 """
 
 import inspect
@@ -16,19 +18,27 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from seqmesh.bench.memory import peak_bytes
-from seqmesh.data import Corpus
-from seqmesh.loss import next_token_loss
-from seqmesh.mesh import SequenceMesh
-from seqmesh.planner import trainer_memory as formula
-from seqmesh.planner.models import ModelShape
-from seqmesh.planner.tracing import KINDS, TracedMemory, trace_training_step
-from seqmesh.planner.trainer_memory import Moment, trainer_memory, trainer_moments
+from seqmesh.engine.mesh import SequenceMesh
+from seqmesh.planner.inputs.models import ModelShape
+from seqmesh.planner.trainer import memory as formula
+from seqmesh.planner.trainer.memory import Moment, trainer_memory, trainer_moments
+from seqmesh.planner.trainer.tracing import KINDS, TracedMemory, trace_training_step
 from seqmesh.train.config import Config, DataConfig, MeshConfig, ModelConfig
+from seqmesh.train.data import Corpus
+from seqmesh.train.loss import next_token_loss
 from seqmesh.train.trainer import Trainer
 
 
 def shape(
-    hidden: int, heads: int, kv_heads: int, intermediate: int, vocabulary: int, *, layers: int = 2, tied: bool = False, gated: bool = True
+    hidden: int,
+    heads: int,
+    kv_heads: int,
+    intermediate: int,
+    vocabulary: int,
+    *,
+    layers: int = 2,
+    tied: bool = False,
+    gated: bool = True,
 ) -> ModelShape:
     return ModelShape(
         name="tested",
@@ -54,9 +64,15 @@ KERNEL_BYTES = 3 * 2**19
 def trainer(model: ModelShape, seq_len: int, mesh: SequenceMesh) -> Trainer:
     """Made here as train() makes it, not as the tracer does."""
     sizes = ModelConfig(
-        hidden=model.hidden, layers=model.layers, heads=model.heads, kv_heads=model.kv_heads, intermediate=model.intermediate
+        hidden=model.hidden,
+        layers=model.layers,
+        heads=model.heads,
+        kv_heads=model.kv_heads,
+        intermediate=model.intermediate,
     )
-    config = Config(mesh=MeshConfig(ulysses=mesh.ulysses, ring=mesh.ring), model=sizes, data=DataConfig(seq_len=seq_len))
+    config = Config(
+        mesh=MeshConfig(ulysses=mesh.ulysses, ring=mesh.ring), model=sizes, data=DataConfig(seq_len=seq_len)
+    )
     corpus = Corpus(source="zeros", documents=(bytes(seq_len - 1),))
     return Trainer(config, corpus, mesh, peak_flops_per_s=1.0, vocabulary=model.vocabulary)
 
@@ -65,7 +81,9 @@ def allocated(model: ModelShape, seq_len: int, ulysses: int, ring: int) -> int:
     """Peak bytes of the second step at PyTorch's allocator, on this rank. A collective."""
     trained = trainer(model, seq_len, SequenceMesh.build(ulysses=ulysses, ring=ring))
     trained.step()
-    trained.optimizer.zero_grad(set_to_none=True)  # as the step begins: the profiler does not see old blocks go
+    trained.optimizer.zero_grad(
+        set_to_none=True
+    )  # as the step begins: the profiler does not see old blocks go
     states = (state for states in trained.optimizer.state.values() for state in states.values())
     held = sum(x.nbytes for x in (*trained.model.parameters(), *trained.model.buffers(), *states))
     return held + peak_bytes(trained.step)
@@ -88,7 +106,10 @@ def test_the_traced_peak_is_what_one_rank_allocates(model: ModelShape, seq_len: 
 
 @pytest.mark.parametrize(("ulysses", "ring"), [(2, 2), (1, 4), (4, 1)])
 def test_the_traced_peak_is_what_rank_0_of_four_allocates(ranks: Ranks, ulysses: int, ring: int) -> None:
-    """The peak is among the engine's buffers, or next to it. The least of a few steps: gloo's thread may hold a message for a while."""
+    """The peak is among the engine's buffers, or next to it.
+
+    The least of a few steps: gloo's thread may hold a message for a while.
+    """
     model, seq_len = shape(256, 8, 8, 64, 50, layers=1), 4096
     traced = trace_training_step(model, seq_len=seq_len, ulysses=ulysses, ring=ring)
     found = min(ranks.run(4, allocated, model, seq_len, ulysses, ring)[0] for _ in range(3))
@@ -120,20 +141,32 @@ def moments_of(model: ModelShape, seq_len: int, ulysses: int, ring: int) -> tupl
 
 
 def assert_predicted(traced: TracedMemory, moments: list[Moment]) -> None:
-    """The peak, by kind, and the peaks of backward and update; the forward's is near the backward's and never higher."""
+    """The peak, by kind, and the peaks of backward and update; the forward's is near the backward's and never
+    higher.
+    """
     peak = max(moments, key=lambda moment: moment.total)
     after = [moment.name for moment in moments].index("embedding") + 1
     assert peak.total == pytest.approx(traced.peak_bytes, rel=1e-2)
-    assert max(moment.total for moment in moments[1:after]) == pytest.approx(traced.backward_peak_bytes, rel=1e-2)
-    assert max(moment.total for moment in moments[after:]) == pytest.approx(traced.update_peak_bytes, rel=1e-2)
-    transients = peak.logits_transients + peak.layer_transients + peak.attention_transients + peak.update_transients
+    assert max(moment.total for moment in moments[1:after]) == pytest.approx(
+        traced.backward_peak_bytes, rel=1e-2
+    )
+    assert max(moment.total for moment in moments[after:]) == pytest.approx(
+        traced.update_peak_bytes, rel=1e-2
+    )
+    transients = (
+        peak.logits_transients + peak.layer_transients + peak.attention_transients + peak.update_transients
+    )
     found = (peak.parameters, peak.gradients, peak.optimizer, peak.activations + peak.logits, transients)
     for kind, predicted in zip(KINDS, found, strict=True):
-        assert predicted == pytest.approx(getattr(traced, kind), rel=1e-2, abs=traced.peak_bytes // 1000), kind
+        assert predicted == pytest.approx(getattr(traced, kind), rel=1e-2, abs=traced.peak_bytes // 1000), (
+            kind
+        )
 
 
 @pytest.mark.parametrize(("ulysses", "ring"), [(1, 1), (1, 4), (2, 2), (4, 1), (4, 4), (8, 2), (2, 3)])
-@pytest.mark.parametrize("model", [GROUPED, SMALL_VOCABULARY, ATTENTION_HEAVY], ids=["grouped", "bytes", "attention"])
+@pytest.mark.parametrize(
+    "model", [GROUPED, SMALL_VOCABULARY, ATTENTION_HEAVY], ids=["grouped", "bytes", "attention"]
+)
 def test_the_formula_predicts_the_traced_peak(model: ModelShape, ulysses: int, ring: int) -> None:
     assert_predicted(*moments_of(model, 32_768, ulysses, ring))
 
@@ -148,7 +181,9 @@ def test_the_formula_predicts_the_traced_peak(model: ModelShape, ulysses: int, r
     ],
     ids=["all-reduce", "tied", "tied, one rank", "nothing divides"],
 )
-def test_the_formula_predicts_short_and_uneven_sequences(model: ModelShape, seq_len: int, ulysses: int, ring: int) -> None:
+def test_the_formula_predicts_short_and_uneven_sequences(
+    model: ModelShape, seq_len: int, ulysses: int, ring: int
+) -> None:
     assert_predicted(*moments_of(model, seq_len, ulysses, ring))
 
 
@@ -156,12 +191,16 @@ def test_the_formula_predicts_llama3_8b_at_208k_tokens() -> None:
     traced, moments = moments_of(LLAMA3_8B, 212_992, 8, 2)
     assert_predicted(traced, moments)
     assert traced.parameters > 32e9
-    assert trainer_memory(LLAMA3_8B, seq_len=212_992, ulysses=8, ring=2)["total"] == max(moment.total for moment in moments)
+    assert trainer_memory(LLAMA3_8B, seq_len=212_992, ulysses=8, ring=2)["total"] == max(
+        moment.total for moment in moments
+    )
 
 
 def test_documents_change_the_engines_buffers_only() -> None:
     whole = trace_training_step(GROUPED, seq_len=20_000, ulysses=2, ring=2)
-    packed = trace_training_step(GROUPED, seq_len=20_000, ulysses=2, ring=2, documents=[12_000, 5000, 2000, 1000])
+    packed = trace_training_step(
+        GROUPED, seq_len=20_000, ulysses=2, ring=2, documents=[12_000, 5000, 2000, 1000]
+    )
     assert packed.peak_bytes == pytest.approx(whole.peak_bytes, rel=1e-2)
 
 
@@ -174,7 +213,9 @@ def test_a_trace_leaves_no_group_and_no_random_state_behind() -> None:
 
 
 def test_models_and_batches_that_the_trainer_cannot_have_are_refused() -> None:
-    wide = ModelShape(name="wide", layers=1, hidden=64, heads=4, kv_heads=4, head_dim=32, intermediate=64, vocabulary=50)
+    wide = ModelShape(
+        name="wide", layers=1, hidden=64, heads=4, kv_heads=4, head_dim=32, intermediate=64, vocabulary=50
+    )
     for refused, why in ((wide, "head_dim=16"), (shape(64, 4, 4, 64, 50, gated=False), "no gate")):
         with pytest.raises(ValueError, match=why):
             trace_training_step(refused, seq_len=256, ulysses=1, ring=1)
@@ -191,5 +232,5 @@ def test_the_formula_tiles_the_loss_as_the_code_does() -> None:
 
 
 def test_the_formula_needs_no_torch() -> None:
-    program = "import sys, seqmesh.planner.trainer_memory; assert 'torch' not in sys.modules"
+    program = "import sys, seqmesh.planner.trainer.memory; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

@@ -24,7 +24,9 @@ def test_the_default_recipe_is_the_default_configuration() -> None:
 
 
 def test_a_configuration_survives_writing_and_reading(tmp_path: Path) -> None:
-    config = load(None, ['--data=a "quoted" \\ näme\t', "--lr=1e-5", "--tie-embeddings=true", "--mesh.ring=3"])
+    config = load(
+        None, ['--data=a "quoted" \\ näme\t', "--lr=1e-5", "--tie-embeddings=true", "--mesh.ring=3"]
+    )
     (tmp_path / "r.toml").write_text(dump(config))
     assert load(str(tmp_path / "r.toml")) == config
 

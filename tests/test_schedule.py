@@ -1,4 +1,6 @@
-"""The schedule against brute force: every pair exactly once, exactly the needed rows, the paper's and our own traffic ratios."""
+"""The schedule against brute force: every pair exactly once, exactly the needed rows, the paper's and our own
+traffic ratios.
+"""
 
 import numpy as np
 import pytest
@@ -8,17 +10,21 @@ from hypothesis import strategies as st
 from seqmesh import layouts, masks
 from seqmesh.layouts import Layout, Span
 from seqmesh.masks import Band, Mask
-from seqmesh.schedule import RingSchedule, ring_schedule
+from seqmesh.schedule.ring import RingSchedule, ring_schedule
 
 STATIC_LAYOUTS = {"contiguous": layouts.contiguous, "zigzag": layouts.zigzag, "striped": layouts.striped}
 
 
-def all_ranks(mask: Mask, q_layout: Layout, kv_layout: Layout, stages: int | None = None) -> list[RingSchedule]:
+def all_ranks(
+    mask: Mask, q_layout: Layout, kv_layout: Layout, stages: int | None = None
+) -> list[RingSchedule]:
     return [ring_schedule(mask, q_layout, kv_layout, r, stages) for r in range(q_layout.ring)]
 
 
 def covered(mask: Mask, q_layout: Layout, kv_layout: Layout, schedules: list[RingSchedule]) -> np.ndarray:
-    """How often the blocks of all ranks compute each global pair, replayed through the rows that really travel."""
+    """How often the blocks of all ranks compute each global pair, replayed through the rows that really
+    travel.
+    """
     count = np.zeros((mask.q_len, mask.k_len), dtype=np.int64)
     for schedule in schedules:
         q_positions = np.fromiter(q_layout.positions(schedule.ring_rank), dtype=np.int64)
@@ -47,7 +53,9 @@ def needed_rows(mask: Mask, q_layout: Layout, kv_layout: Layout, receiver: int, 
 
 def check_exact(mask: Mask, q_layout: Layout, kv_layout: Layout, stages: int | None) -> None:
     schedules = all_ranks(mask, q_layout, kv_layout, stages)
-    np.testing.assert_array_equal(covered(mask, q_layout, kv_layout, schedules), mask.dense().astype(np.int64))
+    np.testing.assert_array_equal(
+        covered(mask, q_layout, kv_layout, schedules), mask.dense().astype(np.int64)
+    )
     assert sum(schedule.area for schedule in schedules) == mask.area
     received = {}
     for schedule in schedules:
@@ -62,7 +70,8 @@ def check_exact(mask: Mask, q_layout: Layout, kv_layout: Layout, stages: int | N
         for sender in set(range(ring)) - {receiver}:
             rows = [row for start, stop in received.get((receiver, sender), ()) for row in range(start, stop)]
             assert rows == needed_rows(mask, q_layout, kv_layout, receiver, sender)
-    # Each exchange must be entered with matching peers: what rank a sends to b at stage t, b receives from a at stage t.
+    # Each exchange must be entered with matching peers: what rank a sends to b at stage t, b receives from a
+    # at stage t.
     for t in range(len(schedules[0].stages)):
         pairs_sent = {(s.ring_rank, peer) for s in schedules for peer, _ in s.stages[t].sends}
         pairs_received = {(peer, s.ring_rank) for s in schedules for peer, _ in s.stages[t].receives}
@@ -106,7 +115,9 @@ def random_layouts(draw: st.DrawFn, s: int, ring: int) -> Layout:
 
 @given(st.data(), random_masks(), st.integers(1, 6))
 @settings(max_examples=150, deadline=None)
-def test_blocks_of_all_ranks_cover_the_mask_once_with_exactly_the_needed_rows(data: st.DataObject, mask: Mask, ring: int) -> None:
+def test_blocks_of_all_ranks_cover_the_mask_once_with_exactly_the_needed_rows(
+    data: st.DataObject, mask: Mask, ring: int
+) -> None:
     layout = data.draw(random_layouts(mask.q_len, ring))
     stages = data.draw(st.one_of(st.none(), st.integers(1, max(1, ring - 1))))
     check_exact(mask, layout, layout, stages)
@@ -114,8 +125,12 @@ def test_blocks_of_all_ranks_cover_the_mask_once_with_exactly_the_needed_rows(da
 
 @given(st.data(), st.integers(0, 20), st.integers(0, 20), st.integers(1, 5))
 @settings(max_examples=60, deadline=None)
-def test_cross_attention_with_its_own_key_layout_is_covered_once(data: st.DataObject, q_len: int, k_len: int, ring: int) -> None:
-    mask = Mask(q_len, k_len, (Band(0, q_len, 0, k_len, data.draw(st.one_of(st.none(), st.integers(-9, 9)))),))
+def test_cross_attention_with_its_own_key_layout_is_covered_once(
+    data: st.DataObject, q_len: int, k_len: int, ring: int
+) -> None:
+    mask = Mask(
+        q_len, k_len, (Band(0, q_len, 0, k_len, data.draw(st.one_of(st.none(), st.integers(-9, 9)))),)
+    )
     check_exact(mask, data.draw(random_layouts(q_len, ring)), data.draw(random_layouts(k_len, ring)), None)
 
 
@@ -134,7 +149,9 @@ def test_causal_zigzag_is_one_causal_block_then_one_full_block_per_hop(ring: int
     for schedule in all_ranks(masks.causal(s), layout, layout):
         first, *hops = schedule.stages
         assert first.blocks == (Band(0, s // ring, 0, s // ring, lo=0),)
-        assert all(len(hop.blocks) == 1 and hop.blocks[0].lo is None and hop.blocks[0].hi is None for hop in hops)
+        assert all(
+            len(hop.blocks) == 1 and hop.blocks[0].lo is None and hop.blocks[0].hi is None for hop in hops
+        )
         assert len(hops) == ring - 1
 
 
@@ -176,10 +193,22 @@ def test_one_rank_of_a_million_tokens_is_scheduled_without_touching_the_other_do
 @pytest.mark.parametrize(
     ("build", "message"),
     [
-        (lambda: ring_schedule(masks.causal(8), layouts.zigzag(9, 2), layouts.zigzag(9, 2), 0), "query layout holds 9 tokens"),
-        (lambda: ring_schedule(masks.causal(8), layouts.zigzag(8, 2), layouts.zigzag(8, 4), 0), "use one ring degree"),
-        (lambda: ring_schedule(masks.causal(8), layouts.zigzag(8, 2), layouts.zigzag(8, 2), 2), "ring_rank=2"),
-        (lambda: ring_schedule(masks.causal(8), layouts.zigzag(8, 2), layouts.zigzag(8, 2), 0, 2), "stages=2"),
+        (
+            lambda: ring_schedule(masks.causal(8), layouts.zigzag(9, 2), layouts.zigzag(9, 2), 0),
+            "query layout holds 9 tokens",
+        ),
+        (
+            lambda: ring_schedule(masks.causal(8), layouts.zigzag(8, 2), layouts.zigzag(8, 4), 0),
+            "use one ring degree",
+        ),
+        (
+            lambda: ring_schedule(masks.causal(8), layouts.zigzag(8, 2), layouts.zigzag(8, 2), 2),
+            "ring_rank=2",
+        ),
+        (
+            lambda: ring_schedule(masks.causal(8), layouts.zigzag(8, 2), layouts.zigzag(8, 2), 0, 2),
+            "stages=2",
+        ),
     ],
 )
 def test_a_schedule_that_does_not_fit_is_refused(build, message: str) -> None:

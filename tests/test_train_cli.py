@@ -1,4 +1,6 @@
-"""`seqmesh train` as users run it: the real command in a process of its own, with forked ranks, a tiny model and a short run."""
+"""`seqmesh train` as users run it: the real command in a process of its own, with forked ranks, a tiny model
+and a short run.
+"""
 
 import json
 import subprocess
@@ -11,7 +13,7 @@ from train_command import ROOT, TEXT, TIMEOUT_S, TINY, command, environment, one
 from transformers import ByT5Tokenizer, LlamaForCausalLM
 
 import seqmesh
-from seqmesh import data
+from seqmesh.train import data
 from seqmesh.train.recipe import load
 
 
@@ -19,7 +21,17 @@ from seqmesh.train.recipe import load
 def finished(text: Path) -> tuple[Path, str]:
     """The folder and the output of a run on 4 ranks."""
     folder = text.parent / "run"
-    done = seqmesh_command("train", *TINY, "--data", str(text), "--steps=12", "--warmup=2", "--folder", str(folder), cwd=text.parent)
+    done = seqmesh_command(
+        "train",
+        *TINY,
+        "--data",
+        str(text),
+        "--steps=12",
+        "--warmup=2",
+        "--folder",
+        str(folder),
+        cwd=text.parent,
+    )
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return folder, done.stdout
@@ -38,7 +50,15 @@ def test_the_report_has_every_figure_and_every_check_passes(finished: tuple[Path
     assert len(report["peak_memory_bytes"]) == 4
     assert min(report["peak_memory_bytes"]) > 50e6
     assert 0 < report["mfu_mask"] < report["mfu_noncausal"]
-    for said in ("loss ", "|Δloss|", "measured = scheduled", "MFU ", "memory", str(folder), "ulysses 2 x ring 2"):
+    for said in (
+        "loss ",
+        "|Δloss|",
+        "measured = scheduled",
+        "MFU ",
+        "memory",
+        str(folder),
+        "ulysses 2 x ring 2",
+    ):
         assert said in output
     assert report["torch"] == torch.__version__
 
@@ -50,7 +70,11 @@ def test_the_metrics_have_a_line_for_each_step(finished: tuple[Path, str]) -> No
         assert line["tokens"] == 256
         assert line["labels"] == 256 - line["documents"]
         assert line["bytes_sent"] == line["bytes_scheduled"]
-        assert line["flops"] == 6 * (2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64) + 32 * 259) * 256 + 12 * 2 * line["area"] * 32
+        assert (
+            line["flops"]
+            == 6 * (2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64) + 32 * 259) * 256
+            + 12 * 2 * line["area"] * 32
+        )
         assert line["tokens_per_s"] == pytest.approx(256 / line["seconds"])
 
 
@@ -83,16 +107,32 @@ def test_plain_transformers_loads_the_checkpoint_with_the_trained_loss(finished:
 def test_one_rank_trains_the_same_model(finished: tuple[Path, str], text: Path) -> None:
     """The whole run again with the 1 x 1 mesh: the curves agree far beyond the compared steps."""
     alone = text.parent / "alone"
-    done = seqmesh_command("train", str(finished[0] / "config.toml"), "--ulysses=1", "--ring=1", "--folder", str(alone), cwd=text.parent)
+    done = seqmesh_command(
+        "train",
+        str(finished[0] / "config.toml"),
+        "--ulysses=1",
+        "--ring=1",
+        "--folder",
+        str(alone),
+        cwd=text.parent,
+    )
     assert done.returncode == 0, done.stderr
-    curves = [[json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()] for folder in (finished[0], alone)]
+    curves = [
+        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        for folder in (finished[0], alone)
+    ]
     for four, one in zip(*curves, strict=True):
         assert four["loss"] == pytest.approx(one["loss"], abs=1e-4)
         assert four["grad_norm"] == pytest.approx(one["grad_norm"], abs=1e-4)
         assert one["bytes_sent"] == 0
-    a, b = (LlamaForCausalLM.from_pretrained(folder / "checkpoint").state_dict() for folder in (finished[0], alone))
+    a, b = (
+        LlamaForCausalLM.from_pretrained(folder / "checkpoint").state_dict()
+        for folder in (finished[0], alone)
+    )
     for name, weight in a.items():
-        torch.testing.assert_close(weight, b[name], rtol=0, atol=2e-3)  # Adam's first steps amplify rounding of tiny gradients
+        torch.testing.assert_close(
+            weight, b[name], rtol=0, atol=2e-3
+        )  # Adam's first steps amplify rounding of tiny gradients
 
 
 WRONG_INPUT = [
@@ -147,11 +187,20 @@ def mistakes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("argument", "said"), WRONG_INPUT, ids=[argument[:40] for argument, _ in WRONG_INPUT])
+@pytest.mark.parametrize(
+    ("argument", "said"), WRONG_INPUT, ids=[argument[:40] for argument, _ in WRONG_INPUT]
+)
 def test_wrong_input_is_one_line_with_a_remedy_and_exit_code_2(
-    mistakes: Path, argument: str, said: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    mistakes: Path,
+    argument: str,
+    said: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
-    """In this process, to be quick: these are all found before a rank starts. The next test uses the real command."""
+    """In this process, to be quick: these are all found before a rank starts.
+
+    The next test uses the real command.
+    """
     from seqmesh.cli import main
 
     monkeypatch.chdir(mistakes)
@@ -168,7 +217,9 @@ def test_wrong_input_is_one_line_with_a_remedy_and_exit_code_2(
 
 
 def test_wrong_input_to_the_real_command_leaves_no_traceback(mistakes: Path) -> None:
-    assert "did you mean --mesh.ring?" in one_line_error(seqmesh_command("train", "--mesh.rign", "4", cwd=mistakes))
+    assert "did you mean --mesh.ring?" in one_line_error(
+        seqmesh_command("train", "--mesh.rign", "4", cwd=mistakes)
+    )
     assert "is binary" in one_line_error(seqmesh_command("train", "--data", "binary.bin", cwd=mistakes))
     assert "No such command" in one_line_error(seqmesh_command("trian", cwd=mistakes))
 
@@ -185,9 +236,19 @@ def test_no_command_shows_the_help() -> None:
 
 def joined(rank: int, world: int, port: int, cwd: Path, *arguments: str) -> subprocess.Popen[str]:
     """A rank as torchrun starts it."""
-    place = {"RANK": str(rank), "WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    place = {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
     return subprocess.Popen(
-        command("train", *TINY, *arguments), cwd=cwd, env=environment() | place, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command("train", *TINY, *arguments),
+        cwd=cwd,
+        env=environment() | place,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
 
 
@@ -225,7 +286,9 @@ def test_a_mistake_that_one_launched_rank_sees_ends_all_of_them(text: Path) -> N
 
 
 @pytest.mark.parametrize(("difference", "said"), [("lr", "configuration"), ("text", "text")])
-def test_launched_ranks_with_another_recipe_or_text_are_named_on_every_rank(tmp_path: Path, difference: str, said: str) -> None:
+def test_launched_ranks_with_another_recipe_or_text_are_named_on_every_rank(
+    tmp_path: Path, difference: str, said: str
+) -> None:
     port = free_port()
     ranks = []
     for rank in range(2):
@@ -254,20 +317,27 @@ def test_ranks_find_loaded_what_pytorch_loads_on_use(tmp_path: Path) -> None:
     program = """
 import sys
 from pathlib import Path
-from seqmesh.train.launch import LOADED_ON_USE, run_local
+from seqmesh.processes import LOADED_ON_USE
+from seqmesh.train.launch import run_local
 assert "torch._dynamo" not in sys.modules
 run_local(lambda place, emit: emit([name in sys.modules for name in LOADED_ON_USE]), 1, 60.0, print, Path())
 """
     done = subprocess.run(
-        [sys.executable, "-c", program], cwd=tmp_path, env=environment(), capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        [sys.executable, "-c", program],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
     )
     assert (done.stdout, done.stderr) == ("[True, True]\n", "")
 
 
 def test_mistral_trains_on_documents_longer_than_its_default_window(text: Path) -> None:
     """Its configuration has a window of 4096 tokens, and the first longer document ended the run."""
-    from seqmesh.data import read
-    from seqmesh.mesh import SequenceMesh
+    from seqmesh.engine.mesh import SequenceMesh
+    from seqmesh.train.data import read
     from seqmesh.train.trainer import Trainer
 
     tiny = ("--hidden=32", "--layers=1", "--heads=4", "--kv-heads=2", "--intermediate=64", "--seq_len=5000")
@@ -278,7 +348,12 @@ def test_mistral_trains_on_documents_longer_than_its_default_window(text: Path) 
 
 def test_launched_ranks_join_and_train(text: Path) -> None:
     port, folder = free_port(), text.parent / "joined"
-    ranks = [joined(rank, 2, port, text.parent, "--ring=1", "--data", str(text), "--steps=3", "--folder", str(folder)) for rank in range(2)]
+    ranks = [
+        joined(
+            rank, 2, port, text.parent, "--ring=1", "--data", str(text), "--steps=3", "--folder", str(folder)
+        )
+        for rank in range(2)
+    ]
     outputs = [rank.communicate(timeout=TIMEOUT_S) for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0, 0], outputs
     assert json.loads((folder / "report.json").read_text())["matches_one_rank"] is True

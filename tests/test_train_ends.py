@@ -1,4 +1,6 @@
-"""How runs of `seqmesh train` end before they are done: Ctrl-C, killed, hung and diverging ranks, a time limit."""
+"""How runs of `seqmesh train` end before they are done: Ctrl-C, killed, hung and diverging ranks, a time
+limit.
+"""
 
 import json
 import os
@@ -25,7 +27,8 @@ class LongRun:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            # a shell starts background jobs with Ctrl-C ignored, and children inherit that: a CI job may be one
+            # a shell starts background jobs with Ctrl-C ignored, and children inherit that: a CI job may be
+            # one
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
         metrics, deadline = folder / "metrics.jsonl", time.monotonic() + TIMEOUT_S
@@ -83,7 +86,9 @@ def test_a_killed_rank_is_named_and_the_others_end(long_run: LongRun) -> None:
     os.kill(long_run.ranks[2], signal.SIGKILL)
     code, error = long_run.end()
     assert code == 1
-    assert error.splitlines() == ["seqmesh: error: rank 2 was killed by SIGKILL (out of memory?); the other ranks were stopped"]
+    assert error.splitlines() == [
+        "seqmesh: error: rank 2 was killed by SIGKILL (out of memory?); the other ranks were stopped"
+    ]
     assert long_run.survivors() == []
 
 
@@ -93,13 +98,24 @@ def test_a_hung_rank_is_named_after_the_timeout(long_run: LongRun) -> None:
     os.kill(long_run.ranks[1], signal.SIGSTOP)
     code, error = long_run.end()
     assert code == 1
-    assert error.splitlines() == ["seqmesh: error: rank 1 did not answer for run.timeout_s=3 seconds; the other ranks were stopped"]
+    assert error.splitlines() == [
+        "seqmesh: error: rank 1 did not answer for run.timeout_s=3 seconds; the other ranks were stopped"
+    ]
     assert long_run.survivors() == []
 
 
 def test_a_diverging_run_ends_with_one_line(text: Path, tmp_path: Path) -> None:
     done = seqmesh_command(
-        "train", *TINY, "--data", str(text), "--lr=1e30", "--warmup=0", "--steps=50", "--folder", str(tmp_path / "run"), cwd=tmp_path
+        "train",
+        *TINY,
+        "--data",
+        str(text),
+        "--lr=1e30",
+        "--warmup=0",
+        "--steps=50",
+        "--folder",
+        str(tmp_path / "run"),
+        cwd=tmp_path,
     )
     assert "lower train.lr" in one_line_error(done, code=1)
 
@@ -107,6 +123,8 @@ def test_a_diverging_run_ends_with_one_line(text: Path, tmp_path: Path) -> None:
 def test_a_time_limit_stops_all_ranks_at_the_same_step(text: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     limits = ("--steps=100000", "--minutes=0.03", "--compare-steps=1")
-    done = seqmesh_command("train", *TINY, "--data", str(text), *limits, "--folder", str(folder), cwd=tmp_path)
+    done = seqmesh_command(
+        "train", *TINY, "--data", str(text), *limits, "--folder", str(folder), cwd=tmp_path
+    )
     assert done.returncode == 0, done.stderr
     assert 1 <= json.loads((folder / "report.json").read_text())["steps"] < 10000

@@ -1,4 +1,6 @@
-"""Hugging Face models on sequence shards: the same logits and gradients as eager attention on one device, or a clear refusal."""
+"""Hugging Face models on sequence shards: the same logits and gradients as eager attention on one device, or
+a clear refusal.
+"""
 
 from typing import Any
 
@@ -13,8 +15,8 @@ from transformers.utils import logging
 
 from seqmesh import Schedule, SequenceMesh, masks
 from seqmesh.integrations.transformers import NAME, furthest, plug_in, refuse_padding, register
-from seqmesh.loss import next_token_loss
 from seqmesh.masks import Mask
+from seqmesh.train.loss import next_token_loss
 
 VOCABULARY = 31
 LENGTHS = [9, 1, 17, 6]
@@ -23,7 +25,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "llama": {},
     "qwen3": {"head_dim": 8},
     "mistral": {"sliding_window": WINDOW},
-    "gemma2": {"head_dim": 8, "sliding_window": WINDOW, "attn_logit_softcapping": 3.0, "query_pre_attn_scalar": 8},
+    "gemma2": {
+        "head_dim": 8,
+        "sliding_window": WINDOW,
+        "attn_logit_softcapping": 3.0,
+        "query_pre_attn_scalar": 8,
+    },
     "gpt_oss": {"head_dim": 8, "sliding_window": WINDOW, "num_local_experts": 2, "num_experts_per_tok": 1},
 }
 """Grouped heads; norms on q and k; every layer slides; mixed layers with softcap; mixed layers with sinks."""
@@ -31,11 +38,21 @@ KINDS: dict[str, dict[str, Any]] = {
 
 def model_of(kind: str, **more: Any) -> PreTrainedModel:
     logging.set_verbosity_error()
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     ids = {"bos_token_id": None, "eos_token_id": 1, "pad_token_id": 0}
-    config = AutoConfig.for_model(kind, vocab_size=VOCABULARY, max_position_embeddings=64, **sizes, **ids, **KINDS.get(kind, {}), **more)
+    config = AutoConfig.for_model(
+        kind, vocab_size=VOCABULARY, max_position_embeddings=64, **sizes, **ids, **KINDS.get(kind, {}), **more
+    )
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager", experts_implementation="eager").double()
+    return AutoModelForCausalLM.from_config(
+        config, attn_implementation="eager", experts_implementation="eager"
+    ).double()
 
 
 def inputs() -> tuple[Tensor, Tensor, Tensor]:
@@ -61,9 +78,15 @@ def on_mesh(kind: str, ulysses: int, ring: int) -> tuple[Tensor, dict[str, Tenso
     mesh = SequenceMesh.build(ulysses=ulysses, ring=ring)
     full, sliding = both_masks()
     schedule = Schedule.build(sliding if kind == "mistral" else full, mesh)
-    more = {"sliding_schedule": Schedule.build(sliding, mesh, layout=schedule.layout)} if kind in ("gemma2", "gpt_oss") else {}
+    more = (
+        {"sliding_schedule": Schedule.build(sliding, mesh, layout=schedule.layout)}
+        if kind in ("gemma2", "gpt_oss")
+        else {}
+    )
     ids, labels, positions = inputs()
-    logits = model(schedule.shard(ids, 1), position_ids=schedule.shard(positions, 1), schedule=schedule, **more).logits
+    logits = model(
+        schedule.shard(ids, 1), position_ids=schedule.shard(positions, 1), schedule=schedule, **more
+    ).logits
     next_token_loss(logits, schedule.shard(labels, 1), int((labels != -100).sum())).backward()
     grads = gradients(model)
     for grad in grads.values():
@@ -75,10 +98,14 @@ def eager(kind: str) -> tuple[Tensor, dict[str, Tensor]]:
     """The oracle: transformers' own eager attention over the whole sequence with dense masks."""
     model = model_of(kind)
     dense = {
-        name: torch.zeros(mask.q_len, mask.k_len, dtype=torch.float64).masked_fill(~torch.from_numpy(mask.dense()), -torch.inf)[None, None]
+        name: torch.zeros(mask.q_len, mask.k_len, dtype=torch.float64).masked_fill(
+            ~torch.from_numpy(mask.dense()), -torch.inf
+        )[None, None]
         for name, mask in zip(("full_attention", "sliding_attention"), both_masks(), strict=True)
     }
-    given = {"mistral": dense["sliding_attention"], "gemma2": dense, "gpt_oss": dense}.get(kind, dense["full_attention"])
+    given = {"mistral": dense["sliding_attention"], "gemma2": dense, "gpt_oss": dense}.get(
+        kind, dense["full_attention"]
+    )
     ids, labels, positions = inputs()
     logits = model(ids, position_ids=positions, attention_mask=given, use_cache=False).logits
     nn.functional.cross_entropy(logits[0], labels[0]).backward()
@@ -87,21 +114,29 @@ def eager(kind: str) -> tuple[Tensor, dict[str, Tensor]]:
 
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("ulysses", "ring"), [(2, 2), (4, 1), (1, 4)])
-def test_a_model_on_a_mesh_equals_eager_attention_on_one_device(ranks: Ranks, kind: str, ulysses: int, ring: int) -> None:
+def test_a_model_on_a_mesh_equals_eager_attention_on_one_device(
+    ranks: Ranks, kind: str, ulysses: int, ring: int
+) -> None:
     expected, expected_grads = eager(kind)
     for logits, grads in ranks.run(4, on_mesh, kind, ulysses, ring):
         # fp32 islands (norms, rotary tables, routers) are the same code on both sides; the rest is fp64.
         torch.testing.assert_close(logits, expected, rtol=1e-6, atol=1e-7)
         assert grads.keys() == expected_grads.keys()
         for name, grad in grads.items():
-            torch.testing.assert_close(grad, expected_grads[name], rtol=1e-5, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}")
+            torch.testing.assert_close(
+                grad, expected_grads[name], rtol=1e-5, atol=1e-7, msg=lambda m, name=name: f"{name}: {m}"
+            )
 
 
 def plugged(**more: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
     """A llama on the 1 x 1 mesh, and a call that works."""
     ids, _, positions = inputs()
     schedule = Schedule.build(masks.documents(LENGTHS), SequenceMesh.build())
-    return plug_in(model_of("llama", **more)), {"input_ids": ids, "position_ids": positions, "schedule": schedule}
+    return plug_in(model_of("llama", **more)), {
+        "input_ids": ids,
+        "position_ids": positions,
+        "schedule": schedule,
+    }
 
 
 @pytest.mark.parametrize(
@@ -114,7 +149,10 @@ def plugged(**more: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
         ({"use_cache": True}, "K/V cache"),
         ({"logits_to_keep": 1}, "would keep the shard.s last tokens"),
         ({"cu_seq_lens_q": torch.tensor([0, 33])}, "cu_seq_lens_q"),
-        ({"input_ids": torch.ones(1, 30, dtype=torch.int64), "position_ids": torch.arange(30)[None]}, "30 tokens"),
+        (
+            {"input_ids": torch.ones(1, 30, dtype=torch.int64), "position_ids": torch.arange(30)[None]},
+            "30 tokens",
+        ),
     ],
 )
 def test_what_cannot_be_honoured_is_refused_in_one_line(change: dict[str, Any], said: str) -> None:
@@ -134,7 +172,9 @@ def test_attention_dropout_is_refused_in_training_and_harmless_otherwise() -> No
 def test_a_window_that_the_mask_does_not_keep_to_is_refused() -> None:
     model = plug_in(model_of("mistral"))
     _, call = plugged()
-    with pytest.raises(ValueError, match=r"sliding window of 5 tokens but its schedule's mask lets tokens 16 apart meet"):
+    with pytest.raises(
+        ValueError, match=r"sliding window of 5 tokens but its schedule's mask lets tokens 16 apart meet"
+    ):
         model(**call)
 
 
@@ -159,7 +199,11 @@ def test_no_dense_mask_is_made(monkeypatch: pytest.MonkeyPatch) -> None:
     model, call = plugged()
     seen = []
     original = model.model.layers[0].forward
-    monkeypatch.setattr(model.model.layers[0], "forward", lambda *a, **k: seen.append(k["attention_mask"]) or original(*a, **k))
+    monkeypatch.setattr(
+        model.model.layers[0],
+        "forward",
+        lambda *a, **k: seen.append(k["attention_mask"]) or original(*a, **k),
+    )
     model(**call)
     assert seen == [None]
 
@@ -168,7 +212,9 @@ def test_labels_shifted_before_sharding_can_use_the_models_own_loss() -> None:
     model, call = plugged()
     _, labels, _ = inputs()
     out = model(**call, labels=labels, shift_labels=labels, num_items_in_batch=int((labels != -100).sum()))
-    torch.testing.assert_close(out.loss, nn.functional.cross_entropy(out.logits[0].float(), labels[0]), check_dtype=False)
+    torch.testing.assert_close(
+        out.loss, nn.functional.cross_entropy(out.logits[0].float(), labels[0]), check_dtype=False
+    )
 
 
 def refusal(function: Any, *args: Any, **kwargs: Any) -> str:
@@ -181,7 +227,12 @@ def refusal(function: Any, *args: Any, **kwargs: Any) -> str:
 
 ROPE: dict[str, dict[str, Any]] = {
     "dynamic": {"factor": 2.0},
-    "longrope": {"short_factor": [1.0] * 4, "long_factor": [2.0] * 4, "original_max_position_embeddings": 32, "factor": 2.0},
+    "longrope": {
+        "short_factor": [1.0] * 4,
+        "long_factor": [2.0] * 4,
+        "original_max_position_embeddings": 32,
+        "factor": 2.0,
+    },
     "linear": {"factor": 2.0},
     "yarn": {"factor": 2.0, "original_max_position_embeddings": 32},
 }
@@ -209,7 +260,13 @@ def test_rotary_frequencies_that_are_fixed_are_accepted(kind: str) -> None:
 
 
 def encoder_config(kind: str) -> Any:
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "embedding_size": 32}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 4,
+        "embedding_size": 32,
+    }
     more = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
     return AutoConfig.for_model(kind, vocab_size=VOCABULARY, max_position_embeddings=64, **sizes, **more)
 
@@ -228,7 +285,9 @@ def test_a_head_that_pools_over_the_sequence_is_refused(head: Any) -> None:
 
 
 def test_a_llama_that_classifies_sequences_is_refused() -> None:
-    assert "would pool the shard" in refusal(plug_in, transformers.LlamaForSequenceClassification(model_of("llama").config))
+    assert "would pool the shard" in refusal(
+        plug_in, transformers.LlamaForSequenceClassification(model_of("llama").config)
+    )
 
 
 @pytest.mark.parametrize(("kind", "pooler"), [("bert", "BertPooler"), ("albert", "Linear")])
@@ -248,14 +307,16 @@ def test_labels_are_refused_where_the_loss_is_not_the_causal_one(head: Any) -> N
     labels = torch.zeros(1, 33, dtype=torch.int64)
     assert model(**call).logits.shape[:2] == (1, 33)
     said = refusal(model, **call, labels=labels, shift_labels=labels, num_items_in_batch=33)
-    assert "seqmesh.loss.next_token_loss on the logits" in said
+    assert "seqmesh.train.loss.next_token_loss on the logits" in said
 
 
 def test_labels_are_refused_where_a_causal_model_has_another_loss() -> None:
     model, call = plugged()
     model.loss_function = lambda logits, **_: logits.mean()
     labels = inputs()[1]
-    assert "not transformers' ForCausalLMLoss" in refusal(model, **call, labels=labels, shift_labels=labels, num_items_in_batch=29)
+    assert "not transformers' ForCausalLMLoss" in refusal(
+        model, **call, labels=labels, shift_labels=labels, num_items_in_batch=29
+    )
 
 
 def test_router_logits_are_refused_for_their_local_auxiliary_loss() -> None:
@@ -301,9 +362,16 @@ def test_a_model_of_full_and_sliding_layers_needs_both_schedules(kind: str) -> N
 
 
 def test_query_scales_from_local_positions_are_refused() -> None:
-    more = {"num_local_experts": 2, "layer_types": ["full_attention"] * 2, "head_dim": 8, "intermediate_size_mlp": 48}
+    more = {
+        "num_local_experts": 2,
+        "layer_types": ["full_attention"] * 2,
+        "head_dim": 8,
+        "intermediate_size_mlp": 48,
+    }
     with torch.device("meta"):
-        tuned, plain = (model_of("llama4_text", attn_temperature_tuning=tuning, **more) for tuning in (True, False))
+        tuned, plain = (
+            model_of("llama4_text", attn_temperature_tuning=tuning, **more) for tuning in (True, False)
+        )
     assert "build the model with attn_temperature_tuning=False" in refusal(plug_in, tuned)
     assert plug_in(plain).config._attn_implementation == NAME
 
@@ -318,11 +386,21 @@ def test_query_scales_from_local_positions_are_refused() -> None:
         ("llama4_text", {"num_local_experts": 2}, "layers of type chunked_attention"),
     ],
 )
-def test_a_model_that_needs_the_whole_sequence_cannot_be_plugged_in(kind: str, more: dict[str, Any], said: str) -> None:
+def test_a_model_that_needs_the_whole_sequence_cannot_be_plugged_in(
+    kind: str, more: dict[str, Any], said: str
+) -> None:
     logging.set_verbosity_error()
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2}
+    sizes = {
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+    }
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, vocab_size=VOCABULARY, pad_token_id=0, **(sizes | more)))
+        model = AutoModelForCausalLM.from_config(
+            AutoConfig.for_model(kind, vocab_size=VOCABULARY, pad_token_id=0, **(sizes | more))
+        )
     with pytest.raises(ValueError, match=said) as error:
         plug_in(model)
     assert "\n" not in str(error.value)
@@ -363,14 +441,22 @@ def test_plain_transformers_loads_a_saved_model(tmp_path: Any) -> None:
 def test_two_meshes_or_masks_work_in_one_process() -> None:
     model, call = plugged()
     other = Schedule.build(masks.causal(33), SequenceMesh.build())
-    first, second, again = (model(**(call | {"schedule": s})).logits for s in (call["schedule"], other, call["schedule"]))
+    first, second, again = (
+        model(**(call | {"schedule": s})).logits for s in (call["schedule"], other, call["schedule"])
+    )
     assert torch.equal(first, again)
     assert not torch.equal(first, second)
 
 
 @pytest.mark.parametrize(
     ("mask", "distance"),
-    [(masks.causal(7), 6), (masks.sliding_window(9, 3), 2), (masks.documents([4, 2]), 3), (masks.full(5), 4), (masks.causal(0), 0)],
+    [
+        (masks.causal(7), 6),
+        (masks.sliding_window(9, 3), 2),
+        (masks.documents([4, 2]), 3),
+        (masks.full(5), 4),
+        (masks.causal(0), 0),
+    ],
 )
 def test_the_furthest_pair_of_a_mask(mask: Mask, distance: int) -> None:
     assert furthest(mask) == distance
@@ -378,6 +464,10 @@ def test_the_furthest_pair_of_a_mask(mask: Mask, distance: int) -> None:
 
 def test_the_config_needs_no_change_for_llama() -> None:
     model = plug_in(
-        LlamaForCausalLM(LlamaConfig(vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2))
+        LlamaForCausalLM(
+            LlamaConfig(
+                vocab_size=9, hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2
+            )
+        )
     )
     assert model.config._attn_implementation == NAME

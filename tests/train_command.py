@@ -17,12 +17,20 @@ def command(*arguments: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     """Without what a launcher sets, and with the checkout importable from any folder."""
-    return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {"PYTHONPATH": str(ROOT)}
+    return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {
+        "PYTHONPATH": str(ROOT)
+    }
 
 
 def seqmesh_command(*arguments: str, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        command(*arguments), cwd=cwd, env=environment() | more, capture_output=True, text=True, timeout=TIMEOUT_S, check=False
+        command(*arguments),
+        cwd=cwd,
+        env=environment() | more,
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
     )
 
 

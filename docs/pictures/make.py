@@ -1,20 +1,24 @@
-"""Draw the pictures of the README and of the docs anew, next to this file: python docs/pictures/make.py [FOLDER]"""
+"""Draw the pictures of the README and of the docs anew, next to this file: python docs/pictures/make.py
+[FOLDER]
+"""
 
 import sys
 from pathlib import Path
 
 from seqmesh import layouts, masks
 from seqmesh.picture import draw_mesh, draw_schedule
-from seqmesh.planner.cost import Pricer
-from seqmesh.planner.hardware import Cluster, load_gpu
-from seqmesh.planner.job import Job
-from seqmesh.planner.models import load_model
-from seqmesh.planner.plot import plot
+from seqmesh.planner.cost.step import Pricer
+from seqmesh.planner.inputs.hardware import Cluster, load_gpu
+from seqmesh.planner.inputs.job import Job
+from seqmesh.planner.inputs.models import load_model
+from seqmesh.planner.output.plot import plot
 from seqmesh.planner.search import search
 
 DOCUMENTS = (700, 90, 260, 60, 420, 130, 40, 348)
 PAIRS_PER_ROW = 10.0
-"""Documents are short here, so that they can be seen; with the default of 1000 a row would cost more than computing alone."""
+"""Documents are short here, so that they can be seen; with the default of 1000 a row would cost more than
+computing alone.
+"""
 
 
 def make(folder: Path) -> None:

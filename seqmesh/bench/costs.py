@@ -1,10 +1,11 @@
-"""What one attention costs besides time: extra memory, counted at the allocator, and bytes sent, counted at the collective.
+"""What one attention costs besides time: extra memory, counted at the allocator, and bytes sent, counted at
+the collective.
 
-Memory is what is allocated at most beyond inputs, output and gradients, in units of this rank's K and V together, so that one
-number fits every size, mesh and dtype. Bytes are compared with the schedule's, which nobody sends to find out.
+Memory is what is allocated at most beyond inputs, output and gradients, in units of this rank's K and V
+together, so that one number fits every size, mesh and dtype. Bytes are compared with the schedule's, which
+nobody sends to find out.
 
 Legend: b batch, n local tokens, h query heads, g K/V heads, d head dim.
-Where it sits: bench, above the public API. The functions measure on one rank of a process group and know nothing of workers.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,14 +19,19 @@ from torch import Tensor
 from seqmesh import Schedule, SequenceMesh, attention
 from seqmesh.bench.figures import Figure
 from seqmesh.bench.memory import peak_bytes
-from seqmesh.bench.workers import Workers
-from seqmesh.exchange import CountBytes
+from seqmesh.engine.exchange import CountBytes
 from seqmesh.masks import Mask, causal, documents, full
+from seqmesh.processes import Workers
 
 FORWARD_TARGET, BACKWARD_TARGET = 3.0, 6.0
 MEMORY_REPEATS = 3
-"""The least of so many is reported: gloo's thread lets go of a sent buffer a moment after the wait, later on a busy machine."""
-MEMORY_SECTION, BYTES_SECTION = "extra memory of one attention, busiest rank, in units of local K + V", "bytes sent, all ranks"
+"""The least of so many is reported: gloo's thread lets go of a sent buffer a moment after the wait, later on
+a busy machine.
+"""
+MEMORY_SECTION, BYTES_SECTION = (
+    "extra memory of one attention, busiest rank, in units of local K + V",
+    "bytes sent, all ranks",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,7 +73,10 @@ class Bytes:
 
 
 def memory_of(case: Case) -> Memory:
-    """Extra memory of a case on this rank. A collective. The first call is not counted: it fills caches and makes connections."""
+    """Extra memory of a case on this rank. A collective.
+
+    The first call is not counted: it fills caches and makes connections.
+    """
     schedule, (q, k, v), grad = _prepare(case)
     attention(q, k, v, schedule).backward(grad)
     found = [_memory_once(schedule, (q, k, v), grad) for _ in range(MEMORY_REPEATS)]
@@ -79,9 +88,13 @@ def _memory_once(schedule: Schedule, leaves: tuple[Tensor, Tensor, Tensor], grad
     q.grad = k.grad = v.grad = None
     outputs: list[Tensor] = []
     forward = peak_bytes(lambda: outputs.append(attention(q, k, v, schedule)))
-    backward = peak_bytes(lambda: attention(q, k, v, schedule).backward(grad))  # of both: the forward's leftovers count here too
+    backward = peak_bytes(
+        lambda: attention(q, k, v, schedule).backward(grad)
+    )  # of both: the forward's leftovers count here too
     out, unit = outputs[0].nbytes, k.nbytes + v.nbytes
-    return Memory(forward=(forward - out) / unit, backward=(backward - out - q.nbytes - k.nbytes - v.nbytes) / unit)
+    return Memory(
+        forward=(forward - out) / unit, backward=(backward - out - q.nbytes - k.nbytes - v.nbytes) / unit
+    )
 
 
 def bytes_of(case: Case) -> Bytes:
@@ -103,7 +116,9 @@ def bytes_of(case: Case) -> Bytes:
 
 def _prepare(case: Case) -> tuple[Schedule, tuple[Tensor, Tensor, Tensor], Tensor]:
     """This rank's schedule, leaves q, k, v and a gradient of the output."""
-    schedule = Schedule.build(case.mask, SequenceMesh.build(ulysses=case.ulysses, ring=case.ring), case.layout)
+    schedule = Schedule.build(
+        case.mask, SequenceMesh.build(ulysses=case.ulysses, ring=case.ring), case.layout
+    )
     n = schedule.rows[schedule.mesh.ulysses_rank]
 
     def normal(heads: int) -> Tensor:
@@ -130,7 +145,9 @@ def bytes_cases(tokens: int, meshes: Iterable[tuple[int, int]]) -> list[Case]:
     lengths = [tokens * part // 16 for part in (6, 1, 3, 1, 4)]
     packed = documents([*lengths, tokens - sum(lengths)])
     return [
-        Case(mask=mask, name=name, layout=layout, ulysses=u, ring=r, heads=8, kv_heads=2, head_dim=64, batch=2)
+        Case(
+            mask=mask, name=name, layout=layout, ulysses=u, ring=r, heads=8, kv_heads=2, head_dim=64, batch=2
+        )
         for u, r in meshes
         for mask, name, layout in ((causal(tokens), "causal", "zigzag"), (packed, "documents", "contiguous"))
     ]
@@ -169,7 +186,10 @@ def _memory_figure(case: Case, found: Sequence[Memory]) -> Figure:
 def _bytes_figure(case: Case, found: Sequence[Bytes]) -> Figure:
     """All ranks together; reached if every rank agrees with its schedule."""
     forward, backward = sum(b.forward for b in found), sum(b.backward for b in found)
-    forward_scheduled, backward_scheduled = sum(b.forward_scheduled for b in found), sum(b.backward_scheduled for b in found)
+    forward_scheduled, backward_scheduled = (
+        sum(b.forward_scheduled for b in found),
+        sum(b.backward_scheduled for b in found),
+    )
     return Figure(
         section=BYTES_SECTION,
         what=str(case),

@@ -1,7 +1,4 @@
-"""A figure: something measured, next to its target.
-
-Where it sits: bench; speed.py, costs.py and schedules.py return figures, report.py prints them.
-"""
+"""A figure: something measured, next to its target."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass

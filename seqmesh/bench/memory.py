@@ -1,6 +1,6 @@
-"""Peak memory of a piece of code, counted at PyTorch's CPU allocator: repeatable to the byte, unlike resident-set sizes.
+"""Peak memory of a piece of code, counted at PyTorch's CPU allocator: repeatable to the byte, unlike
+resident-set sizes.
 
-Where it sits: bench. CUDA has `torch.cuda.max_memory_allocated` for the same purpose.
 Source: the profiler's memory events; each allocation and each release is one, with its size.
 """
 
@@ -11,11 +11,16 @@ from torch.profiler import ProfilerActivity, profile
 
 
 def peak_bytes(run: Callable[[], Any]) -> int:
-    """Most bytes that were allocated at a time while `run()` ran, beyond what was allocated before. Its result is kept until then."""
+    """Most bytes that were allocated at a time while `run()` ran, beyond what was allocated before.
+
+    Its result is kept until then.
+    """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         kept = run()
     results = profiler.profiler.kineto_results
-    changes = sorted((event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]")
+    changes = sorted(
+        (event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]"
+    )
     del kept
     now = peak = 0
     for _, size in changes:

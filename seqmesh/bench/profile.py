@@ -8,10 +8,8 @@
     seqmesh bench --profile machine.toml --ranks 4
     seqmesh plan --model ... --gpu measured --gpus-per-node 4 --profile machine.toml --precision fp32
 
-Ranks are processes of one thread on the CPU, as `seqmesh train` starts them. GPUs are not measured yet: write their profile by hand
-(docs/planner.md has the form).
-
-Where it sits: bench, above kernels and workers.py.
+Ranks are processes of one thread on the CPU, as `seqmesh train` starts them. GPUs are not measured yet: write
+their profile by hand (docs/planner.md has the form).
 """
 
 import os
@@ -25,11 +23,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from seqmesh.bench.workers import Workers
-from seqmesh.kernels import Problem, select
+from seqmesh.engine.kernels import Problem, select
 from seqmesh.masks import Band
+from seqmesh.processes import Workers
+from seqmesh.provenance import commit, machine, this_command
 from seqmesh.train.model import measure_matmul_flops_per_s
-from seqmesh.train.report import commit, machine, this_command
 
 HEADS, HEAD_DIM = 4, 64
 BLOCKS = (256, 2048)
@@ -65,7 +63,9 @@ def write_profile(path: Path, ranks: int) -> None:
         ValueError: the file cannot be written; before anything is measured.
     """
     if ranks < 2:
-        raise ValueError(f"--ranks {ranks}: a profile measures links too, which a single rank has not; use at least 2")
+        raise ValueError(
+            f"--ranks {ranks}: a profile measures links too, which a single rank has not; use at least 2"
+        )
     try:
         path.touch()
     except OSError as error:
@@ -88,15 +88,16 @@ def _slowest(measured: list[Measured]) -> Measured:
 
 
 def to_toml(m: Measured, ranks: int) -> str:
-    """The profile as a file that `seqmesh plan --profile` reads. Rates are in units of 10^12 and 10^9, per rank."""
+    """The profile as a file that `seqmesh plan --profile` reads.
+
+    Rates are in units of 10^12 and 10^9, per rank.
+    """
     half_forward, long_forward = long_block_rate(m.forward)
     _, long_backward = long_block_rate(m.backward)
     latency, rate = link(m.exchange)
     peak = max(m.matmul, long_forward, long_backward)
     host = machine()
-    source = (
-        f"seqmesh bench --profile, {ranks} ranks of one thread on {host['cores']} cores, {host['cpu']}, torch {host['torch']}, {commit()}"
-    )
+    source = f"seqmesh bench --profile, {ranks} ranks of one thread on {host['cores']} cores, {host['cpu']}, torch {host['torch']}, {commit()}"
     lines = [
         f"# Written by `{this_command()}`. Links are gloo's, of whatever class; offloading to a host means nothing here.",
         "[gpu.measured]",
@@ -121,7 +122,9 @@ def to_toml(m: Measured, ranks: int) -> str:
 
 
 def long_block_rate(rates: tuple[float, float]) -> tuple[float, float]:
-    """(rows of half efficiency, FLOP/s of endless blocks) from the rates at BLOCKS: 1 / rate = (1 + half / rows) / endless."""
+    """(rows of half efficiency, FLOP/s of endless blocks) from the rates at BLOCKS: 1 / rate = (1 + half /
+    rows) / endless.
+    """
     short, long = (1 / rate for rate in rates)
     slope = max(0.0, (short - long) / (1 / BLOCKS[0] - 1 / BLOCKS[1]))
     endless = long - slope / BLOCKS[1]
@@ -144,14 +147,23 @@ def _handler(ranks: int) -> Callable[[Any], Measured]:
                 found.append(run())
             return median(found)
 
-        attention = [[together(lambda rows=rows, back=back: _attention(rows, back)) for rows in BLOCKS] for back in (False, True)]  # type: ignore[misc]
-        exchange = [together(lambda size=size: _exchange(size, ranks)) for size in MESSAGES]  # type: ignore[misc]
+        short, long = BLOCKS
+        small, large = MESSAGES
         return Measured(
             matmul=together(measure_matmul_flops_per_s),
-            forward=(attention[0][0], attention[0][1]),
-            backward=(attention[1][0], attention[1][1]),
+            forward=(
+                together(lambda: _attention(short, backward=False)),
+                together(lambda: _attention(long, backward=False)),
+            ),
+            backward=(
+                together(lambda: _attention(short, backward=True)),
+                together(lambda: _attention(long, backward=True)),
+            ),
             copy=together(_copy),
-            exchange=(exchange[0], exchange[1]),
+            exchange=(
+                together(lambda: _exchange(small, ranks)),
+                together(lambda: _exchange(large, ranks)),
+            ),
             memory=_memory() // ranks,
         )
 

@@ -1,12 +1,11 @@
-"""The benchmark: every figure in one run, printed as a table next to its target, and written as JSON if asked.
+"""The benchmark: every figure in one run, printed as a table next to its target, and written as JSON if
+asked.
 
     seqmesh bench [--quick] [--json FILE]
 
-The header says hardware, versions, commit and command, without which a number means nothing. Times are ratios of two sides that
-were measured in turns; bytes, memory and loads are exact. `--quick` is the same program on small sizes: exact figures are judged,
-times are not.
-
-Where it sits: bench, above speed.py (time), costs.py (memory, bytes) and schedules.py (schedules, loads), which return figures.
+The header says hardware, versions, commit and command, without which a number means nothing. Times are ratios
+of two sides that were measured in turns; bytes, memory and loads are exact. `--quick` is the same program on
+small sizes: exact figures are judged, times are not.
 """
 
 import json
@@ -20,7 +19,7 @@ from rich.table import Table
 
 from seqmesh.bench import costs, schedules, speed
 from seqmesh.bench.figures import Figure
-from seqmesh.train.report import commit, machine, this_command
+from seqmesh.provenance import commit, machine, this_command
 
 MESHES = ((1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4))
 """(ulysses, ring) whose memory and bytes are measured."""
@@ -37,8 +36,8 @@ def run_bench(quick: bool, json_path: Path | None) -> int:
         json_path: also write the figures there.
 
     Returns:
-        0, or 1 if an exact figure (memory, bytes, load) missed its target. Times depend on what else the machine does: they are
-        judged in the table only.
+        0, or 1 if an exact figure (memory, bytes, load) missed its target. Times depend on what else the
+        machine does: they are judged in the table only.
 
     Raises:
         ValueError: json_path cannot be written; before anything is measured.
@@ -54,7 +53,12 @@ def run_bench(quick: bool, json_path: Path | None) -> int:
     figures = []
     for figure in measure(quick):
         figures.append(figure)
-        console.print(f"measured {len(figures)}: {figure.what}", end="\r" if console.is_terminal else "\n", highlight=False, markup=False)
+        console.print(
+            f"measured {len(figures)}: {figure.what}",
+            end="\r" if console.is_terminal else "\n",
+            highlight=False,
+            markup=False,
+        )
     console.print(_table(figures))
     if json_path is not None:
         document = {**header, "quick": quick, "figures": [asdict(figure) for figure in figures]}
@@ -106,4 +110,6 @@ def _check_writable(path: Path) -> None:
     try:
         path.open("a", encoding="utf-8").close()
     except OSError as error:
-        raise ValueError(f"cannot write {path}: {error.strerror}; name a file in an existing folder") from None
+        raise ValueError(
+            f"cannot write {path}: {error.strerror}; name a file in an existing folder"
+        ) from None

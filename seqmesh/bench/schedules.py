@@ -1,10 +1,8 @@
 """What a schedule costs to make, and how well it spreads the load of long-tailed packed documents.
 
-A schedule is built once per batch on every rank, so its time must vanish beside a training step. The layout and the schedule
-are timed apart: the layout sees the whole mask, a rank's schedule only its own part. Documents are log-normal in length, as in
-real corpora: exp(mu + sigma N) tokens, at least 16.
-
-Where it sits: bench; pure Python underneath, one process and one thread.
+A schedule is built once per batch on every rank, so its time must vanish beside a training step. The layout
+and the schedule are timed apart: the layout sees the whole mask, a rank's schedule only its own part.
+Documents are log-normal in length, as in real corpora: exp(mu + sigma N) tokens, at least 16.
 """
 
 import random
@@ -13,11 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 
-from seqmesh import layouts, load, masks
+from seqmesh import layouts, masks
 from seqmesh.bench.figures import Figure, Spread
-from seqmesh.layouts import Layout
+from seqmesh.layouts import Layout, load
 from seqmesh.masks import Mask
-from seqmesh.schedule import ring_schedule
+from seqmesh.schedule.ring import ring_schedule
 
 TIME_SECTION = "one rank's schedule, built anew"
 LOAD_SECTION = "load of log-normal documents, balanced layout"
@@ -57,7 +55,13 @@ class Tail:
 
 BATCHES = (
     Batch(name="1M tokens, 1,000 documents, R=64", tokens=2**20, documents=1000, ring=64, target_s=0.05),
-    Batch(name="10M tokens, 10,000 documents, R=1024", tokens=10 * 2**20, documents=10_000, ring=1024, target_s=1.0),
+    Batch(
+        name="10M tokens, 10,000 documents, R=1024",
+        tokens=10 * 2**20,
+        documents=10_000,
+        ring=1024,
+        target_s=1.0,
+    ),
 )
 TAILS = (Tail(mu=7, sigma=1.3), Tail(mu=8, sigma=1.5))
 
@@ -84,8 +88,13 @@ def measure_times(batches: Sequence[Batch] = BATCHES) -> Iterator[Figure]:
     """Two figures per batch and layout: the layout's time, which has no target, and the schedule's."""
     for batch in batches:
         for name, make in LAYOUTS.items():
-            layout_s, schedule_s = zip(*(_times(batch, make, seed) for seed in range(batch.seeds)), strict=True)
-            for what, times, target_s in (("layout", layout_s, None), ("schedule", schedule_s, batch.target_s)):
+            layout_s, schedule_s = zip(
+                *(_times(batch, make, seed) for seed in range(batch.seeds)), strict=True
+            )
+            for what, times, target_s in (
+                ("layout", layout_s, None),
+                ("schedule", schedule_s, batch.target_s),
+            ):
                 spread = Spread.of([1000 * seconds for seconds in times])
                 yield Figure(
                     section=TIME_SECTION,
@@ -109,9 +118,14 @@ def _times(batch: Batch, make: Callable[[Mask, int], Layout], seed: int) -> tupl
 
 
 def measure_load(tails: Sequence[Tail] = TAILS) -> Iterator[Figure]:
-    """Two figures per distribution: the busiest rank's pairs, and its rows received against zigzag's. Worst of the seeds."""
+    """Two figures per distribution: the busiest rank's pairs, and its rows received against zigzag's.
+
+    Worst of the seeds.
+    """
     for tail in tails:
-        area, zigzag_area, rows, zigzag_rows = zip(*(_loads(tail, seed) for seed in range(tail.seeds)), strict=True)
+        area, zigzag_area, rows, zigzag_rows = zip(
+            *(_loads(tail, seed) for seed in range(tail.seeds)), strict=True
+        )
         what = f"mu {tail.mu:g}, sigma {tail.sigma:g}, {tail.tokens:,} tokens, R={tail.ring}"
         yield Figure(
             section=LOAD_SECTION,
@@ -135,7 +149,9 @@ def measure_load(tails: Sequence[Tail] = TAILS) -> Iterator[Figure]:
 
 
 def _loads(tail: Tail, seed: int) -> tuple[float, float, int, int]:
-    """Of one batch: the busiest rank's pairs in parts of the mean, balanced and zigzag; and the most rows received, likewise."""
+    """Of one batch: the busiest rank's pairs in parts of the mean, balanced and zigzag; and the most rows
+    received, likewise.
+    """
     mask = masks.documents(given_tail(tail, seed))
     ours, zigzag = (LAYOUTS[name](mask, tail.ring) for name in ("balanced", "zigzag"))
     mean = mask.area / tail.ring

@@ -1,17 +1,19 @@
-"""How fast attention over N ranks is, against plain attention in one process on the same cores. Ratios within one run.
+"""How fast attention over N ranks is, against plain attention in one process on the same cores.
+
+Ratios within one run.
 
     one process, 2 threads    #######         #######         #######             scaled_dot_product_attention
     N ranks, 1 thread each           #######         #######         #######      seqmesh.attention
                               `-- a pair --'  `-- a pair --'                      in turns: first one side first, then the other
 
-Both sides do one causal forward and backward of the same global problem. Each pair gives a ratio; its median and range are
-reported. A call's time is from the first rank's start, after a barrier, to the last rank's end. The ratio of CPU time, summed
-over the processes of a side, is reported too: other work on the machine moves it less.
+Both sides do one causal forward and backward of the same global problem. Each pair gives a ratio; its median
+and range are reported. A call's time is from the first rank's start, after a barrier, to the last rank's end.
+The ratio of CPU time, summed over the processes of a side, is reported too: other work on the machine moves
+it less.
 
-Bound: 2 ranks on 2 cores cannot beat 1.0 but for effects of thread scheduling, as the pairs computed are the same.
+Bound: 2 ranks on 2 cores cannot beat 1.0 but for effects of thread scheduling, as the pairs computed are the
+same.
 Legend: b batch, s tokens, n local tokens, h heads, d head dim.
-
-Where it sits: bench, above the public API.
 """
 
 import time
@@ -27,7 +29,7 @@ import torch.nn.functional as F
 
 from seqmesh import Schedule, SequenceMesh, attention, masks
 from seqmesh.bench.figures import Figure, Spread
-from seqmesh.bench.workers import Workers
+from seqmesh.processes import Workers
 
 SECTION = "causal forward + backward"
 TWO_RANKS_TARGET, FOUR_RANKS_TARGET = 1.05, 1.15
@@ -74,12 +76,17 @@ class Timing(NamedTuple):
 
 
 def measure(problem: Problem, meshes: Sequence[Degrees] = MESHES) -> Iterator[Figure]:
-    """A figure per mesh, and one of the process it is compared with. Forks workers: call it before any tensor work."""
+    """A figure per mesh, and one of the process it is compared with.
+
+    Forks workers: call it before any tensor work.
+    """
     judged = problem.tokens >= Problem().tokens
     with ExitStack() as stack:
         alone = stack.enter_context(Workers(partial(_single_process, problem), threads=problem.cores))
         ranks = {
-            world: stack.enter_context(Workers(partial(_one_rank, problem, [m for m in meshes if m.world == world]), world=world))
+            world: stack.enter_context(
+                Workers(partial(_one_rank, problem, [m for m in meshes if m.world == world]), world=world)
+            )
             for world in sorted({mesh.world for mesh in meshes})
         }
         baseline: list[float] = []
@@ -97,7 +104,15 @@ def measure(problem: Problem, meshes: Sequence[Degrees] = MESHES) -> Iterator[Fi
     seconds = Spread.of(baseline)
     what = f"one process, {problem.cores} threads, scaled_dot_product_attention: the 1.00"
     values = seconds.values("seconds")
-    yield Figure(section=SECTION, what=what, measured=seconds.text(2, " s"), target="", ok=None, exact=False, values=values)
+    yield Figure(
+        section=SECTION,
+        what=what,
+        measured=seconds.text(2, " s"),
+        target="",
+        ok=None,
+        exact=False,
+        values=values,
+    )
 
 
 def _figure(mesh: Degrees, wall: Spread, cpu: Spread, *, judged: bool) -> Figure:
@@ -144,7 +159,10 @@ def _single_process(problem: Problem) -> Callable[[None], Timing]:
 def _one_rank(problem: Problem, meshes: Sequence[Degrees]) -> Callable[[Degrees], Timing]:
     """Our side: this rank's part of the same problem on any of the meshes, (b, n, h, d)."""
     schedules = {
-        m: Schedule.build(masks.causal(problem.tokens), SequenceMesh.build(ulysses=m.ulysses, ring=m.ring), "zigzag") for m in meshes
+        m: Schedule.build(
+            masks.causal(problem.tokens), SequenceMesh.build(ulysses=m.ulysses, ring=m.ring), "zigzag"
+        )
+        for m in meshes
     }
     inputs = {}
     for m, schedule in schedules.items():

@@ -1,13 +1,13 @@
-"""What a Hugging Face model would silently get wrong on a sequence shard, each refused in one line: got, rule, remedy.
+"""What a Hugging Face model would silently get wrong on a sequence shard, each refused in one line: got,
+rule, remedy.
 
-`check_pluggable` looks at a model once, when it is plugged in; `check_labels` and `check_forward` are forward pre-hooks and look
-at every call before any layer runs. All three see only what is the same on every rank, so no rank is left waiting for another.
+`check_pluggable` looks at a model once, when it is plugged in; `check_labels` and `check_forward` are forward
+pre-hooks and look at every call before any layer runs. All three see only what is the same on every rank, so
+no rank is left waiting for another.
 
-Why a model goes wrong: on a shard, whatever looks along the sequence outside attention sees this rank's tokens only. A head that
-pools, a loss that shifts or averages, a rotary table chosen by the longest position, a recurrence: each would give a number, and
-on every rank another one.
-
-Where it sits: beside seqmesh.integrations.transformers, which calls it. Checked against transformers 5.23.
+Why a model goes wrong: on a shard, whatever looks along the sequence outside attention sees this rank's
+tokens only. A head that pools, a loss that shifts or averages, a rotary table chosen by the longest position,
+a recurrence: each would give a number, and on every rank another one.
 """
 
 import re
@@ -18,16 +18,21 @@ from torch import nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from seqmesh.sharding import Schedule
+from seqmesh.engine.sharding import Schedule
 
 _FULL, _SLIDING = "full_attention", "sliding_attention"
 _TOKENWISE = ("Model", "ForCausalLM", "ForMaskedLM", "ForTokenClassification")
-"""How the classes end whose outputs are one per token. The others pool or pick a token, or do so in their loss."""
+"""How the classes end whose outputs are one per token.
+
+The others pool or pick a token, or do so in their loss.
+"""
 _POOLS = re.compile(r"Pooler|SequenceSummary")
 _MIXES_TOKENS = re.compile(
     r"Mamba|SSM|DeltaNet|GatedDelta|ShortConv|LinearAttention|LightningAttention|Recurrent|R[wW][kK][vV]|Retention|LSTM"
 )
-"""Layers that pass information along the sequence outside attention: on a shard they would miss what the other ranks hold."""
+"""Layers that pass information along the sequence outside attention: on a shard they would miss what the
+other ranks hold.
+"""
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 
@@ -48,7 +53,9 @@ def check_pluggable(model: PreTrainedModel) -> None:
     """
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
-        raise ValueError(f"{name} is not a transformers model; pass the PreTrainedModel itself, before wrapping it (DDP, FSDP, compile)")
+        raise ValueError(
+            f"{name} is not a transformers model; pass the PreTrainedModel itself, before wrapping it (DDP, FSDP, compile)"
+        )
     if not model.is_backend_compatible():
         raise ValueError(no_interface(model))
     _check_config(name, model.config)
@@ -64,10 +71,14 @@ def check_pluggable(model: PreTrainedModel) -> None:
 
 def _check_config(name: str, config: Any) -> None:
     if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
-        raise ValueError(f"{name} has cross-attention, which needs a schedule of its own; plug in a decoder-only or encoder-only model")
+        raise ValueError(
+            f"{name} has cross-attention, which needs a schedule of its own; plug in a decoder-only or encoder-only model"
+        )
     if config.sub_configs:
         parts = ", ".join(sorted(config.sub_configs))
-        raise ValueError(f"{name} has several parts ({parts}) with sequences of their own; plug in its language model alone")
+        raise ValueError(
+            f"{name} has several parts ({parts}) with sequences of their own; plug in its language model alone"
+        )
     unknown = sorted(_layer_types(config) - {_FULL, _SLIDING})
     if unknown:
         raise ValueError(
@@ -111,7 +122,9 @@ def _layer_types(config: Any) -> set[str]:
 
 
 def _rope_types(model: PreTrainedModel) -> Iterator[str]:
-    """Every RoPE type in a model: what its modules were built with and what its config says, for all layers or per layer type."""
+    """Every RoPE type in a model: what its modules were built with and what its config says, for all layers
+    or per layer type.
+    """
     for module in model.modules():
         built = getattr(module, "rope_type", None) or ()
         yield from [built] if isinstance(built, str) else built.values() if isinstance(built, dict) else ()
@@ -126,10 +139,13 @@ def _router_logits(where: str, remedy: str) -> str:
 
 
 def check_labels(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """Refuse labels unless the model's own loss is then this rank's share of the mean. For the outermost model: it has the loss.
+    """Refuse labels unless the model's own loss is then this rank's share of the mean.
+
+    For the outermost model: it has the loss.
 
     Raises:
-        ValueError: labels without their shift or their count, or a loss other than transformers' ForCausalLMLoss.
+        ValueError: labels without their shift or their count, or a loss other than transformers'
+            ForCausalLMLoss.
     """
     if kwargs.get("labels") is None:
         return args, kwargs
@@ -137,40 +153,56 @@ def check_labels(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str
     if not name.endswith("ForCausalLM") or model.loss_function is not ForCausalLMLoss:
         raise ValueError(
             f"{name}(...) got labels, but its own loss is not transformers' ForCausalLMLoss and would average over the shard;"
-            " pass no labels and use seqmesh.loss.next_token_loss on the logits"
+            " pass no labels and use seqmesh.train.loss.next_token_loss on the logits"
         )
     if kwargs.get("shift_labels") is None or kwargs.get("num_items_in_batch") is None:
         raise ValueError(
-            f"{name}(...) got labels, and would shift them inside the shard and average over it; use seqmesh.loss.next_token_loss on the"
+            f"{name}(...) got labels, and would shift them inside the shard and average over it; use seqmesh.train.loss.next_token_loss on the"
             " logits, or pass shift_labels (shifted before sharding) and num_items_in_batch (of all ranks) too"
         )
     return args, kwargs
 
 
 def check_forward(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
-    """Refuse, before any layer runs, what a model would silently get wrong on a shard. Turns the K/V cache off.
+    """Refuse, before any layer runs, what a model would silently get wrong on a shard.
+
+    Turns the K/V cache off.
 
     Raises:
         ValueError: schedules or position ids that are missing, or an argument that cannot be honoured.
     """
     call = f"{type(model).__name__}(...)"
     if len(args) > 1:
-        raise ValueError(f"{call} got {len(args)} positional arguments; pass everything but input_ids by name")
+        raise ValueError(
+            f"{call} got {len(args)} positional arguments; pass everything but input_ids by name"
+        )
     if not isinstance(kwargs.get("schedule"), Schedule):
-        raise ValueError(f"{call} got schedule={kwargs.get('schedule')!r}; pass schedule=Schedule.build(mask, mesh) on every call")
-    if _layer_types(model.config) >= {_FULL, _SLIDING} and not isinstance(kwargs.get("sliding_schedule"), Schedule):
+        raise ValueError(
+            f"{call} got schedule={kwargs.get('schedule')!r}; pass schedule=Schedule.build(mask, mesh) on every call"
+        )
+    if _layer_types(model.config) >= {_FULL, _SLIDING} and not isinstance(
+        kwargs.get("sliding_schedule"), Schedule
+    ):
         raise ValueError(
             f"{call} got sliding_schedule={kwargs.get('sliding_schedule')!r}, but mixes full and sliding layers, which need a mask each;"
             " pass sliding_schedule=Schedule.build(mask & masks.sliding_window(s, w), mesh, layout=schedule.layout) too"
         )
     if kwargs.get("position_ids") is None:
-        raise ValueError(f"{call} got no position_ids, and would count from 0 on every rank; pass schedule.shard(position_ids, 1)")
+        raise ValueError(
+            f"{call} got no position_ids, and would count from 0 on every rank; pass schedule.shard(position_ids, 1)"
+        )
     if kwargs.get("attention_mask") is not None:
-        raise ValueError(f"{call} got an attention_mask, but the mask lives in the schedule; pass attention_mask=None")
+        raise ValueError(
+            f"{call} got an attention_mask, but the mask lives in the schedule; pass attention_mask=None"
+        )
     if kwargs.get("logits_to_keep") not in (None, 0):
-        raise ValueError(f"{call} got logits_to_keep, which would keep the shard's last tokens; leave it out and select from the logits")
+        raise ValueError(
+            f"{call} got logits_to_keep, which would keep the shard's last tokens; leave it out and select from the logits"
+        )
     if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
-        raise ValueError(f"{call} was asked for a K/V cache, which is not sharded; pass use_cache=False and no past_key_values")
+        raise ValueError(
+            f"{call} was asked for a K/V cache, which is not sharded; pass use_cache=False and no past_key_values"
+        )
     asked = kwargs.get("output_router_logits")
     if asked or (asked is None and getattr(model.config, "output_router_logits", False)):
         raise ValueError(_router_logits(call, "pass output_router_logits=False"))

@@ -1,10 +1,8 @@
 """Pictures of a mesh and of a schedule, drawn from the real objects: what is executed is what is shown.
 
-    draw_schedule   the mask, each pair in the colour of the ring rank that computes it, and every rank's stages (schedule.py)
-    draw_mesh       which ranks swap heads and which exchange K/V rows, and what each holds before and after (mesh.py)
-    describe        the schedule as a table of text, for any size
-
-Where it sits: above the pure part; no torch. matplotlib loads on use (the train extra has it), and no window is opened.
+draw_schedule   the mask, each pair in the colour of the ring rank that computes it, and every rank's stages (schedule.py)
+draw_mesh       which ranks swap heads and which exchange K/V rows, and what each holds before and after (mesh.py)
+describe        the schedule as a table of text, for any size
 """
 
 from seqmesh.picture.mesh import draw_mesh

@@ -1,6 +1,5 @@
-"""What the pictures share: colours, a figure measured in inches, boxes, and files that come out the same every time.
-
-Where it sits: picture, below schedule.py and mesh.py. matplotlib loads on use, and no window is opened.
+"""What the pictures share: colours, a figure measured in inches, boxes, and files that come out the same
+every time.
 """
 
 from pathlib import Path
@@ -24,7 +23,9 @@ def check_degrees(**degrees: int) -> None:
     """
     for name, degree in degrees.items():
         if not 1 <= degree <= MOST_DEGREE:
-            raise ValueError(f"{name}={degree} does not fit in a picture; draw 1 to {MOST_DEGREE}, or use seqmesh.picture.describe")
+            raise ValueError(
+                f"{name}={degree} does not fit in a picture; draw 1 to {MOST_DEGREE}, or use seqmesh.picture.describe"
+            )
 
 
 def figure(width: float, height: float) -> Any:
@@ -37,7 +38,9 @@ def figure(width: float, height: float) -> Any:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
     except ImportError:
-        raise ImportError("pictures need matplotlib, which is not installed; pip install 'seqmesh[train]'") from None
+        raise ImportError(
+            "pictures need matplotlib, which is not installed; pip install 'seqmesh[train]'"
+        ) from None
     made = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
     FigureCanvasAgg(made)
     return made
@@ -76,4 +79,6 @@ def box(axes: Any, place: tuple[float, float, float, float], fill: Color, edge: 
     from matplotlib.patches import Rectangle
 
     x, y, width, height = place
-    axes.add_patch(Rectangle((x, y), width, height, facecolor=fill, edgecolor=edge, linewidth=0.6 if edge else 0))
+    axes.add_patch(
+        Rectangle((x, y), width, height, facecolor=fill, edgecolor=edge, linewidth=0.6 if edge else 0)
+    )

@@ -1,4 +1,6 @@
-"""`seqmesh plan`: a model, a cluster and a batch -> time and memory of every way to spread the work. No torch.
+"""`seqmesh plan`: a model, a cluster and a batch -> time and memory of every way to spread the work.
+
+No torch.
 
 Reading order:
     command.py -> request.py -> job.py          what is asked: a Job (models.py, hardware.py, assumptions.py, data/) and pins

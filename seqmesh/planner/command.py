@@ -1,8 +1,6 @@
 """`seqmesh plan`: its options, and what each of them does.
 
 Exit codes: 0 an answer; 2 wrong input, or nothing fits: one line with the remedy (cli.py prints it).
-
-Where it sits: the top of planner/; cli.py adds it. typer and rich are loaded here, torch only by --trace-memory.
 """
 
 import json
@@ -14,21 +12,21 @@ from typing import Annotated, Any
 
 import typer
 
-from seqmesh.planner.cost import Pricer
-from seqmesh.planner.hardware import known_gpus
-from seqmesh.planner.job import AXES, KEYS, Job
-from seqmesh.planner.kernel import attention_model, split_record, splits
+from seqmesh.planner.cost.estimate import Price
+from seqmesh.planner.cost.step import Pricer
+from seqmesh.planner.inputs.hardware import known_gpus
+from seqmesh.planner.inputs.job import AXES, KEYS, Job
+from seqmesh.planner.inputs.models import ModelShape, known_models, load_model
+from seqmesh.planner.inputs.options import check_options
+from seqmesh.planner.inputs.request import Machine, Request, build_job, numerics_for, parse_pins
+from seqmesh.planner.inputs.units import format_tokens
 from seqmesh.planner.longest import at_length, longest
-from seqmesh.planner.models import ModelShape, known_models, load_model
-from seqmesh.planner.options import check_options
-from seqmesh.planner.price import Price
+from seqmesh.planner.one_attention import attention_model, split_record, splits
+from seqmesh.planner.output.records import record
+from seqmesh.planner.output.report import console, show_found, show_one, show_splits, show_traced
 from seqmesh.planner.reasons import overflow, reasons, remedy, shortfall, why_not
-from seqmesh.planner.records import record
-from seqmesh.planner.report import console, show_found, show_one, show_splits, show_traced
-from seqmesh.planner.request import Machine, Request, build_job, numerics_for, parse_pins
 from seqmesh.planner.search import Found, Pins, any_legal, explain_pins, search
-from seqmesh.planner.trainer_memory import trainer_memory
-from seqmesh.planner.units import format_tokens
+from seqmesh.planner.trainer.memory import trainer_memory
 
 Files = list[Path] | None
 Texts = list[str] | None
@@ -65,48 +63,107 @@ def _option(*names: str, text: str) -> Any:
 
 def _plan(  # one parameter an option: that is typer's form
     context: typer.Context,
-    model: Annotated[str | None, _option("--model", text="A known model, a Hugging Face config.json or its folder.")] = None,
+    model: Annotated[
+        str | None, _option("--model", text="A known model, a Hugging Face config.json or its folder.")
+    ] = None,
     gpu: Annotated[str | None, _option("--gpu", text="A known GPU, or one of --hardware.")] = None,
     cluster: Annotated[str | None, _option("--cluster", text="A [cluster.NAME] of --hardware.")] = None,
     nodes: Annotated[int | None, _option("--nodes", text="Nodes (default 1).")] = None,
-    gpus_per_node: Annotated[int | None, _option("--gpus-per-node", text="GPUs of a node (default 8).")] = None,
-    seq_len: Annotated[str, _option("--seq-len", text="Tokens of a sequence: 65536, 208K, 1M (K = 1024).")] = "8K",
+    gpus_per_node: Annotated[
+        int | None, _option("--gpus-per-node", text="GPUs of a node (default 8).")
+    ] = None,
+    seq_len: Annotated[
+        str, _option("--seq-len", text="Tokens of a sequence: 65536, 208K, 1M (K = 1024).")
+    ] = "8K",
     global_batch: Annotated[int, _option("--global-batch", text="Sequences of a step over all GPUs.")] = 1,
     documents: Annotated[
-        str | None, _option("--documents", text="Packed documents: lognormal:MU,SIGMA, fixed:LENGTH, lengths, or a file of lengths.")
+        str | None,
+        _option(
+            "--documents",
+            text="Packed documents: lognormal:MU,SIGMA, fixed:LENGTH, lengths, or a file of lengths.",
+        ),
     ] = None,
-    layout: Annotated[str, _option("--layout", text="auto, contiguous, zigzag, striped or balanced.")] = "auto",
-    pin: Annotated[Texts, _option("--pin", text="Fix degrees and knobs: tp=8,ulysses=1,zero=1,... Can be repeated.")] = None,
-    stack: Annotated[str, _option("--stack", text="fused (bf16, as Megatron-LM) or trainer (seqmesh train as it stands).")] = "fused",
-    precision: Annotated[str, _option("--precision", text="bf16 (with fp32 master weights) or fp32.")] = "bf16",
-    gradients: Annotated[str, _option("--gradients", text="How bf16 training accumulates and reduces gradients: fp32 or bf16.")] = "fp32",
-    memory_limit: Annotated[str | None, _option("--memory-limit", text="Memory of a GPU to use, such as 70GiB.")] = None,
-    max_micro_batch: Annotated[int | None, _option("--max-micro-batch", text="Largest micro-batch to consider.")] = None,
-    axes: Annotated[str, _option("--axes", text="Mesh axes from the fastest links to the slowest.")] = ",".join(AXES),
-    hardware: Annotated[Files, _option("--hardware", text="TOML file with GPUs, clusters or models of yours. Can be repeated.")] = None,
-    profile: Annotated[Files, _option("--profile", text="Measured profile (the same form): overrides rates and assumptions.")] = None,
-    assume: Annotated[Texts, _option("--assume", text="Override assumptions: network=0.7,matmul=0.6. See --explain.")] = None,
+    layout: Annotated[
+        str, _option("--layout", text="auto, contiguous, zigzag, striped or balanced.")
+    ] = "auto",
+    pin: Annotated[
+        Texts, _option("--pin", text="Fix degrees and knobs: tp=8,ulysses=1,zero=1,... Can be repeated.")
+    ] = None,
+    stack: Annotated[
+        str, _option("--stack", text="fused (bf16, as Megatron-LM) or trainer (seqmesh train as it stands).")
+    ] = "fused",
+    precision: Annotated[
+        str, _option("--precision", text="bf16 (with fp32 master weights) or fp32.")
+    ] = "bf16",
+    gradients: Annotated[
+        str, _option("--gradients", text="How bf16 training accumulates and reduces gradients: fp32 or bf16.")
+    ] = "fp32",
+    memory_limit: Annotated[
+        str | None, _option("--memory-limit", text="Memory of a GPU to use, such as 70GiB.")
+    ] = None,
+    max_micro_batch: Annotated[
+        int | None, _option("--max-micro-batch", text="Largest micro-batch to consider.")
+    ] = None,
+    axes: Annotated[
+        str, _option("--axes", text="Mesh axes from the fastest links to the slowest.")
+    ] = ",".join(AXES),
+    hardware: Annotated[
+        Files,
+        _option("--hardware", text="TOML file with GPUs, clusters or models of yours. Can be repeated."),
+    ] = None,
+    profile: Annotated[
+        Files, _option("--profile", text="Measured profile (the same form): overrides rates and assumptions.")
+    ] = None,
+    assume: Annotated[
+        Texts, _option("--assume", text="Override assumptions: network=0.7,matmul=0.6. See --explain.")
+    ] = None,
     top: Annotated[int, _option("--top", text="How many meshes to show.")] = 5,
-    explain: Annotated[bool, _option("--explain", text="Price the best (or the pinned) point in full.")] = False,
-    max_seq: Annotated[bool, _option("--max-seq", text="Find the longest sequence that fits, then plan it.")] = False,
-    compare: Annotated[bool, _option("--compare", text="The paper's Table 2 for this model: as printed, and corrected.")] = False,
-    published: Annotated[bool, _option("--published", text="The paper's measured tables beside this planner's predictions.")] = False,
-    kernel: Annotated[bool, _option("--kernel", text="Rank the ulysses x ring splits of one attention forward instead.")] = False,
+    explain: Annotated[
+        bool, _option("--explain", text="Price the best (or the pinned) point in full.")
+    ] = False,
+    max_seq: Annotated[
+        bool, _option("--max-seq", text="Find the longest sequence that fits, then plan it.")
+    ] = False,
+    compare: Annotated[
+        bool, _option("--compare", text="The paper's Table 2 for this model: as printed, and corrected.")
+    ] = False,
+    published: Annotated[
+        bool, _option("--published", text="The paper's measured tables beside this planner's predictions.")
+    ] = False,
+    kernel: Annotated[
+        bool, _option("--kernel", text="Rank the ulysses x ring splits of one attention forward instead.")
+    ] = False,
     heads: Annotated[int | None, _option("--heads", text="Query heads, with --kernel.")] = None,
-    kv_heads: Annotated[int | None, _option("--kv-heads", text="K/V heads, with --kernel (default: as --heads).")] = None,
-    head_dim: Annotated[int | None, _option("--head-dim", text="Head dim, with --kernel (default 128).")] = None,
+    kv_heads: Annotated[
+        int | None, _option("--kv-heads", text="K/V heads, with --kernel (default: as --heads).")
+    ] = None,
+    head_dim: Annotated[
+        int | None, _option("--head-dim", text="Head dim, with --kernel (default 128).")
+    ] = None,
     trace_memory: Annotated[
-        bool, _option("--trace-memory", text="Trace the memory of `seqmesh train`'s step with fake tensors, beside the prediction.")
+        bool,
+        _option(
+            "--trace-memory",
+            text="Trace the memory of `seqmesh train`'s step with fake tensors, beside the prediction.",
+        ),
     ] = False,
     as_json: Annotated[bool, _option("--json", text="Print JSON.")] = False,
-    emit: Annotated[Path | None, _option("--emit", text="Write the best point as a recipe for seqmesh train.")] = None,
-    trace: Annotated[Path | None, _option("--trace", text="Write a step's predicted timeline in the Chrome trace format.")] = None,
-    plot: Annotated[Path | None, _option("--plot", text="Draw memory and time of the candidates (default plan.png).")] = None,
+    emit: Annotated[
+        Path | None, _option("--emit", text="Write the best point as a recipe for seqmesh train.")
+    ] = None,
+    trace: Annotated[
+        Path | None, _option("--trace", text="Write a step's predicted timeline in the Chrome trace format.")
+    ] = None,
+    plot: Annotated[
+        Path | None, _option("--plot", text="Draw memory and time of the candidates (default plan.png).")
+    ] = None,
 ) -> int:
-    """Choose a mesh: dp, tp, ulysses, ring, pp, ZeRO stage and memory savers, with memory, time and the reasons. No GPU is needed."""
+    """Choose a mesh: dp, tp, ulysses, ring, pp, ZeRO stage and memory savers, with memory, time and the
+    reasons. No GPU is needed.
+    """
     check_options(context)
     if published:
-        from seqmesh.planner.published import render
+        from seqmesh.planner.paper.published import render
 
         print(render())
         return 0
@@ -131,12 +188,19 @@ def _plan(  # one parameter an option: that is typer's form
         axes=axes,
         assume=tuple(assume or ()),
     )
-    pins, outputs = parse_pins(pin or []), Outputs(as_json=as_json, explain=explain, emit=emit, trace=trace, plot=plot, top=top)
+    pins, outputs = (
+        parse_pins(pin or []),
+        Outputs(as_json=as_json, explain=explain, emit=emit, trace=trace, plot=plot, top=top),
+    )
     if kernel:
         assert heads is not None
-        shape = attention_model(heads, heads if kv_heads is None else kv_heads, 128 if head_dim is None else head_dim)
+        shape = attention_model(
+            heads, heads if kv_heads is None else kv_heads, 128 if head_dim is None else head_dim
+        )
         return _kernel(build_job(request, shape), pins, outputs)
-    if max_seq and documents is not None:  # a sample long enough to be the distribution; it is repeated or cut
+    if (
+        max_seq and documents is not None
+    ):  # a sample long enough to be the distribution; it is repeated or cut
         request = replace(request, seq_len=SAMPLE)
     job = build_job(request, _model(model, machine))
     if compare:
@@ -150,7 +214,9 @@ def _plan(  # one parameter an option: that is typer's form
 
 def _model(given: str | None, machine: Machine) -> ModelShape:
     if given is None:
-        raise ValueError(f"no model given; add --model NAME or --model config.json; known: {', '.join(known_models(machine.files))}")
+        raise ValueError(
+            f"no model given; add --model NAME or --model config.json; known: {', '.join(known_models(machine.files))}"
+        )
     return load_model(given, machine.files)
 
 
@@ -164,7 +230,7 @@ def _kernel(job: Job, pins: Pins, outputs: Outputs) -> int:
 
 
 def _compare(job: Job, outputs: Outputs) -> int:
-    from seqmesh.planner.compare import as_record, compare, render
+    from seqmesh.planner.paper.compare import as_record, compare, render
 
     table = compare(job.model, ranks=job.cluster.gpus, batch=job.global_batch, seq_len=job.seq_len)
     print(json.dumps(as_record(table), indent=2) if outputs.as_json else render(table))
@@ -216,21 +282,23 @@ def _write(pricer: Pricer, shown: Sequence[Price], outputs: Outputs) -> None:
     """The files that were asked for; what is said about them goes to stderr, so that JSON stays JSON."""
     point = shown[0].point
     if outputs.plot is not None:
-        from seqmesh.planner.plot import plot
+        from seqmesh.planner.output.plot import plot
 
         try:
             plot(shown, pricer.job.capacity, outputs.plot, _title(pricer.job))
         except OSError as error:
-            raise ValueError(f"cannot write {str(outputs.plot)!r}: {error.strerror}; choose another place") from None
+            raise ValueError(
+                f"cannot write {str(outputs.plot)!r}: {error.strerror}; choose another place"
+            ) from None
     if outputs.emit is not None:
-        from seqmesh.planner.emit import emit
+        from seqmesh.planner.output.emit import emit
 
         text, missing = emit(pricer.job, point)
         _save(outputs.emit, text)
         for line in missing:
             print(f"seqmesh: {outputs.emit}: {line}", file=sys.stderr)
     if outputs.trace is not None:
-        from seqmesh.planner.timeline import timeline
+        from seqmesh.planner.output.timeline import timeline
 
         _save(outputs.trace, json.dumps(timeline(pricer, point)))
 
@@ -254,9 +322,15 @@ def _trace_memory(job: Job, pins: Pins, as_json: bool) -> int:
     point = search(Pricer(job), pins, top=1).best[0].point
     predicted = trainer_memory(job.model, seq_len=job.seq_len, ulysses=point.ulysses, ring=point.ring)
 
-    from seqmesh.planner.tracing import trace_training_step  # loads torch and transformers
+    from seqmesh.planner.trainer.tracing import trace_training_step  # loads torch and transformers
 
-    traced = trace_training_step(job.model, seq_len=job.seq_len, ulysses=point.ulysses, ring=point.ring, documents=job.documents or None)
+    traced = trace_training_step(
+        job.model,
+        seq_len=job.seq_len,
+        ulysses=point.ulysses,
+        ring=point.ring,
+        documents=job.documents or None,
+    )
     result = {
         "ulysses": point.ulysses,
         "ring": point.ring,

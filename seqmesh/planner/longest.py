@@ -1,24 +1,25 @@
 """The longest sequence that fits a machine: `seqmesh plan --max-seq`.
 
-Bisection over lengths: whether a length fits is whether any legal point with these pins does, with every memory saver that is allowed.
-
-Where it sits: planner, pure; above search.py.
+Bisection over lengths: whether a length fits is whether any legal point with these pins does, with every
+memory saver that is allowed.
 """
 
 from dataclasses import replace
 from itertools import cycle
 from math import lcm
 
-from seqmesh.planner.cost import Pricer
-from seqmesh.planner.job import LARGEST, Job
-from seqmesh.planner.request import MOST_DOCUMENTS, fill
+from seqmesh.planner.cost.step import Pricer
+from seqmesh.planner.inputs.job import LARGEST, Job
+from seqmesh.planner.inputs.request import MOST_DOCUMENTS, fill
+from seqmesh.planner.inputs.units import format_tokens
 from seqmesh.planner.search import Pins, fits_at_all
-from seqmesh.planner.units import format_tokens
 
 GRAIN = 256
 """One over the share of the length to which it is found."""
 LARGEST_STEP = 16384
-"""Steps that are multiples of the number of GPUs as well, so that tensor parallelism can divide them, if they are no larger."""
+"""Steps that are multiples of the number of GPUs as well, so that tensor parallelism can divide them, if they
+are no larger.
+"""
 
 
 def longest(pricer: Pricer, pins: Pins) -> int:
@@ -40,7 +41,9 @@ def longest(pricer: Pricer, pins: Pins) -> int:
 
 
 def at_length(job: Job, seq_len: int) -> Job:
-    """The same job with another length. Packed documents keep their lengths in order and are repeated or cut to fill it.
+    """The same job with another length.
+
+    Packed documents keep their lengths in order and are repeated or cut to fill it.
 
     Raises:
         ValueError: that takes more documents than can be laid out in reasonable time.

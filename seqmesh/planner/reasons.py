@@ -1,19 +1,19 @@
-"""Why the best point is the best: each reason is a comparison with a point that differs in one thing, in numbers.
+"""Why the best point is the best: each reason is a comparison with a point that differs in one thing, in
+numbers.
 
-The practices are the paper's: (1) unified rather than pure sequence parallelism, (2) data parallelism before sequence parallelism,
-(3) ZeRO-1 or 2 with it, ZeRO-3 and offload for memory, (4, 5) tensor parallelism, (7) the order of the axes on the links.
-
-Where it sits: planner, pure; above cost.py and search.py.
+The practices are the paper's: (1) unified rather than pure sequence parallelism, (2) data parallelism before
+sequence parallelism, (3) ZeRO-1 or 2 with it, ZeRO-3 and offload for memory, (4, 5) tensor parallelism, (7)
+the order of the axes on the links.
 """
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from seqmesh.planner.cost import Pricer
-from seqmesh.planner.job import Point, is_legal
-from seqmesh.planner.price import COMPUTE, PIPELINE, Price
+from seqmesh.planner.cost.estimate import COMPUTE, PIPELINE, Price
+from seqmesh.planner.cost.step import Pricer
+from seqmesh.planner.inputs.job import Point, is_legal
+from seqmesh.planner.inputs.units import format_bytes, format_seconds, format_tokens
 from seqmesh.planner.search import Pins, divisors, fits_at_all, search
-from seqmesh.planner.units import format_bytes, format_seconds, format_tokens
 
 SWING = 0.2
 """How far an assumption is moved, each way, to see what rests on it."""
@@ -28,13 +28,23 @@ def reasons(pricer: Pricer, price: Price, pins: Pins) -> list[str]:
     """Why a point is as it is; for a point that does not fit, what would make it fit."""
     if not price.fits:
         return [shortfall(pricer, price, pins)]
-    parts = (_limit(price), _unified(pricer, price), _data_parallel(pricer, price), _zero(pricer, price, pins), _tensor(pricer, price))
+    parts = (
+        _limit(price),
+        _unified(pricer, price),
+        _data_parallel(pricer, price),
+        _zero(pricer, price, pins),
+        _tensor(pricer, price),
+    )
     return [text for part in (*parts, _savers(pricer, price, pins), _order(pricer, price)) for text in part]
 
 
 def _limit(price: Price) -> Iterator[str]:
     causes = sorted(price.by_cause(lambda piece: piece.exposed).items(), key=lambda item: -item[1])
-    shares = ", ".join(f"{_cause(cause)} {seconds / price.seconds:.0%}" for cause, seconds in causes if seconds > 0.005 * price.seconds)
+    shares = ", ".join(
+        f"{_cause(cause)} {seconds / price.seconds:.0%}"
+        for cause, seconds in causes
+        if seconds > 0.005 * price.seconds
+    )
     yield f"limited by {_cause(price.bound_by)}: {shares} of the step"
 
 
@@ -69,7 +79,10 @@ def _unified(pricer: Pricer, price: Price) -> Iterator[str]:
     if p.sp == 1:
         return
     found = []
-    for name, other in (("ring alone", p.but(ulysses=1, ring=p.sp)), ("ulysses alone", p.but(ulysses=p.sp, ring=1))):
+    for name, other in (
+        ("ring alone", p.but(ulysses=1, ring=p.sp)),
+        ("ulysses alone", p.but(ulysses=p.sp, ring=1)),
+    ):
         if (other.ulysses, other.ring) == (p.ulysses, p.ring):
             continue
         if other.ulysses > heads // p.tp:
@@ -140,7 +153,12 @@ def _tensor(pricer: Pricer, price: Price) -> Iterator[str]:
 def _savers(pricer: Pricer, price: Price, pins: Pins) -> Iterator[str]:
     """Each saver against the next lower one; without checkpoints there are none to offload."""
     p = price.point
-    without_checkpoints = {"none": "none", "activations": "none", "optimizer": "optimizer", "both": "optimizer"}
+    without_checkpoints = {
+        "none": "none",
+        "activations": "none",
+        "optimizer": "optimizer",
+        "both": "optimizer",
+    }
     lower = {
         "tiling": p.but(tiling={"none": "none", "loss": "none", "mlp": "loss"}[p.tiling]),
         "checkpointing": p.but(checkpointing="none", offload=without_checkpoints[p.offload]),
@@ -170,7 +188,9 @@ def why_not(best: Price, other: Price) -> str:
     mine = {piece.name: piece.exposed for piece in best.pieces}
     theirs = {piece.name: piece.exposed for piece in other.pieces}
     lost = sorted(((theirs.get(n, 0.0) - mine.get(n, 0.0), n) for n in {*mine, *theirs}), reverse=True)
-    shown = [f"{name} +{format_seconds(seconds)}" for seconds, name in lost[:3] if seconds > 0.001 * best.seconds]
+    shown = [
+        f"{name} +{format_seconds(seconds)}" for seconds, name in lost[:3] if seconds > 0.001 * best.seconds
+    ]
     won, where = lost[-1]
     shown += [f"though {where} {format_seconds(won)}"] if won < -0.001 * best.seconds else []
     gap = other.seconds - best.seconds
@@ -184,14 +204,25 @@ def shortfall(pricer: Pricer, price: Price, pins: Pins) -> str:
 
 def overflow(pricer: Pricer, price: Price) -> str:
     """By how much a point does not fit."""
-    short, capacity, taken, where = price.memory.over(pricer.job), pricer.job.capacity, price.memory.total, "a GPU"
+    short, capacity, taken, where = (
+        price.memory.over(pricer.job),
+        pricer.job.capacity,
+        price.memory.total,
+        "a GPU",
+    )
     if price.memory.total <= capacity:
-        capacity, taken, where = round(pricer.job.assumptions.host_bytes), price.memory.host, "the host for each GPU"
+        capacity, taken, where = (
+            round(pricer.job.assumptions.host_bytes),
+            price.memory.host,
+            "the host for each GPU",
+        )
     return f"{price.point} takes {format_bytes(taken)} of the {format_bytes(capacity)} of {where}, {format_bytes(short)} too much"
 
 
 def remedy(pricer: Pricer, pins: Pins) -> str:
-    """What would make a job fit that does not: one pin to release, all of them, more nodes, or a shorter sequence."""
+    """What would make a job fit that does not: one pin to release, all of them, more nodes, or a shorter
+    sequence.
+    """
     job = pricer.job
     released = [(_fits(pricer, {k: v for k, v in pins.items() if k != key}), key) for key in pins]
     found = [(price.seconds, key, price) for price, key in released if price is not None]
@@ -209,7 +240,11 @@ def remedy(pricer: Pricer, pins: Pins) -> str:
     from seqmesh.planner.longest import longest  # it searches with this module's neighbours
 
     length = longest(pricer, {})
-    return f"the longest sequence that fits is {format_tokens(length)}" if length else "the weights alone do not fit; use a smaller model"
+    return (
+        f"the longest sequence that fits is {format_tokens(length)}"
+        if length
+        else "the weights alone do not fit; use a smaller model"
+    )
 
 
 def _fits(pricer: Pricer, pins: Pins) -> Price | None:
@@ -225,7 +260,9 @@ class Rests:
 
     name: str
     cases: tuple[tuple[float, float, Point | None], ...]
-    """(value, change of the best point's time as a share, the point that wins in its place) for each value that was tried."""
+    """(value, change of the best point's time as a share, the point that wins in its place) for each value
+    that was tried.
+    """
 
     @property
     def strength(self) -> float:
@@ -241,7 +278,8 @@ class Rests:
 def rests_on(pricer: Pricer, best: Sequence[Price], pins: Pins) -> list[Rests]:
     """Every assumption that the best point's time, or its place as the best, rests on, the strongest first.
 
-    The points in `best` compete anew under each changed assumption, with more savers too in case they no longer fit.
+    The points in `best` compete anew under each changed assumption, with more savers too in case they no
+    longer fit.
     """
     rivals = _rivals(pricer, best, pins)
     found = []
@@ -254,7 +292,9 @@ def rests_on(pricer: Pricer, best: Sequence[Price], pins: Pins) -> list[Rests]:
             mine = other.seconds(best[0].point)
             first = min(times, key=lambda one: one[0], default=(mine, best[0].point))
             lost = best[0].point not in fitting or first[0] < mine * (1 - 1e-6)
-            cases.append((moved, mine / best[0].seconds - 1, first[1] if lost and first[1] != best[0].point else None))
+            cases.append(
+                (moved, mine / best[0].seconds - 1, first[1] if lost and first[1] != best[0].point else None)
+            )
         found.append(Rests(name=name, cases=tuple(cases)))
     found.sort(key=lambda rests: -rests.strength)
     return [rests for rests in found if rests.strength > 1e-4 or rests.flips]
@@ -263,7 +303,9 @@ def rests_on(pricer: Pricer, best: Sequence[Price], pins: Pins) -> list[Rests]:
 def _rivals(pricer: Pricer, best: Sequence[Price], pins: Pins) -> list[Point]:
     points = dict.fromkeys(price.point for price in best)
     for point in list(points):
-        variants = [point.but(tiling=tiling) for tiling in ("none", "loss", "mlp")] + [point.but(zero=zero) for zero in (1, 2, 3)]
+        variants = [point.but(tiling=tiling) for tiling in ("none", "loss", "mlp")] + [
+            point.but(zero=zero) for zero in (1, 2, 3)
+        ]
         for variant in variants:
             pinned = all(getattr(variant, key) == value for key, value in pins.items())
             if pinned and is_legal(pricer.job, variant):
@@ -272,7 +314,9 @@ def _rivals(pricer: Pricer, best: Sequence[Price], pins: Pins) -> list[Point]:
 
 
 def _moved(name: str, value: float) -> tuple[float, ...]:
-    """Values to try: 20% to each side; the other one of a yes or no; a half, or three times, where it is zero or near it."""
+    """Values to try: 20% to each side; the other one of a yes or no; a half, or three times, where it is zero
+    or near it.
+    """
     if name == "one_nic_per_partial_node":
         return (1 - value,)
     if name in ("gradient_overlap", "prefetch") and value < 1:

@@ -1,13 +1,13 @@
-"""The search: every legal point of a job, best first, in well under the time that pricing all of them would take.
+"""The search: every legal point of a job, best first, in well under the time that pricing all of them would
+take.
 
     1. every mesh (tp, ulysses, ring, dp, pp), micro-batch and ZeRO stage     priced without a memory saver: a lower bound of its time
     2. in the order of that bound                                             add savers (tiling, checkpointing, offload) until it fits
     3. stop                                                                   when the next bound is above the worst of the best few
 
-A saver never makes a step faster, so once a point fits, the same point with one saver more is dominated and never priced; and a mesh
-whose bound is above the best few cannot enter them. Nothing else is left out: `tests/test_plan_search.py` compares with brute force.
-
-Where it sits: planner, pure; above cost.py.
+A saver never makes a step faster, so once a point fits, the same point with one saver more is dominated and
+never priced; and a mesh whose bound is above the best few cannot enter them. Nothing else is left out:
+`tests/test_plan_search.py` compares with brute force.
 """
 
 from collections.abc import Iterator, Mapping
@@ -17,11 +17,15 @@ from heapq import nsmallest
 from itertools import product
 from math import inf
 
-from seqmesh.planner.cost import Pricer
-from seqmesh.planner.job import CHECKPOINTING, KEYS, OFFLOAD, TILING, Job, Point, is_legal, violations
-from seqmesh.planner.price import Price
+from seqmesh.planner.cost.estimate import Price
+from seqmesh.planner.cost.step import Pricer
+from seqmesh.planner.inputs.job import CHECKPOINTING, KEYS, OFFLOAD, TILING, Job, Point, is_legal, violations
 
-SAVERS: dict[str, tuple[int | str, ...]] = {"tiling": TILING, "checkpointing": CHECKPOINTING, "offload": OFFLOAD}
+SAVERS: dict[str, tuple[int | str, ...]] = {
+    "tiling": TILING,
+    "checkpointing": CHECKPOINTING,
+    "offload": OFFLOAD,
+}
 """Values of each saver, each one at least as slow as those before it."""
 
 Pins = Mapping[str, int | str]
@@ -75,7 +79,9 @@ def mesh_of(point: Point) -> tuple[int, ...]:
 
 
 def _bounds(pricer: Pricer, pins: Pins) -> Iterator[tuple[float, Point]]:
-    """Every legal mesh, micro-batch and ZeRO stage with the fewest savers that the pins allow, and its time: inf if it cannot fit."""
+    """Every legal mesh, micro-batch and ZeRO stage with the fewest savers that the pins allow, and its time:
+    inf if it cannot fit.
+    """
     for point in meshes(pricer.job, pins):
         legal = next((p for p in _savers(point, pins) if is_legal(pricer.job, p)), None)
         if legal is not None:
@@ -86,13 +92,19 @@ def _could_fit(pricer: Pricer, point: Point, pins: Pins) -> bool:
     """Whether a lower bound of the memory with all savers that the pins allow is within the capacity."""
     if pricer.job.stack == "trainer":
         return True
-    least = {"tiling": "mlp", "offload": "both"} | {key: value for key, value in pins.items() if key in SAVERS}
+    least = {"tiling": "mlp", "offload": "both"} | {
+        key: value for key, value in pins.items() if key in SAVERS
+    }
     kinds = [pins["checkpointing"]] if "checkpointing" in pins else CHECKPOINTING
-    return any(pricer.memory.floor(point.but(**(least | {"checkpointing": kind}))) <= pricer.job.capacity for kind in kinds)
+    return any(
+        pricer.memory.floor(point.but(**(least | {"checkpointing": kind}))) <= pricer.job.capacity
+        for kind in kinds
+    )
 
 
 def meshes(job: Job, pins: Pins) -> Iterator[Point]:
-    """Every way to write the number of GPUs as tp x ulysses x ring x dp x pp, with every micro-batch and ZeRO stage the pins allow.
+    """Every way to write the number of GPUs as tp x ulysses x ring x dp x pp, with every micro-batch and ZeRO
+    stage the pins allow.
 
     ZeRO-0 is left out unless pinned: where there are replicas, ZeRO-1 sends no more and takes less memory.
     """
@@ -111,11 +123,23 @@ def meshes(job: Job, pins: Pins) -> Iterator[Point]:
                     ring = gpus // tp // ulysses // pp // dp
                     if pins.get("ring", ring) != ring or job.global_batch % dp:
                         continue
-                    micro = [int(pins["micro_batch"])] if "micro_batch" in pins else divisors(job.global_batch // dp)
+                    micro = (
+                        [int(pins["micro_batch"])]
+                        if "micro_batch" in pins
+                        else divisors(job.global_batch // dp)
+                    )
                     sharded = ulysses * ring * dp > 1 and job.stack != "trainer"
                     stages = [int(pins["zero"])] if "zero" in pins else [1, 2, 3] if sharded else [0]
                     for zero, micro_batch in product(stages, micro):
-                        yield Point(tp=tp, ulysses=ulysses, ring=ring, dp=dp, pp=pp, zero=zero, micro_batch=micro_batch)
+                        yield Point(
+                            tp=tp,
+                            ulysses=ulysses,
+                            ring=ring,
+                            dp=dp,
+                            pp=pp,
+                            zero=zero,
+                            micro_batch=micro_batch,
+                        )
 
 
 def divisors(n: int) -> list[int]:
@@ -133,15 +157,23 @@ def _savers(point: Point, pins: Pins) -> Iterator[Point]:
 @lru_cache(maxsize=256)
 def _combinations(pinned: tuple[int | str | None, ...]) -> list[dict[str, int | str]]:
     values = [SAVERS[key] if value is None else (value,) for key, value in zip(SAVERS, pinned, strict=True)]
-    ordered = sorted(product(*(enumerate(options) for options in values)), key=lambda c: sum(level for level, _ in c))
-    return [{key: value for key, (_, value) in zip(SAVERS, combination, strict=True)} for combination in ordered]
+    ordered = sorted(
+        product(*(enumerate(options) for options in values)), key=lambda c: sum(level for level, _ in c)
+    )
+    return [
+        {key: value for key, (_, value) in zip(SAVERS, combination, strict=True)} for combination in ordered
+    ]
 
 
 def _fitting(pricer: Pricer, base: Point, pins: Pins) -> Iterator[Price]:
-    """The points of a mesh that fit and that no other that fits dominates: savers are added one level at a time."""
+    """The points of a mesh that fit and that no other that fits dominates: savers are added one level at a
+    time.
+    """
     fitted: list[Point] = []
     for point in _savers(base, pins):
-        if pricer.memory.floor(point) > pricer.job.capacity or any(_dominates(smaller, point) for smaller in fitted):
+        if pricer.memory.floor(point) > pricer.job.capacity or any(
+            _dominates(smaller, point) for smaller in fitted
+        ):
             continue
         if is_legal(pricer.job, point) and pricer.memory.of(point).fits(pricer.job):
             fitted.append(point)
@@ -151,7 +183,9 @@ def _fitting(pricer: Pricer, base: Point, pins: Pins) -> Iterator[Price]:
 def _dominates(a: Point, b: Point) -> bool:
     """Whether b has every saver of a, at the same or a higher level."""
     levels = ((SAVERS[key].index(getattr(a, key)), SAVERS[key].index(getattr(b, key))) for key in SAVERS)
-    return all(x <= y for x, y in levels) and (a.offload == b.offload or a.offload == "none" or b.offload == "both")
+    return all(x <= y for x, y in levels) and (
+        a.offload == b.offload or a.offload == "none" or b.offload == "both"
+    )
 
 
 def _misfits(pricer: Pricer, pins: Pins, top: int) -> tuple[Price, ...]:

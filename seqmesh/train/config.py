@@ -1,9 +1,8 @@
-"""The configuration of a training run: frozen dataclasses, one per section of a recipe, each field with its meaning under it.
+"""The configuration of a training run: frozen dataclasses, one per section of a recipe, each field with its
+meaning under it.
 
-The defaults are the default recipe (recipes/stdlib.toml spells them out; a test keeps the two equal). Types are checked by
-recipe.py, ranges and combinations here, so a `Config` that exists can be run.
-
-Where it sits: the bottom of train/. No torch.
+The defaults are the default recipe (recipes/stdlib.toml spells them out; a test keeps the two equal). Types
+are checked by recipe.py, ranges and combinations here, so a `Config` that exists can be run.
 """
 
 import math
@@ -11,7 +10,9 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 _STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}
-"""How pydantic reads a section: no unknown key, no conversion between types (an int is a float, nothing else is anything else)."""
+"""How pydantic reads a section: no unknown key, no conversion between types (an int is a float, nothing else
+is anything else).
+"""
 
 
 LONGEST_TIMEOUT_S = 1e6
@@ -27,9 +28,15 @@ def _at_least(section: str, config: object, **least: float) -> None:
     for name, bound in least.items():
         value = getattr(config, name)
         if isinstance(value, int):
-            _require(bound <= value < 2**63, f"{section}.{name}={value}: use a value of at least {bound} and below 2^63")
+            _require(
+                bound <= value < 2**63,
+                f"{section}.{name}={value}: use a value of at least {bound} and below 2^63",
+            )
         else:
-            _require(math.isfinite(value) and value >= bound, f"{section}.{name}={value}: use a finite value of at least {bound}")
+            _require(
+                math.isfinite(value) and value >= bound,
+                f"{section}.{name}={value}: use a finite value of at least {bound}",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,7 +66,9 @@ class ModelConfig:
     """A decoder from scratch, in the terms of transformers' configurations."""
 
     architecture: str = "llama"
-    """Model type in transformers: llama, or a dense decoder whose configuration has the same fields (mistral, qwen2, qwen3, ...)."""
+    """Model type in transformers: llama, or a dense decoder whose configuration has the same fields (mistral,
+    qwen2, qwen3, ...).
+    """
     hidden: int = 192
     """hidden_size."""
     layers: int = 3
@@ -100,7 +109,8 @@ class DataConfig:
     """The text and how it is packed (data.py)."""
 
     path: str = "stdlib"
-    """A text file, a folder of text files, or "stdlib": the source of the running Python's standard library."""
+    """A text file, a folder of text files, or "stdlib": the source of the running Python's standard library.
+    """
     seq_len: int = 8192
     """Tokens (bytes) of a packed sequence."""
     sequences: int = 1
@@ -110,8 +120,13 @@ class DataConfig:
 
     def __post_init__(self) -> None:
         _at_least("data", self, seq_len=16, sequences=1)
-        _require("\0" not in self.path, f"data.path={self.path!r} has a NUL character, which no path may have; remove it")
-        _require(self.path != "", 'data.path="" is empty; give a text file, a folder of text files, or "stdlib"')
+        _require(
+            "\0" not in self.path,
+            f"data.path={self.path!r} has a NUL character, which no path may have; remove it",
+        )
+        _require(
+            self.path != "", 'data.path="" is empty; give a text file, a folder of text files, or "stdlib"'
+        )
 
     @property
     def tokens(self) -> int:
@@ -140,13 +155,29 @@ class TrainConfig:
     seed: int = 0
     """Of the weights and of the order of documents; 0 <= seed < 2^63."""
     compare_steps: int = 3
-    """First steps that are repeated on one rank after training, to compare loss and gradient norm; 0 for none."""
+    """First steps that are repeated on one rank after training, to compare loss and gradient norm; 0 for
+    none.
+    """
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
 
     def __post_init__(self) -> None:
-        _at_least("train", self, steps=1, minutes=0, lr=0, min_lr_ratio=0, warmup=0, weight_decay=0, seed=0, compare_steps=0)
-        _require(math.isfinite(self.clip) and self.clip > 0, f"train.clip={self.clip}: use a positive gradient norm")
+        _at_least(
+            "train",
+            self,
+            steps=1,
+            minutes=0,
+            lr=0,
+            min_lr_ratio=0,
+            warmup=0,
+            weight_decay=0,
+            seed=0,
+            compare_steps=0,
+        )
+        _require(
+            math.isfinite(self.clip) and self.clip > 0,
+            f"train.clip={self.clip}: use a positive gradient norm",
+        )
         _require(self.min_lr_ratio <= 1, f"train.min_lr_ratio={self.min_lr_ratio}: use a ratio of at most 1")
 
 
@@ -165,8 +196,14 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         _at_least("run", self, timeout_s=1, threads=1)
-        _require(self.timeout_s <= LONGEST_TIMEOUT_S, f"run.timeout_s={self.timeout_s}: use at most {LONGEST_TIMEOUT_S:.0f} seconds")
-        _require("\0" not in self.folder, f"run.folder={self.folder!r} has a NUL character, which no path may have; remove it")
+        _require(
+            self.timeout_s <= LONGEST_TIMEOUT_S,
+            f"run.timeout_s={self.timeout_s}: use at most {LONGEST_TIMEOUT_S:.0f} seconds",
+        )
+        _require(
+            "\0" not in self.folder,
+            f"run.folder={self.folder!r} has a NUL character, which no path may have; remove it",
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,5 @@
-"""What a run tells its observer: plain records, sent from rank 0 to whoever draws the progress bar and writes the files.
-
-Where it sits: between trainer.py (which makes them) and report.py (which reads them). No torch: they are pickled through a pipe.
+"""What a run tells its observer: plain records, sent from rank 0 to whoever draws the progress bar and writes
+the files.
 """
 
 from dataclasses import dataclass
@@ -42,7 +41,9 @@ class StepMetrics:
     mfu_mask: float
     """`flops` / (seconds * peak)."""
     mfu_noncausal: float
-    """The same with seq_len^2 pairs per packed sequence: the convention that ignores masks, always the larger number."""
+    """The same with seq_len^2 pairs per packed sequence: the convention that ignores masks, always the larger
+    number.
+    """
     bytes_sent: int
     """Sent by attention to other ranks, counted at the collectives, all ranks."""
     bytes_scheduled: int

@@ -4,10 +4,8 @@ MFU = model FLOPs / (seconds x peak). Model FLOPs of a step, forward + backward 
 
     6 x matmul weights x tokens  +  12 x layers x area x heads x head_dim         area = allowed (query, key) pairs, exactly
 
-(2 FLOPs per weight and token forward; QK^T and PV are 2 x 2 x head_dim FLOPs per pair and head forward.) The PaLM convention
-takes seq_len^2 pairs instead; we report both and say which is which.
-
-Where it sits: above integrations/transformers.py, below trainer.py.
+(2 FLOPs per weight and token forward; QK^T and PV are 2 x 2 x head_dim FLOPs per pair and head forward.) The
+PaLM convention takes seq_len^2 pairs instead; we report both and say which is which.
 """
 
 import time
@@ -16,9 +14,9 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from seqmesh.data import EOS_ID, VOCAB_SIZE
 from seqmesh.integrations.transformers import plug_in
 from seqmesh.train.config import Config, ModelConfig
+from seqmesh.train.data import EOS_ID, VOCAB_SIZE
 
 
 def build(config: Config, vocabulary: int = VOCAB_SIZE) -> PreTrainedModel:
@@ -26,20 +24,30 @@ def build(config: Config, vocabulary: int = VOCAB_SIZE) -> PreTrainedModel:
 
     Args:
         config: the run.
-        vocabulary: token ids, byte tokens by default; the memory trace (planner/tracing.py) has those of other models.
+        vocabulary: token ids, byte tokens by default; the memory trace (planner/tracing.py) has those of
+            other models.
 
     Raises:
-        ValueError: an architecture that transformers does not know, that has other dimensions, or that cannot be plugged in.
+        ValueError: an architecture that transformers does not know, that has other dimensions, or that cannot
+            be plugged in.
     """
     model = config.model
     if model.architecture not in CONFIG_MAPPING:
-        raise ValueError(f"model.architecture={model.architecture!r} is not a model type of transformers; use llama, mistral, qwen2, ...")
+        raise ValueError(
+            f"model.architecture={model.architecture!r} is not a model type of transformers; use llama, mistral, qwen2, ..."
+        )
     torch.manual_seed(config.train.seed)
     try:
-        built = AutoModelForCausalLM.from_config(_transformers_config(model, config.data.seq_len, vocabulary), dtype=torch.float32)
-    except Exception as error:  # each configuration class of transformers has checks, and exceptions, of its own
+        built = AutoModelForCausalLM.from_config(
+            _transformers_config(model, config.data.seq_len, vocabulary), dtype=torch.float32
+        )
+    except (
+        Exception
+    ) as error:  # each configuration class of transformers has checks, and exceptions, of its own
         what = str(error).strip().splitlines()[0]
-        raise ValueError(f"model.architecture={model.architecture!r} refuses [model] ({what}); use llama, mistral, qwen2, ...") from None
+        raise ValueError(
+            f"model.architecture={model.architecture!r} refuses [model] ({what}); use llama, mistral, qwen2, ..."
+        ) from None
     plug_in(built)
     _check(built, model)
     return built
@@ -52,8 +60,12 @@ def check(config: Config) -> None:
 
 
 def _transformers_config(model: ModelConfig, seq_len: int, vocabulary: int) -> PreTrainedConfig:
-    """Without a sliding window where the architecture has one: a batch has one schedule, of whole documents, for all layers."""
-    full: dict[str, None] = {"sliding_window": None} if hasattr(CONFIG_MAPPING[model.architecture](), "sliding_window") else {}
+    """Without a sliding window where the architecture has one: a batch has one schedule, of whole documents,
+    for all layers.
+    """
+    full: dict[str, None] = (
+        {"sliding_window": None} if hasattr(CONFIG_MAPPING[model.architecture](), "sliding_window") else {}
+    )
     return AutoConfig.for_model(
         model.architecture,
         **full,
@@ -74,9 +86,11 @@ def _transformers_config(model: ModelConfig, seq_len: int, vocabulary: int) -> P
 
 
 def _check(built: PreTrainedModel, model: ModelConfig) -> None:
-    """An architecture that names its sizes differently would ignore the recipe; one with experts has other FLOPs.
+    """An architecture that names its sizes differently would ignore the recipe; one with experts has other
+    FLOPs.
 
-    Layers that slide (gemma2, olmo3, ...) would be refused at the first document longer than their window: too late.
+    Layers that slide (gemma2, olmo3, ...) would be refused at the first document longer than their window:
+    too late.
     """
     windows = [getattr(module, "sliding_window", None) for module in built.modules()]
     types = set(getattr(built.config, "layer_types", None) or ())
@@ -89,7 +103,11 @@ def _check(built: PreTrainedModel, model: ModelConfig) -> None:
     queries = [shape for name, shape in weights.items() if name.endswith("self_attn.q_proj.weight")]
     keys = [shape for name, shape in weights.items() if name.endswith("self_attn.k_proj.weight")]
     q_shape, k_shape = (model.hidden, model.hidden), (model.kv_heads * model.head_dim, model.hidden)
-    if queries != [q_shape] * model.layers or keys != [k_shape] * model.layers or any(len(shape) > 2 for shape in weights.values()):
+    if (
+        queries != [q_shape] * model.layers
+        or keys != [k_shape] * model.layers
+        or any(len(shape) > 2 for shape in weights.values())
+    ):
         raise ValueError(
             f"model.architecture={model.architecture!r} is not a dense decoder with the dimensions of [model];"
             " use llama, mistral, qwen2, ..."

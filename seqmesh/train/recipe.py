@@ -1,11 +1,12 @@
-"""Recipes: TOML file + command-line overrides -> a checked `Config`, and back to TOML. Every mistake is one line with its remedy.
+"""Recipes: TOML file + command-line overrides -> a checked `Config`, and back to TOML.
+
+Every mistake is one line with its remedy.
 
     seqmesh train recipe.toml --mesh.ring 4 --train.steps=20 --lr 1e-3 --data book.txt
 
-An override is a full key (`--mesh.ring`) or a field's own name where only one section has it (`--ring`); `--data` is short for
+An override is a full key (`--mesh.ring`) or a field's own name where only one section has it (`--ring`);
+`--data` is short for
 `--data.path`. Values are TOML values, quotes may be left out.
-
-Where it sits: above config.py. No torch.
 """
 
 import difflib
@@ -37,14 +38,17 @@ def load(recipe: str | None, overrides: Sequence[str] = ()) -> Config:
     """The configuration of a recipe file (None: the default recipe) and overrides like `--mesh.ring 4`.
 
     Raises:
-        ValueError: an unreadable file, an unknown key, a value of another type or out of range: one line, with the remedy.
+        ValueError: an unreadable file, an unknown key, a value of another type or out of range: one line,
+            with the remedy.
     """
     sections = _read(recipe) if recipe is not None else {}
     for key, text in _pairs(overrides):
         section, leaf = _resolve(key).split(".")
         place = sections.setdefault(section, {})
         if not isinstance(place, dict):
-            raise ValueError(f"{section} = {place!r} is not a section; write [{section}] and its keys below it")
+            raise ValueError(
+                f"{section} = {place!r} is not a section; write [{section}] and its keys below it"
+            )
         place[leaf] = _value(f"{section}.{leaf}", text)
     where = f"{recipe}: " if recipe is not None else ""
     try:
@@ -64,7 +68,9 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     for argument in rest:
         if not argument.startswith("--"):
             if recipe is not None:
-                raise ValueError(f"two recipes, {recipe!r} and {argument!r}; give one, and override its keys with --key value")
+                raise ValueError(
+                    f"two recipes, {recipe!r} and {argument!r}; give one, and override its keys with --key value"
+                )
             recipe = argument
         elif "=" in argument:
             overrides.append(argument)
@@ -80,11 +86,15 @@ def _read(recipe: str) -> Sections:
     try:
         return tomllib.loads(Path(recipe).read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ValueError(f"recipe {recipe!r} does not exist; give a .toml file, or none for the default recipe") from None
+        raise ValueError(
+            f"recipe {recipe!r} does not exist; give a .toml file, or none for the default recipe"
+        ) from None
     except OSError as error:
         raise ValueError(f"cannot read recipe {recipe!r}: {error.strerror}; give a .toml file") from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise ValueError(f"recipe {recipe!r} is not TOML: {error}; see recipes/stdlib.toml for the form") from None
+        raise ValueError(
+            f"recipe {recipe!r} is not TOML: {error}; see recipes/stdlib.toml for the form"
+        ) from None
 
 
 def _pairs(overrides: Sequence[str]) -> Iterator[tuple[str, str]]:
@@ -157,5 +167,9 @@ def dump(config: Config) -> str:
     lines: list[str] = []
     for section in fields(config):
         values = getattr(config, section.name)
-        lines += [f"[{section.name}]", *(f"{leaf.name} = {to_toml(getattr(values, leaf.name))}" for leaf in fields(values)), ""]
+        lines += [
+            f"[{section.name}]",
+            *(f"{leaf.name} = {to_toml(getattr(values, leaf.name))}" for leaf in fields(values)),
+            "",
+        ]
     return "\n".join(lines)

@@ -1,34 +1,30 @@
-"""What a run shows and leaves behind: progress, metrics.jsonl, loss.png, report.json and report.txt in the run folder.
+"""What a run shows and leaves behind: progress, metrics.jsonl, loss.png, report.json and report.txt in the
+run folder.
 
     events (events.py)  ->  Reporter  ->  a bar or plain lines on the screen, a line per step in metrics.jsonl
                                       ->  at the end the report: loss, speed, the check against one rank, bytes, memory
-
-Where it sits: in the parent of forked ranks, or in rank 0 under torchrun. It reads events and knows nothing of tensors.
 """
 
 import json
 import math
-import os
-import platform
-import subprocess
-import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from types import TracebackType
-from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-from seqmesh.data import Corpus
+from seqmesh.provenance import commit, machine
 from seqmesh.train.config import Config
+from seqmesh.train.data import Corpus
 from seqmesh.train.events import Compared, Event, Started, StepMetrics, Trained
 
 TOLERANCE = 1e-4
-"""Largest |Δloss| and |Δ gradient norm| against one rank in fp32: rounding in another order gives 1e-7 to 1e-5."""
+"""Largest |Δloss| and |Δ gradient norm| against one rank in fp32: rounding in another order gives 1e-7 to
+1e-5.
+"""
 PLAIN_LINES = 20
 """Progress lines of a run whose output is not a terminal."""
 
@@ -43,7 +39,12 @@ class Reporter:
         self.compared: Compared | None = None
         self.steps: list[StepMetrics] = []
         console = Console()
-        columns = (BarColumn(10), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+        columns = (
+            BarColumn(10),
+            MofNCompleteColumn(),
+            TextColumn("{task.description}"),
+            TimeRemainingColumn(),
+        )
         self._progress = Progress(*columns, console=console) if console.is_terminal else None
         self._metrics = (folder / "metrics.jsonl").open("w", encoding="utf-8")
         self._begin = time.monotonic()
@@ -55,7 +56,9 @@ class Reporter:
             self._progress.add_task("starting", total=self.config.train.steps)
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         if self._progress is not None:
             self._progress.stop()
         self._metrics.close()
@@ -73,7 +76,9 @@ class Reporter:
             case Trained():
                 self.trained, self.train_seconds = event, time.monotonic() - self._begin
                 if self.config.train.compare_steps:
-                    self._say(f"repeating the first {min(len(self.steps), self.config.train.compare_steps)} steps on one rank")
+                    self._say(
+                        f"repeating the first {min(len(self.steps), self.config.train.compare_steps)} steps on one rank"
+                    )
             case Compared():
                 self.compared = event
 
@@ -81,7 +86,11 @@ class Reporter:
         line = f"loss {step.loss:.3f} {step.tokens_per_s:,.0f} tokens/s MFU {step.mfu_mask:.1%} {_bytes(step.bytes_sent)}/step"
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], completed=step.step, description=line)
-        elif step.step == 1 or step.step == self.config.train.steps or step.step % math.ceil(self.config.train.steps / PLAIN_LINES) == 0:
+        elif (
+            step.step == 1
+            or step.step == self.config.train.steps
+            or step.step % math.ceil(self.config.train.steps / PLAIN_LINES) == 0
+        ):
             print(f"step {step.step}/{self.config.train.steps}  {line}  {step.seconds:.2f} s", flush=True)
 
     def _say(self, line: str) -> None:
@@ -95,10 +104,17 @@ class Reporter:
         assert self.started is not None
         assert self.trained is not None
         report = summarize(self.corpus, self.started, self.steps, self.trained, self.compared)
-        facts = asdict(report) | {"train_seconds": self.train_seconds, "command": self.command, "commit": commit(), **machine()}
+        facts = asdict(report) | {
+            "train_seconds": self.train_seconds,
+            "command": self.command,
+            "commit": commit(),
+            **machine(),
+        }
         (self.folder / "report.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
         text = describe(self.config, report, self.train_seconds, self.folder)
-        (self.folder / "report.txt").write_text(f"{text}\ncommand    {self.command}\ncommit     {commit()}\n", encoding="utf-8")
+        (self.folder / "report.txt").write_text(
+            f"{text}\ncommand    {self.command}\ncommit     {commit()}\n", encoding="utf-8"
+        )
         draw_loss(self.steps, report, self.folder / "loss.png")
         print("\n" + text, flush=True)
         return report
@@ -141,7 +157,13 @@ class Report:
         return self.bytes_agree and self.matches_one_rank is not False
 
 
-def summarize(corpus: Corpus, started: Started, steps: Sequence[StepMetrics], trained: Trained, compared: Compared | None) -> Report:
+def summarize(
+    corpus: Corpus,
+    started: Started,
+    steps: Sequence[StepMetrics],
+    trained: Trained,
+    compared: Compared | None,
+) -> Report:
     """The report of a run's events."""
     tail = steps[-max(1, len(steps) // 10) :]
     matches = None
@@ -186,7 +208,9 @@ def describe(config: Config, report: Report, seconds: float, folder: Path) -> st
     bytes_verdict = (
         "measured = scheduled on every rank at every step"
         if report.bytes_agree
-        else (f"NOT EQUAL: measured {report.bytes_sent}, scheduled {report.bytes_scheduled} bytes; report this as a bug")
+        else (
+            f"NOT EQUAL: measured {report.bytes_sent}, scheduled {report.bytes_scheduled} bytes; report this as a bug"
+        )
     )
     lines = {
         "model": f"{config.model.architecture}, {report.parameters / 1e6:.2f} M parameters, fp32",
@@ -220,32 +244,6 @@ def _bytes(count: float) -> str:
     return f"{count:.3g} GB"
 
 
-def machine() -> dict[str, Any]:
-    """Hardware and versions."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        models = (line.partition(":")[2].strip() for line in cpuinfo.read_text().splitlines() if line.startswith("model name"))
-        name = next(models, name)
-    packages = {package: version(package) for package in ("seqmesh", "torch", "transformers")}
-    return {"cpu": name, "cores": os.cpu_count(), "system": platform.platform(), "python": platform.python_version(), **packages}
-
-
-def commit() -> str | None:
-    """Of the source tree this package runs from; None for an installed package."""
-    try:
-        asked = subprocess.run(
-            ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty"],
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=10,
-        )
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return asked.stdout.strip() or None if asked.returncode == 0 else None
-
-
 def draw_loss(steps: Sequence[StepMetrics], report: Report, path: Path) -> None:
     """The loss curve as a picture."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -255,8 +253,12 @@ def draw_loss(steps: Sequence[StepMetrics], report: Report, path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     tokens = [step.step * step.tokens / 1e6 for step in steps]
-    axes.plot(tokens, [step.loss for step in steps], color="tab:blue", linewidth=0.8, alpha=0.4, label="each step")
-    axes.plot(tokens, _smooth([step.loss for step in steps]), color="tab:blue", linewidth=2, label="running mean")
+    axes.plot(
+        tokens, [step.loss for step in steps], color="tab:blue", linewidth=0.8, alpha=0.4, label="each step"
+    )
+    axes.plot(
+        tokens, _smooth([step.loss for step in steps]), color="tab:blue", linewidth=2, label="running mean"
+    )
     axes.set(
         xlabel="tokens seen (millions)",
         ylabel="loss (nats per byte)",
@@ -275,8 +277,3 @@ def _smooth(values: Sequence[float], keep: float = 0.9) -> list[float]:
         mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
         smoothed.append(mean / weight)
     return smoothed
-
-
-def this_command() -> str:
-    """How this process was started, without the folder of its executable."""
-    return " ".join([Path(sys.argv[0]).name, *sys.argv[1:]])

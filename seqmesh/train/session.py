@@ -1,9 +1,7 @@
 """One run from configuration to report: check everything, make the folder, start or join the ranks, report.
 
-Whatever can be wrong with the input is found before a rank starts, or, under torchrun, told to every rank, so that all of them
-end with the same line and none waits for another.
-
-Where it sits: above launch.py, trainer.py and report.py; cli.py calls it.
+Whatever can be wrong with the input is found before a rank starts, or, under torchrun, told to every rank, so
+that all of them end with the same line and none waits for another.
 """
 
 import time
@@ -15,12 +13,14 @@ from typing import Any
 import torch.distributed as dist
 from transformers.utils import logging as transformers_logging
 
-from seqmesh.data import Corpus, batches, read
+from seqmesh.processes import Place, connect, one_line
+from seqmesh.provenance import this_command
 from seqmesh.train import model as models
 from seqmesh.train.config import Config
-from seqmesh.train.launch import Place, RankFailedError, agree, agree_on, connect, one_line, run_local
+from seqmesh.train.data import Corpus, batches, read
+from seqmesh.train.launch import RankFailedError, agree, agree_on, run_local
 from seqmesh.train.recipe import dump
-from seqmesh.train.report import Report, Reporter, this_command
+from seqmesh.train.report import Report, Reporter
 from seqmesh.train.trainer import train
 
 
@@ -42,7 +42,8 @@ def place_from(environment: Mapping[str, str], config: Config) -> Place | None:
 
 
 def run(config: Config, place: Place | None) -> Report | None:
-    """Train, and report: in the process that observes (the parent of local ranks, or rank 0); None on other ranks.
+    """Train, and report: in the process that observes (the parent of local ranks, or rank 0); None on other
+    ranks.
 
     Raises:
         ValueError: input that cannot be run, in one line.
@@ -70,12 +71,18 @@ def _make_folder(config: Config) -> Path:
         folder = folder.expanduser()
         folder.mkdir(parents=True, exist_ok=True)
         if any(folder.iterdir()):
-            raise ValueError(f"run.folder={str(folder)!r} is not empty; choose a new folder with --folder, or remove it")
+            raise ValueError(
+                f"run.folder={str(folder)!r} is not empty; choose a new folder with --folder, or remove it"
+            )
         (folder / "config.toml").write_text(dump(config), encoding="utf-8")
     except OSError as error:
-        raise ValueError(f"cannot make run.folder={str(folder)!r}: {error.strerror}; choose another with --folder") from None
+        raise ValueError(
+            f"cannot make run.folder={str(folder)!r}: {error.strerror}; choose another with --folder"
+        ) from None
     except RuntimeError:  # of expanduser
-        raise ValueError(f"run.folder={str(folder)!r} names a home folder that does not exist; write --folder in full") from None
+        raise ValueError(
+            f"run.folder={str(folder)!r} names a home folder that does not exist; write --folder in full"
+        ) from None
     return folder
 
 
@@ -103,7 +110,9 @@ def _run_local(config: Config) -> Report:
         try:
             run_local(work, config.mesh.world, config.run.timeout_s, reporter.handle, logs)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(f"after {len(reporter.steps)} steps; their metrics are in {folder}") from None
+            raise KeyboardInterrupt(
+                f"after {len(reporter.steps)} steps; their metrics are in {folder}"
+            ) from None
     return reporter.finish()
 
 
@@ -111,7 +120,9 @@ def _join(place: Place, timeout_s: float) -> None:
     try:
         connect(place, timeout_s)
     except ValueError as error:  # PyTorch's, for missing or malformed MASTER_ADDR and MASTER_PORT
-        raise ValueError(f"{one_line(error)}; start the ranks with torchrun, or unset RANK and WORLD_SIZE to train locally") from None
+        raise ValueError(
+            f"{one_line(error)}; start the ranks with torchrun, or unset RANK and WORLD_SIZE to train locally"
+        ) from None
 
 
 def _run_joined(config: Config, place: Place) -> Report | None:
@@ -133,7 +144,8 @@ def _run_joined(config: Config, place: Place) -> Report | None:
             train(config, corpus, folder, reporter.handle)
     except ValueError:
         if dist.is_initialized():
-            dist.destroy_process_group()  # or its threads may abort the process as it exits, which would hide the exit code
+            # or its threads may abort the process as it exits, which would hide the exit code
+            dist.destroy_process_group()
         raise
     except (RuntimeError, ArithmeticError) as error:
         raise RankFailedError(f"rank {place.rank} failed: {one_line(error)}") from error

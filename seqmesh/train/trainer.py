@@ -9,8 +9,6 @@
       -> clip, AdamW                                 the same on every rank, so weights stay equal without being sent
 
 The same class with the 1 x 1 mesh trains on one rank: that is how a run checks its own first steps.
-
-Where it sits: above the engine, data, loss and the transformers integration; launch.py starts it, report.py shows it.
 """
 
 import math
@@ -27,14 +25,14 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from transformers import ByT5Tokenizer, PreTrainedModel
 
-from seqmesh.data import VOCAB_SIZE, Batch, Corpus, batches
-from seqmesh.exchange import CountBytes
-from seqmesh.loss import next_token_loss
-from seqmesh.mesh import SequenceMesh
-from seqmesh.sharding import Schedule
+from seqmesh.engine.exchange import CountBytes
+from seqmesh.engine.mesh import SequenceMesh
+from seqmesh.engine.sharding import Schedule
 from seqmesh.train import model as models
 from seqmesh.train.config import Config, TrainConfig
+from seqmesh.train.data import VOCAB_SIZE, Batch, Corpus, batches
 from seqmesh.train.events import Compared, Event, Started, StepMetrics, Trained
+from seqmesh.train.loss import next_token_loss
 
 Emit = Callable[[Event], None]
 
@@ -52,12 +50,20 @@ class Trainer:
     """Model, optimiser and batches of one rank of a mesh."""
 
     def __init__(
-        self, config: Config, corpus: Corpus, mesh: SequenceMesh, peak_flops_per_s: float, *, vocabulary: int = VOCAB_SIZE
+        self,
+        config: Config,
+        corpus: Corpus,
+        mesh: SequenceMesh,
+        peak_flops_per_s: float,
+        *,
+        vocabulary: int = VOCAB_SIZE,
     ) -> None:
         self.config, self.mesh, self.peak = config, mesh, peak_flops_per_s
         self.model = models.build(config, vocabulary).train()
         self.weights = models.matmul_parameters(self.model)
-        self.batches = batches(corpus, seq_len=config.data.seq_len, sequences=config.data.sequences, seed=config.train.seed)
+        self.batches = batches(
+            corpus, seq_len=config.data.seq_len, sequences=config.data.sequences, seed=config.train.seed
+        )
         self.optimizer = _adamw(self.model, config.train)
         self.taken = 0
 
@@ -76,24 +82,38 @@ class Trainer:
         sum_gradients(self.model, self.mesh.size)
         grad_norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip))
         self.optimizer.step()
-        mine = (loss.item(), grad_norm, counted.bytes_sent, self._scheduled_bytes(schedule), weight_checksum(self.model))
+        mine = (
+            loss.item(),
+            grad_norm,
+            counted.bytes_sent,
+            self._scheduled_bytes(schedule),
+            weight_checksum(self.model),
+        )
         facts = _gather(mine, self.mesh.size)
         _check_agreement(facts, self.taken + 1)
         self.taken += 1
         return self._metrics(batch, schedule, facts, lr, time.perf_counter() - start)
 
     def _share_of_loss(self, batch: Batch, schedule: Schedule) -> Tensor:
-        input_ids, labels, positions = (schedule.shard(x, 1) for x in (batch.input_ids, batch.shift_labels, batch.position_ids))
-        logits = self.model(input_ids, position_ids=positions, schedule=schedule).logits  # (1, n) -> (1, n, vocabulary)
+        input_ids, labels, positions = (
+            schedule.shard(x, 1) for x in (batch.input_ids, batch.shift_labels, batch.position_ids)
+        )
+        logits = self.model(
+            input_ids, position_ids=positions, schedule=schedule
+        ).logits  # (1, n) -> (1, n, vocabulary)
         return next_token_loss(logits, labels, batch.label_count)
 
     def _scheduled_bytes(self, schedule: Schedule) -> int:
         """Bytes that this rank sends in a step, all layers, forward and backward, as the schedule says."""
         model = self.config.model
-        one = schedule.traffic(batch=1, heads=model.heads, kv_heads=model.kv_heads, head_dim=model.head_dim, dtype=torch.float32)
+        one = schedule.traffic(
+            batch=1, heads=model.heads, kv_heads=model.kv_heads, head_dim=model.head_dim, dtype=torch.float32
+        )
         return model.layers * (one.forward_bytes + one.backward_bytes)
 
-    def _metrics(self, batch: Batch, schedule: Schedule, facts: Sequence[Sequence[float]], lr: float, seconds: float) -> StepMetrics:
+    def _metrics(
+        self, batch: Batch, schedule: Schedule, facts: Sequence[Sequence[float]], lr: float, seconds: float
+    ) -> StepMetrics:
         data, model = self.config.data, self.config.model
         losses, norms, sent, scheduled, _ = zip(*facts, strict=True)
         flops, flops_noncausal = (
@@ -124,12 +144,17 @@ class Trainer:
 def _adamw(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [{"params": matrices, "weight_decay": train.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    groups = [
+        {"params": matrices, "weight_decay": train.weight_decay},
+        {"params": vectors, "weight_decay": 0.0},
+    ]
     return torch.optim.AdamW(groups, lr=train.lr, betas=(0.9, 0.95))
 
 
 def sum_gradients(model: nn.Module, ranks: int) -> None:
-    """Sum every gradient over the ranks of the default group, in one all-reduce: each rank holds its share of the mean loss."""
+    """Sum every gradient over the ranks of the default group, in one all-reduce: each rank holds its share of
+    the mean loss.
+    """
     if ranks == 1:
         return
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
@@ -142,7 +167,9 @@ def sum_gradients(model: nn.Module, ranks: int) -> None:
 @torch.no_grad()
 def weight_checksum(model: nn.Module) -> float:
     """Sum over all weights w of w + w^2, in fp64: a change in the last bit of an fp32 weight shows."""
-    return float(sum(w.sum() + w.square().sum() for w in (parameter.double() for parameter in model.parameters())))
+    return float(
+        sum(w.sum() + w.square().sum() for w in (parameter.double() for parameter in model.parameters()))
+    )
 
 
 def _gather(facts: Sequence[float], ranks: int) -> list[list[float]]:
@@ -158,7 +185,8 @@ def _gather(facts: Sequence[float], ranks: int) -> list[list[float]]:
 def _check_agreement(facts: Sequence[Sequence[float]], step: int) -> None:
     """Nobody sends weights, so a rank with others than rank 0 must not go on.
 
-    Only the weights can tell: gradients, and their norm, are summed to the same bits everywhere, whatever weights made them.
+    Only the weights can tell: gradients, and their norm, are summed to the same bits everywhere, whatever
+    weights made them.
     """
     loss, norm, weights = sum(rank[0] for rank in facts), facts[0][1], [rank[4] for rank in facts]
     if not all(map(math.isfinite, (loss, norm, *weights))):
@@ -173,7 +201,9 @@ def _check_agreement(facts: Sequence[Sequence[float]], step: int) -> None:
 
 
 def train(config: Config, corpus: Corpus, folder: Path, emit: Emit) -> None:
-    """A whole run of one rank. The default process group is set up when the mesh has more than one rank, and is ended here.
+    """A whole run of one rank.
+
+    The default process group is set up when the mesh has more than one rank, and is ended here.
 
     Args:
         config: the run.
@@ -182,7 +212,9 @@ def train(config: Config, corpus: Corpus, folder: Path, emit: Emit) -> None:
         emit: called on rank 0 with every event.
     """
     torch.set_num_threads(config.run.threads)
-    mesh = SequenceMesh.build(ulysses=config.mesh.ulysses, ring=config.mesh.ring, timeout=timedelta(seconds=config.run.timeout_s))
+    mesh = SequenceMesh.build(
+        ulysses=config.mesh.ulysses, ring=config.mesh.ring, timeout=timedelta(seconds=config.run.timeout_s)
+    )
     first = mesh.rank == 0
     trainer = Trainer(config, corpus, mesh, _measure_peak(mesh.size))
     if first:
@@ -198,7 +230,8 @@ def train(config: Config, corpus: Corpus, folder: Path, emit: Emit) -> None:
             beginning.append(metrics)
     memory = tuple(int(peak) for (peak,) in _gather((peak_memory_bytes(),), mesh.size))
     if mesh.size > 1:
-        dist.destroy_process_group()  # the other ranks are done: nobody waits, with whatever timeout, for rank 0's comparison
+        # the other ranks are done: nobody waits, with whatever timeout, for rank 0's comparison
+        dist.destroy_process_group()
     if first:
         save(trainer.model, folder / "checkpoint")
         emit(Trained(peak_memory_bytes=memory))
@@ -207,7 +240,9 @@ def train(config: Config, corpus: Corpus, folder: Path, emit: Emit) -> None:
 
 
 def _measure_peak(ranks: int, rounds: int = 6) -> float:
-    """fp32 matmul FLOP/s of all ranks at once, the best of a few rounds: on shared cores that is what they can have together."""
+    """fp32 matmul FLOP/s of all ranks at once, the best of a few rounds: on shared cores that is what they
+    can have together.
+    """
     best = 0.0
     for _ in range(rounds):
         _gather((0.0,), ranks)  # start together
@@ -222,19 +257,26 @@ def peak_memory_bytes() -> int:
 
 
 def save(model: PreTrainedModel, folder: Path) -> None:
-    """A checkpoint that plain transformers loads. How attention is computed is not part of it, so nothing has to be undone."""
+    """A checkpoint that plain transformers loads.
+
+    How attention is computed is not part of it, so nothing has to be undone.
+    """
     model.save_pretrained(folder)
     ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
 
 
 def compare_on_one_rank(config: Config, corpus: Corpus, beginning: Sequence[StepMetrics]) -> Compared:
     """Repeat the first steps from the same seed with the 1 x 1 mesh, which exchanges nothing, and compare."""
-    torch.set_num_threads(max(config.run.threads, min(config.mesh.world * config.run.threads, os.cpu_count() or 1)))
+    torch.set_num_threads(
+        max(config.run.threads, min(config.mesh.world * config.run.threads, os.cpu_count() or 1))
+    )
     alone = Trainer(config, corpus, SequenceMesh.build(), peak_flops_per_s=1.0)
     repeated = [alone.step() for _ in beginning]
     return Compared(
         losses=tuple(step.loss for step in repeated),
         grad_norms=tuple(step.grad_norm for step in repeated),
         largest_loss_difference=max(abs(a.loss - b.loss) for a, b in zip(beginning, repeated, strict=True)),
-        largest_grad_norm_difference=max(abs(a.grad_norm - b.grad_norm) for a, b in zip(beginning, repeated, strict=True)),
+        largest_grad_norm_difference=max(
+            abs(a.grad_norm - b.grad_norm) for a, b in zip(beginning, repeated, strict=True)
+        ),
     )

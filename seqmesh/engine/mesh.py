@@ -1,0 +1,152 @@
+"""The two-dimensional mesh of a sequence: ring (outer, slower links) x ulysses (inner, faster links).
+
+A `SequenceMesh` is a view of a `torch.distributed.device_mesh.DeviceMesh`: it names which ranks share heads
+and which walk over K/V. It owns no state and sets nothing up globally, so several meshes can live in one
+process.
+
+    ring 2 x ulysses 3, 6 ranks          ulysses group: one row, all-to-all swaps sequence for heads
+      ring 0:  0 1 2                     ring group: one column, K/V rows travel
+      ring 1:  3 4 5
+"""
+
+from dataclasses import dataclass
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class SequenceMesh:
+    """Where this rank stands on the ring x ulysses mesh. Build it with `build` or `from_device_mesh`."""
+
+    ulysses: int
+    """Ulysses degree U: ranks that swap sequence shards for head shards."""
+    ring: int
+    """Ring degree R: ranks that exchange key/value rows."""
+    ulysses_rank: int
+    ring_rank: int
+    ulysses_group: str | None
+    """Name of the ulysses process group, None for U = 1: names are what functional collectives and
+    torch.compile take.
+    """
+    ring_group: str | None
+    """Name of the ring process group, None for R = 1."""
+    device_mesh: DeviceMesh | None
+    """The mesh this is a view of, None for a process without a process group."""
+
+    @property
+    def size(self) -> int:
+        """Ranks that share one sequence: ulysses x ring."""
+        return self.ulysses * self.ring
+
+    @property
+    def rank(self) -> int:
+        """Place of this rank in the sequence: ring_rank * ulysses + ulysses_rank."""
+        return self.ring_rank * self.ulysses + self.ulysses_rank
+
+    @staticmethod
+    def build(
+        *, ulysses: int = 1, ring: int = 1, device_type: str | None = None, timeout: timedelta | None = None
+    ) -> "SequenceMesh":
+        """A mesh over the whole default process group, or the 1 x 1 mesh of a single process without one.
+
+        Args:
+            ulysses: ulysses degree.
+            ring: ring degree.
+            device_type: "cpu", "cuda", ...; default: "cuda" when the default group runs NCCL, else "cpu".
+            timeout: how long a rank waits for the others in an exchange before it fails. Default: PyTorch's
+                for new groups, which is half an hour with gloo, whatever the default group was given.
+
+        Raises:
+            ValueError: a degree below 1, or ulysses x ring that is not the number of ranks.
+        """
+        if ulysses < 1 or ring < 1:
+            raise ValueError(
+                f"ulysses={ulysses} x ring={ring}: a degree is at least 1; use 1 to leave an axis out"
+            )
+        ready = dist.is_available() and dist.is_initialized()
+        world = dist.get_world_size() if ready else 1
+        if ulysses * ring != world:
+            rule = (
+                f"the default process group has {world} ranks"
+                if ready
+                else "no process group is initialised, which makes 1 rank"
+            )
+            raise ValueError(
+                f"ulysses={ulysses} x ring={ring} needs {ulysses * ring} ranks but {rule}; choose degrees whose product is {world},"
+                " or pass a slice of a larger mesh to SequenceMesh.from_device_mesh"
+            )
+        if not ready:
+            return SequenceMesh(
+                ulysses=1,
+                ring=1,
+                ulysses_rank=0,
+                ring_rank=0,
+                ulysses_group=None,
+                ring_group=None,
+                device_mesh=None,
+            )
+        device_type = device_type or ("cuda" if "nccl" in str(dist.get_backend()) else "cpu")
+        names = ("ring", "ulysses")
+        if timeout is None:
+            device_mesh = init_device_mesh(device_type, (ring, ulysses), mesh_dim_names=names)
+        else:
+            ranks = torch.arange(world).view(ring, ulysses)
+            groups = [
+                dist.new_subgroups_by_enumeration(lines.tolist(), timeout=timeout)[0]
+                for lines in (ranks.T, ranks)
+            ]
+            device_mesh = DeviceMesh.from_group(groups, device_type, mesh=ranks, mesh_dim_names=names)
+        return SequenceMesh.from_device_mesh(device_mesh)
+
+    @staticmethod
+    def from_device_mesh(
+        device_mesh: DeviceMesh, *, ulysses: str | None = "ulysses", ring: str | None = "ring"
+    ) -> "SequenceMesh":
+        """The view of two named axes of a device mesh, whatever other axes (pp, dp, tp) it has.
+
+        Args:
+            device_mesh: a mesh with named axes.
+            ulysses: name of the ulysses axis; None for a ulysses degree of 1.
+            ring: name of the ring axis; None for a ring degree of 1.
+
+        Raises:
+            ValueError: an axis that the mesh does not have, the same axis twice, or a ring axis inside the
+                ulysses axis.
+        """
+        names = device_mesh.mesh_dim_names or ()
+        for axis in (ulysses, ring):
+            if axis is not None and axis not in names:
+                raise ValueError(
+                    f"the device mesh has axes {names}, none is called {axis!r}; name an axis of the mesh, or pass None"
+                )
+        if ulysses is not None and ring is not None:
+            if ulysses == ring:
+                raise ValueError(f"the axis {ulysses!r} cannot be ulysses and ring at once; name two axes")
+            if names.index(ring) > names.index(ulysses):
+                raise ValueError(
+                    f"axes {names}: {ring!r} must come before {ulysses!r}, which belongs on faster links; reorder them"
+                )
+
+        def axis_of(name: str | None) -> tuple[int, int, str | None]:
+            if name is None:
+                return 1, 0, None
+            size = device_mesh.size(names.index(name))
+            return (
+                size,
+                device_mesh.get_local_rank(name),
+                device_mesh.get_group(name).group_name if size > 1 else None,
+            )
+
+        (u_size, u_rank, u_group), (r_size, r_rank, r_group) = axis_of(ulysses), axis_of(ring)
+        return SequenceMesh(
+            ulysses=u_size,
+            ring=r_size,
+            ulysses_rank=u_rank,
+            ring_rank=r_rank,
+            ulysses_group=u_group,
+            ring_group=r_group,
+            device_mesh=device_mesh,
+        )

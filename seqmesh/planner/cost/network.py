@@ -1,0 +1,156 @@
+"""Links and collectives: where the ranks of a mesh axis sit, and how long what they exchange takes.
+
+    16 GPUs on 2 nodes, tp 2, ulysses 4, ring 2     node 0: ranks 0 ... 7     node 1: ranks 8 ... 15
+        a ulysses group    0 2 4 6                  one node: scale-up links
+        a ring group       0 8                      two nodes: the network, one card each
+        the replicas       0 2 4 6 8 10 12 14       two nodes, four GPUs of each: half a node
+
+Time of a message = latency + bytes / rate. A collective that goes round all ranks (all-gather,
+reduce-scatter, all-reduce) crosses from node to node through as many network cards as its group may use; an
+all-to-all sends most of its bytes off the node, from every GPU's own card.
+
+Source: NCCL's bus bandwidth (nccl-tests); the alpha-beta model (Hockney 1994).
+"""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import product
+from math import prod
+
+from seqmesh.planner.inputs.assumptions import Assumptions
+from seqmesh.planner.inputs.hardware import Cluster
+
+NETWORK = "network"
+PCIE = "pcie"
+SCALE_UP = "scale_up"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Group:
+    """A process group on the machine."""
+
+    size: int
+    per_node: int
+    """Its ranks that share a node, at most."""
+    nodes: int
+    gpus_per_node: int
+
+    @property
+    def off_node(self) -> float:
+        """Share of a rank's peers that sit on other nodes."""
+        return (self.size - self.per_node) / (self.size - 1) if self.size > 1 else 0.0
+
+
+@lru_cache(maxsize=4096)
+def place(
+    axes: tuple[str, ...], degrees: tuple[int, ...], members: frozenset[str], gpus_per_node: int
+) -> Group:
+    """The group of rank 0 over some mesh axes.
+
+    Args:
+        axes: all axes, from the fastest links to the slowest.
+        degrees: their sizes.
+        members: the axes that the group spans.
+        gpus_per_node: consecutive ranks that share a node.
+    """
+    steps = []
+    for at, (axis, degree) in enumerate(zip(axes, degrees, strict=True)):
+        if axis in members:
+            stride = prod(degrees[:at])
+            steps.append(range(0, stride * degree, stride))
+    on_node: dict[int, int] = {}
+    for offsets in product(*steps):
+        node = sum(offsets) // gpus_per_node
+        on_node[node] = on_node.get(node, 0) + 1
+    return Group(
+        size=sum(on_node.values()),
+        per_node=max(on_node.values()),
+        nodes=len(on_node),
+        gpus_per_node=gpus_per_node,
+    )
+
+
+@dataclass(frozen=True)
+class Network:
+    """Rates of a cluster under the assumptions, and the time of what is exchanged."""
+
+    cluster: Cluster
+    assumptions: Assumptions
+
+    @property
+    def local(self) -> str:
+        """The link class inside a node."""
+        return PCIE if self.cluster.gpu.scale_up_bytes_per_s is None else SCALE_UP
+
+    def rate(self, link: str) -> float:
+        """Bytes/s of one GPU in one direction that a link class really gives."""
+        gpu, a = self.cluster.gpu, self.assumptions
+        match link:
+            case "network":
+                return gpu.network_bytes_per_s * a.network
+            case "scale_up":
+                assert gpu.scale_up_bytes_per_s is not None
+                return gpu.scale_up_bytes_per_s * a.scale_up
+        return gpu.pcie_bytes_per_s * a.pcie
+
+    def latency(self, link: str) -> float:
+        """Seconds before the first byte."""
+        a = self.assumptions
+        return {NETWORK: a.network_latency, SCALE_UP: a.scale_up_latency, PCIE: a.pcie_latency}[link]
+
+    def reach(self, group: Group) -> str:
+        """The slowest link class that a group uses."""
+        return NETWORK if group.nodes > 1 else self.local
+
+    def round_seconds(self, group: Group, sent: float, calls: float = 1) -> float:
+        """An all-gather, reduce-scatter or all-reduce in which each rank sends `sent` bytes in all, in so
+        many calls.
+        """
+        if group.size == 1:
+            return 0.0
+        rate = self.rate(self.local)
+        if group.nodes > 1:
+            partial = group.per_node < group.gpus_per_node and self.assumptions.one_nic_per_partial_node > 0
+            cards = 1 if partial else group.per_node
+            rate = min(rate, cards * self.rate(NETWORK))
+        return sent / rate + calls * self.latency(self.reach(group))
+
+    def all_to_all_seconds(self, group: Group, sent: float, calls: float = 1) -> float:
+        """An all-to-all in which each rank sends `sent` bytes to others, evenly; links of both classes work
+        at once.
+        """
+        if group.size == 1:
+            return 0.0
+        peers = group.per_node - 1
+        crowd = (
+            1 + self.assumptions.pcie_contention * (peers - 1) if self.local == PCIE and peers > 1 else 1.0
+        )
+        inside = sent * (1 - group.off_node) * crowd / self.rate(self.local)
+        outside = sent * group.off_node / self.rate(NETWORK)
+        return max(inside, outside) + calls * self.latency(self.reach(group))
+
+    def hop_seconds(self, group: Group, sent: float) -> float:
+        """One exchange between ring neighbours at some distance: all wait for the pair with the slowest link."""
+        link = self.reach(group)
+        return sent / self.rate(link) + self.latency(link)
+
+    def round_bytes(self, group: Group, sent: float) -> dict[str, float]:
+        """Bytes that an average rank sends over each link class in a collective that goes round all ranks:
+        one crossing a node.
+        """
+        across = sent / group.per_node if group.nodes > 1 else 0.0
+        return {NETWORK: across, self.local: sent - across}
+
+    def spread_bytes(self, off_node: float, sent: float) -> dict[str, float]:
+        """The same where a share of the bytes leaves the node."""
+        return {NETWORK: sent * off_node, self.local: sent * (1 - off_node)}
+
+
+def add_bytes(parts: Iterable[dict[str, float]]) -> dict[str, int]:
+    """Sums by link class, in whole bytes; classes that nothing uses are left out."""
+    total: dict[str, float] = {}
+    for part in parts:
+        for link, sent in part.items():
+            total[link] = total.get(link, 0.0) + sent
+    return {link: round(sent) for link, sent in sorted(total.items()) if sent > 0}

@@ -1,0 +1,276 @@
+"""What the command line says, checked: a `Job` and pins from text.
+
+Every mistake is a one-line ValueError with its remedy.
+"""
+
+import math
+import random
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from itertools import cycle, repeat
+from pathlib import Path
+
+from seqmesh.planner.inputs.assumptions import Assumptions
+from seqmesh.planner.inputs.hardware import Cluster, Gpu, known_gpus_of, load_cluster, load_gpu
+from seqmesh.planner.inputs.job import AXES, CHOICES, KEYS, Job, Numerics
+from seqmesh.planner.inputs.models import ModelShape
+from seqmesh.planner.inputs.tables import unknown
+from seqmesh.planner.inputs.units import parse_bytes, parse_tokens
+
+PRECISIONS = {"bf16": Numerics(), "fp32": Numerics(element=4, gradient=4, optimizer=8)}
+GRADIENTS = {"fp32": 4, "bf16": 2}
+MOST_DOCUMENTS = 20_000
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Where to run."""
+
+    gpu: str | None = None
+    """A preset, or a name from `files`."""
+    cluster: str | None = None
+    """A [cluster.NAME] of `files`, in place of a GPU and numbers."""
+    nodes: int | None = None
+    gpus_per_node: int | None = None
+    hardware: tuple[Path, ...] = ()
+    """TOML files with GPUs, clusters and models."""
+    profiles: tuple[Path, ...] = ()
+    """The same, measured: they go before the others, and must be of the GPU that is planned for."""
+
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All of them, later ones going before earlier ones."""
+        return (*self.hardware, *self.profiles)
+
+
+def build_cluster(machine: Machine) -> Cluster:
+    """The cluster; numbers given beside a named cluster override its own.
+
+    One node of 8 GPUs unless said otherwise.
+    """
+    if machine.cluster is not None:
+        named = load_cluster(machine.cluster, machine.files)
+        gpu = named.gpu
+        if machine.gpu is not None and machine.gpu.lower() != gpu.name.lower():
+            raise ValueError(
+                f"--cluster {machine.cluster} has GPUs of kind {gpu.name}, not {machine.gpu}; remove --gpu, or --cluster"
+            )
+        nodes, each = machine.nodes, machine.gpus_per_node
+        return Cluster(
+            gpu=gpu,
+            nodes=named.nodes if nodes is None else nodes,
+            gpus_per_node=named.gpus_per_node if each is None else each,
+        )
+    if machine.gpu is None:
+        raise ValueError("no GPU given; add --gpu NAME (see --help), or --cluster NAME with --hardware FILE")
+    return Cluster(
+        gpu=load_gpu(machine.gpu, machine.files),
+        nodes=1 if machine.nodes is None else machine.nodes,
+        gpus_per_node=8 if machine.gpus_per_node is None else machine.gpus_per_node,
+    )
+
+
+def _check_profiles(profiles: Iterable[Path], gpu: str) -> None:
+    """Raise ValueError for a profile of another GPU than the one that is planned for: it would change
+    nothing.
+    """
+    for path in profiles:
+        measured = known_gpus_of(path)
+        if gpu.lower() not in (name.lower() for name in measured):
+            named = ", ".join(measured) or "no GPU"
+            raise ValueError(
+                f"--profile {str(path)!r} measures {named}, not {gpu}; use --gpu {measured[0] if measured else 'NAME'}"
+            )
+
+
+def assumptions_for(gpu: Gpu, given: Sequence[str]) -> Assumptions:
+    """The assumptions, overridden by the GPU's own (a measured profile's), then by `--assume name=value`."""
+    assumed = Assumptions().override(gpu.overrides, f"[gpu.{gpu.name}.assumptions]")
+    wanted: dict[str, float] = {}
+    for name, text in _pairs(given, "--assume", "network=0.7"):
+        try:
+            wanted[name] = float(text)
+        except ValueError:
+            raise ValueError(
+                f"--assume {name}={text}: {text!r} is not a number; write for example {name}=0.7"
+            ) from None
+    return assumed.override(wanted, "--assume")
+
+
+def numerics_for(precision: str, gradients: str) -> Numerics:
+    """Bytes of numbers for `--precision` and `--gradients`."""
+    if precision not in PRECISIONS:
+        raise unknown("precision", precision, PRECISIONS)
+    if gradients not in GRADIENTS:
+        raise unknown("gradient precision", gradients, GRADIENTS)
+    chosen = PRECISIONS[precision]
+    if precision == "fp32":
+        if gradients != "fp32":
+            raise ValueError(
+                f"--gradients {gradients} with --precision fp32: gradients have the weights' precision; remove --gradients"
+            )
+        return chosen
+    return Numerics(element=chosen.element, gradient=GRADIENTS[gradients], optimizer=chosen.optimizer)
+
+
+def parse_pins(given: Sequence[str]) -> dict[str, int | str]:
+    """`tp=8,zero=1,checkpointing=none` as a dictionary.
+
+    Raises:
+        ValueError: an unknown key, a value of another kind, or a key pinned to two values.
+    """
+    pins: dict[str, int | str] = {}
+    for key, text in _pairs(given, "--pin", "tp=8,ring=2"):
+        if key not in KEYS:
+            raise unknown("pin", key, KEYS)
+        value = _pin(key, text)
+        if pins.get(key, value) != value:
+            raise ValueError(
+                f"--pin {key}={pins[key]} and {key}={value} contradict each other; give {key} once"
+            )
+        pins[key] = value
+    return pins
+
+
+def _pin(key: str, text: str) -> int | str:
+    if key in CHOICES:
+        if text not in CHOICES[key]:
+            raise unknown(f"value of {key}", text, CHOICES[key])
+        return text
+    if not (text.isascii() and text.isdigit()) or len(text) > 9:
+        raise ValueError(f"--pin {key}={text}: {text!r} is not a whole number; write for example {key}=2")
+    number = int(text)
+    if key == "zero" and number > 3:
+        raise ValueError(f"--pin zero={text}: ZeRO has stages 0 to 3; use one of them")
+    if key != "zero" and number < 1:
+        raise ValueError(f"--pin {key}={text}: a degree is at least 1; use {key}=1 for none")
+    return number
+
+
+def _pairs(given: Iterable[str], option: str, example: str) -> Iterable[tuple[str, str]]:
+    for text in given:
+        for item in text.split(","):
+            key, equals, value = item.partition("=")
+            if not equals or not key.strip() or not value.strip():
+                raise ValueError(
+                    f"{option} {text!r}: {item!r} is not key=value; write for example {option} {example}"
+                )
+            yield key.strip().replace("-", "_"), value.strip()
+
+
+def parse_axes(text: str) -> tuple[str, ...]:
+    """`tp,ulysses,ring,dp,pp` from the fastest links to the slowest, in any order."""
+    axes = tuple(part.strip() for part in text.split(","))
+    for axis in axes:
+        if axis not in AXES:
+            raise unknown("axis", axis, AXES)
+    return axes
+
+
+def parse_documents(text: str, seq_len: int, seed: int = 0) -> tuple[int, ...]:
+    """Lengths that fill a sequence: `lognormal:7,1.3`, `fixed:8192`, `4096,4096,...` (repeated as needed), or
+    a file of numbers.
+
+    The last document is cut where the sequence ends.
+
+    Raises:
+        ValueError: another form, a length below 1, or more than MOST_DOCUMENTS documents.
+    """
+    kind, colon, rest = text.partition(":")
+    if colon and kind == "lognormal":
+        mu, sigma = _two_numbers(text, rest)
+        draw = random.Random(seed)
+        return fill(seq_len, iter(lambda: max(1, round(math.exp(min(draw.gauss(mu, sigma), 50.0)))), 0), text)
+    if colon and kind == "fixed":
+        length = parse_tokens(rest)
+        return fill(seq_len, repeat(length), text)
+    lengths = _lengths(text)
+    return fill(seq_len, cycle(lengths), text)
+
+
+def _two_numbers(text: str, rest: str) -> tuple[float, float]:
+    try:
+        mu, sigma = (float(part) for part in rest.split(","))
+    except ValueError:
+        raise ValueError(
+            f"--documents {text!r}: lognormal takes two numbers; write for example lognormal:7,1.3"
+        ) from None
+    if not (math.isfinite(mu) and math.isfinite(sigma) and sigma >= 0 and abs(mu) < 50):
+        raise ValueError(
+            f"--documents {text!r}: μ and σ of log-lengths must be finite and σ >= 0; write for example lognormal:7,1.3"
+        )
+    return mu, sigma
+
+
+def _lengths(text: str) -> list[int]:
+    source = text
+    if Path(text).is_file():
+        try:
+            source = Path(text).read_text(encoding="utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(
+                f"--documents {text!r} cannot be read as text: {error}; give a file of numbers"
+            ) from None
+    parts = source.replace(",", " ").split()
+    if not parts or not all(part.isascii() and part.isdigit() and int(part[:18]) > 0 for part in parts):
+        forms = "lognormal:MU,SIGMA, fixed:LENGTH, lengths such as 4096,1024, or a file of lengths"
+        raise ValueError(f"--documents {text!r} is none of: {forms}; write one of these")
+    return [int(part[:18]) for part in parts]
+
+
+def fill(seq_len: int, lengths: Iterable[int], text: str) -> tuple[int, ...]:
+    """Documents of these lengths, in order, until they hold `seq_len` tokens; the last is cut.
+
+    Raises:
+        ValueError: that takes more than MOST_DOCUMENTS; `text` is how the user gave them.
+    """
+    documents, left = [], seq_len
+    for length in lengths:
+        documents.append(min(length, left))
+        left -= documents[-1]
+        if not left:
+            return tuple(documents)
+        if len(documents) > MOST_DOCUMENTS:
+            break
+    raise ValueError(f"--documents {text!r} gives more than {MOST_DOCUMENTS} documents; use longer ones")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The options that describe a job."""
+
+    machine: Machine
+    seq_len: str = "8K"
+    global_batch: int = 1
+    documents: str | None = None
+    layout: str = "auto"
+    stack: str = "fused"
+    precision: str = "bf16"
+    gradients: str = "fp32"
+    memory_limit: str | None = None
+    axes: str = ",".join(AXES)
+    assume: tuple[str, ...] = ()
+
+
+def build_job(request: Request, model: ModelShape) -> Job:
+    """The job that a request describes, for a model.
+
+    Raises:
+        ValueError: in one line, whatever is wrong with it.
+    """
+    cluster = build_cluster(request.machine)
+    _check_profiles(request.machine.profiles, cluster.gpu.name)
+    seq_len = parse_tokens(request.seq_len)
+    return Job(
+        model=model,
+        cluster=cluster,
+        seq_len=seq_len,
+        global_batch=request.global_batch,
+        documents=parse_documents(request.documents, seq_len) if request.documents else (),
+        layout=request.layout,
+        stack=request.stack,
+        numerics=numerics_for("fp32" if request.stack == "trainer" else request.precision, request.gradients),
+        assumptions=assumptions_for(cluster.gpu, request.assume),
+        memory_limit=None if request.memory_limit is None else parse_bytes(request.memory_limit),
+        axes=parse_axes(request.axes),
+    )

@@ -1,0 +1,1 @@
+"""What is made of an answer: report, records, picture, timeline, recipe."""

@@ -1,0 +1,191 @@
+"""A picture of candidates: memory by category against what the GPU has, and the step's time by piece.
+
+`seqmesh plan --plot`.
+
+    memory of a GPU                     a step
+    |#### states |## activations | :    |#### compute |## exchanges |  o-----o       : capacity, o lower and upper bound
+"""
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from seqmesh.planner.cost.estimate import COMPUTE, PIPELINE, Price
+from seqmesh.planner.inputs.job import Point
+
+MOST_BARS = 16
+SMALL = 0.01
+"""A part that is less than this of the longest bar everywhere is drawn under "other"."""
+OTHER, GREY = "other", "#bbbbbb"
+COOL = ("#33668f", "#66a3cc", "#a9d0e8", "#2e8b74", "#7cc4a8", "#c3e3d0")
+"""States, and work of the GPU."""
+WARM = ("#c8553d", "#f0a35e", "#f6d186", "#9c3848", "#e58f9c", "#d9a679", "#7a4b2a")
+"""Activations, and exchanges."""
+VIOLET = ("#6a4c93", "#9d86be", "#cdbfe0", "#4a3060")
+"""Buffers of the moment of the peak, and the pipeline's idle time."""
+GIB = 2**30
+KEPT = ("parameters", "gradients", "optimizer", "zero_buffers", "overhead")
+
+Bars = Sequence[Mapping[str, float]]
+
+
+def plot(prices: Sequence[Price], capacity: int, path: Path, title: str) -> None:
+    """Draw the candidates, one bar each, the first on top.
+
+    Args:
+        prices: at least one and at most 16.
+        capacity: bytes that a GPU may use.
+        path: of the picture; its suffix says the format (png, pdf, svg).
+        title: above both panels.
+
+    Raises:
+        ValueError: no candidates, too many, or a suffix that matplotlib does not write.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+    from matplotlib.layout_engine import ConstrainedLayoutEngine
+
+    if not 1 <= len(prices) <= MOST_BARS:
+        raise ValueError(
+            f"{len(prices)} candidates to draw: a picture takes 1 to {MOST_BARS}; use --top {MOST_BARS} or less"
+        )
+    figure = Figure(
+        figsize=(13.5, 2.7 + 0.46 * max(2, len(prices))),
+        dpi=150,
+        layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08),
+    )
+    known = FigureCanvasAgg(figure).get_supported_filetypes()
+    if path.suffix.lstrip(".").lower() not in known:
+        raise ValueError(
+            f"{str(path)!r}: no picture format has the suffix {path.suffix!r}; use .png, .pdf or .svg"
+        )
+    figure.suptitle(title, fontsize=13, fontweight="bold", parse_math=False)
+    memory, time = figure.subplots(1, 2, sharey=True)
+    _memory(memory, prices, capacity)
+    _time(time, prices)
+    names = [label(price.point) + ("" if price.fits else "\ndoes not fit") for price in prices]
+    memory.set_yticks(range(len(prices)), names, fontsize=9)
+    spare = max(0, 2 - len(prices)) / 2
+    memory.set_ylim(len(prices) - 0.4 + spare, -0.6 - spare)
+    for axes, side in ((memory, "left"), (time, "right")):
+        figure.legend(
+            *axes.get_legend_handles_labels(),
+            loc=f"outside lower {side}",
+            ncols=3,
+            fontsize=8.5,
+            frameon=False,
+        )
+    figure.savefig(path)
+
+
+def label(point: Point) -> str:
+    """What sets a point apart: its degrees above 1, ZeRO stage, and memory savers."""
+    degrees = {"tp": point.tp, "u": point.ulysses, "r": point.ring, "dp": point.dp, "pp": point.pp}
+    words = [f"{name}{size}" for name, size in degrees.items() if size > 1] or ["1 GPU"]
+    words += [f"zero{point.zero}"] if point.zero else []
+    words += [f"mb{point.micro_batch}"] if point.micro_batch > 1 else []
+    words += ["ckpt"] if point.checkpointing != "none" else []
+    words += [f"tile-{point.tiling}"] if point.tiling != "none" else []
+    words += [f"offload-{point.offload}"] if point.offload != "none" else []
+    return " ".join(words)
+
+
+def parts(bars: Bars) -> dict[str, list[float]]:
+    """The parts of all bars by name, those that are small everywhere as "other", which comes last."""
+    longest = max(sum(bar.values()) for bar in bars)
+    names = list(dict.fromkeys(name for bar in bars for name in bar))
+    shown = [name for name in names if max(bar.get(name, 0.0) for bar in bars) >= SMALL * longest]
+    series = {name: [bar.get(name, 0.0) for bar in bars] for name in shown}
+    rest = [sum(size for name, size in bar.items() if name not in series) for bar in bars]
+    return {**series, OTHER: rest} if any(rest) else series
+
+
+def _memory(axes: Any, prices: Sequence[Price], capacity: int) -> None:
+    def family(name: str) -> tuple[str, ...]:
+        return COOL if name in KEPT else WARM if name.startswith(("activations", "checkpoints")) else VIOLET
+
+    _bars(
+        axes,
+        [{name: size / GIB for name, size in price.memory.categories.items()} for price in prices],
+        prices,
+        family,
+    )
+    axes.axvline(
+        capacity / GIB,
+        color="black",
+        linestyle="--",
+        linewidth=1.4,
+        label=f"capacity: {capacity / GIB:.4g} GiB",
+    )
+    axes.set_xlim(right=1.04 * max(capacity, *(price.memory.total for price in prices)) / GIB)
+    _finish(axes, "Memory of a GPU at its peak", "GiB", [price.memory.total / GIB for price in prices])
+
+
+def _time(axes: Any, prices: Sequence[Price]) -> None:
+    unit, scale = ("s", 1.0) if max(price.seconds for price in prices) >= 1 else ("ms", 1e3)
+    causes = {piece.name: piece.cause for price in prices for piece in price.pieces}
+
+    def family(name: str) -> tuple[str, ...]:
+        return {COMPUTE: COOL, PIPELINE: VIOLET}.get(causes[name], WARM)
+
+    _bars(
+        axes,
+        [{piece.name: piece.exposed * scale for piece in price.pieces if piece.exposed} for price in prices],
+        prices,
+        family,
+    )
+    lower, upper = ([getattr(price, bound) * scale for price in prices] for bound in ("lower", "upper"))
+    below = [row + 0.4 for row in range(len(prices))]
+    axes.hlines(below, lower, upper, color="black", linewidth=1)
+    axes.scatter(lower, below, marker="<", s=20, color="black", label="lower bound: everything overlaps")
+    axes.scatter(upper, below, marker=">", s=20, color="black", label="upper bound: nothing overlaps")
+    axes.set_xlim(right=1.04 * max(upper))
+    _finish(
+        axes,
+        "Time of a step: what each piece adds to the estimate",
+        unit,
+        [price.seconds * scale for price in prices],
+    )
+
+
+def _bars(axes: Any, bars: Bars, prices: Sequence[Price], family: Callable[[str], tuple[str, ...]]) -> None:
+    """Stacked bars, each part in the next colour of its family; those of points that do not fit are hatched."""
+    lefts, used = [0.0] * len(bars), Counter[tuple[str, ...]]()
+    for name, sizes in parts(bars).items():
+        colours = (GREY,) if name == OTHER else family(name)
+        colour = colours[used[colours] % len(colours)]
+        used[colours] += 1
+        text = name.replace("_", " ")
+        drawn = axes.barh(
+            range(len(bars)),
+            sizes,
+            left=lefts,
+            height=0.6,
+            color=colour,
+            edgecolor="white",
+            linewidth=0.6,
+            label=text,
+        )
+        for bar, price in zip(drawn, prices, strict=True):
+            bar.set_hatch(None if price.fits else "////")
+        lefts = [left + size for left, size in zip(lefts, sizes, strict=True)]
+
+
+def _finish(axes: Any, title: str, unit: str, totals: Sequence[float]) -> None:
+    """Title, unit, grid, and each bar's total in a column at the right, where no line crosses it."""
+    for row, total in enumerate(totals):
+        axes.annotate(
+            f"{total:#.3g}".rstrip(".") + f" {unit}",
+            (1.01, row),
+            xycoords=("axes fraction", "data"),
+            va="center",
+            fontsize=9,
+        )
+    axes.set_title(title, fontsize=11, loc="left")
+    axes.set_xlabel(unit)
+    axes.grid(axis="x", alpha=0.3)
+    axes.set_axisbelow(True)
+    axes.tick_params(axis="y", length=0)
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)

@@ -1,0 +1,90 @@
+"""Bytes that one rank sends in one call of attention, exactly: what is executed, counted, priced and shown,
+computed once, here.
+
+    forward    q, k, v to the heads' owners    K/V rows round the ring                      out home
+    backward   dout to the heads' owners       K/V rows again, dK/dV rows straight home     dq, dk, dv home
+
+The backward exchanges q, k and v no second time: what arrived is kept (PAPER: 4 (1 + κ) e (U - 1) / U bytes
+for Ulysses).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from seqmesh.schedule.heads import HeadShare
+
+
+@dataclass(frozen=True, kw_only=True)
+class Traffic:
+    """Bytes that one rank sends to others in one call of `attention`, by what they are."""
+
+    heads_forward: int
+    """To the ulysses group: q, k, v out, then the output home."""
+    heads_backward: int
+    """To the ulysses group: the output's gradient out, then dq, dk, dv home."""
+    rows_forward: int
+    """To the ring group: K/V rows."""
+    rows_backward: int
+    """To the ring group: K/V rows again, and partial dK/dV rows."""
+
+    @property
+    def forward_bytes(self) -> int:
+        """Everything sent in the forward."""
+        return self.heads_forward + self.rows_forward
+
+    @property
+    def backward_bytes(self) -> int:
+        """Everything sent in the backward."""
+        return self.heads_backward + self.rows_backward
+
+
+def attention_traffic(
+    *,
+    rows_sent: int,
+    rows_received: int,
+    rows: Sequence[int],
+    kv_rows: Sequence[int],
+    shares: Sequence[HeadShare],
+    ulysses_rank: int,
+    row_head_bytes: int,
+) -> Traffic:
+    """What one rank sends.
+
+    Args:
+        rows_sent: K/V rows that its ring rank sends in a forward, all stages (RingSchedule has it).
+        rows_received: K/V rows that its ring rank receives in a forward.
+        rows: query tokens of every ulysses rank of this ring rank.
+        kv_rows: key tokens of every ulysses rank of this ring rank; `rows` itself in self-attention.
+        shares: heads of every ulysses rank.
+        ulysses_rank: which of them is meant.
+        row_head_bytes: bytes of one row of one head: batch x head dim x bytes of an element.
+    """
+    heads = heads_traffic(rows=rows, kv_rows=kv_rows, shares=shares, ulysses_rank=ulysses_rank)
+    ring = rows_traffic(rows_sent=rows_sent, rows_received=rows_received, kv_heads=shares[ulysses_rank].kv)
+    return Traffic(
+        heads_forward=heads[0] * row_head_bytes,
+        heads_backward=heads[1] * row_head_bytes,
+        rows_forward=ring[0] * row_head_bytes,
+        rows_backward=ring[1] * row_head_bytes,
+    )
+
+
+def heads_traffic(
+    *, rows: Sequence[int], kv_rows: Sequence[int], shares: Sequence[HeadShare], ulysses_rank: int
+) -> tuple[int, int]:
+    """Rows x heads that one rank sends to its ulysses group, forward and backward; arguments as of
+    `attention_traffic`.
+    """
+    me, mine = ulysses_rank, shares[ulysses_rank]
+    others = [u for u in range(len(shares)) if u != me]
+    out = sum(rows[u] * mine.q for u in others)  # heads of mine for the rows of others
+    kv_back = sum(kv_rows[u] * 2 * mine.kv for u in others)
+    q = sum(rows[me] * shares[u].q for u in others)  # rows of mine for the heads of others
+    kv = sum(kv_rows[me] * 2 * shares[u].kv for u in others)
+    return q + kv + out, q + out + kv_back
+
+
+def rows_traffic(*, rows_sent: int, rows_received: int, kv_heads: int) -> tuple[int, int]:
+    """Rows x heads that one rank of so many K/V heads sends to its ring group, forward and backward."""
+    fetch, bring_home = rows_sent * 2 * kv_heads, rows_received * 2 * kv_heads
+    return fetch, fetch + bring_home

@@ -1,0 +1,312 @@
+"""Text to training batches: source -> documents -> packed sequences, as bytes all the way to the tensor.
+
+    source      "stdlib" (the Python standard library's .py files), a text file, or a folder of text files
+    documents   one per file, in sorted order, shuffled by seed and epoch
+    sequences   the documents' tokens end to end, cut every `seq_len` tokens; nothing is padded; shuffled once more, so that the
+                parts of a very long document do not follow each other
+
+       document A        B    C                    D
+    |a a a a a a a a $|b b $|c c c c c c c c c c c $|d ...        $ = end of document
+    |-- sequence 0 --------|-- sequence 1 ---------|-- ...        C is cut: its rest is a document of its own
+
+Every sequence knows its document lengths, so its mask is `masks.documents(lengths)`: documents never attend
+to each other. Labels are shifted here, inside each document and before any sharding: a rank's last token has
+its label on the next rank, and shifting after sharding would lose it. Position ids restart at each document.
+
+Tokens are bytes: id = byte + 3, end of document = 1, as in ByT5 (Xue et al. 2022), whose tokenizer is exact
+but slow in Python.
+
+Trade-off: the whole text is held in memory, which is right for files up to a few GB.
+"""
+
+import os
+import platform
+import stat
+import sysconfig
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
+from pathlib import Path
+from random import Random
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from seqmesh import masks
+from seqmesh.masks import Mask
+
+STDLIB = "stdlib"
+"""Name of the default source."""
+EOS_ID = 1
+BYTE_OFFSET = 3
+"""Ids 0, 1 and 2 are padding, end of document and unknown, as in ByT5."""
+VOCAB_SIZE = BYTE_OFFSET + 256
+IGNORED_LABEL = -100
+"""Label of a token that predicts nothing: the last one of each document."""
+
+_STDLIB_SKIPS = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
+"""Folders that are not part of the default text: installed packages, and tests, which hold deliberately
+broken files.
+"""
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Corpus:
+    """Documents of one source, in sorted order, none of them empty."""
+
+    source: str
+    """Where the text came from, for reports."""
+    documents: tuple[bytes, ...]
+
+    @cached_property
+    def lengths(self) -> tuple[int, ...]:
+        """Tokens of each document: its bytes and the end of document."""
+        return tuple(len(document) + 1 for document in self.documents)
+
+    @cached_property
+    def tokens(self) -> int:
+        """Tokens of all documents."""
+        return sum(self.lengths)
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Batch:
+    """Packed sequences laid end to end as one global row, the same on every rank.
+
+    Shard each tensor along dim 1.
+
+    `s` is sequences x seq_len: documents keep sequences apart just as they keep themselves apart, so one row
+    serves any number.
+    """
+
+    input_ids: Tensor
+    """(1, s) int64."""
+    shift_labels: Tensor
+    """(1, s) int64: the next token of the same document, or -100."""
+    position_ids: Tensor
+    """(1, s) int64: position inside the document."""
+    mask: Mask
+    """s x s, causal inside each document."""
+
+    @property
+    def label_count(self) -> int:
+        """Tokens that predict something, over all ranks: the loss's denominator."""
+        return int((self.shift_labels != IGNORED_LABEL).sum())
+
+
+class Piece(NamedTuple):
+    """Tokens [start, stop) of a document: what one packed sequence holds of it."""
+
+    document: int
+    start: int
+    stop: int
+
+
+def read(source: str) -> Corpus:
+    """The documents of a source.
+
+    Args:
+        source: "stdlib", the path of a text file, or of a folder whose files (hidden ones and __pycache__
+            apart) are all text.
+
+    Raises:
+        ValueError: the path is missing, unreadable, empty, or not UTF-8 text.
+    """
+    if source == STDLIB:
+        root = Path(sysconfig.get_paths()["stdlib"])
+        paths = [path for path in _files(root, _STDLIB_SKIPS) if path.suffix == ".py"]
+        source = f"standard library of Python {platform.python_version()}"
+    else:
+        paths = _user_files(source)
+    documents = tuple(text for text in map(_read_text, paths) if text)
+    if not documents:
+        raise ValueError(
+            f"data path {source!r} has no text: {len(paths)} files, all empty; point data.path at a file or folder with text"
+        )
+    return Corpus(source=source, documents=documents)
+
+
+def _user_files(source: str) -> list[Path]:
+    try:
+        path = Path(source).expanduser()
+        mode = path.stat().st_mode
+    except RuntimeError:  # of expanduser
+        raise ValueError(
+            f"data path {source!r} names a home folder that does not exist; write data.path in full"
+        ) from None
+    except (FileNotFoundError, NotADirectoryError):
+        raise ValueError(
+            f"data path {source!r} does not exist; pass a text file, a folder of text files, or {STDLIB!r}"
+        ) from None
+    except OSError as error:
+        raise _unreadable(error, source) from None
+    if stat.S_ISDIR(mode):
+        paths = [file for file in _files(path, frozenset({"__pycache__"})) if not file.name.startswith(".")]
+        if not paths:
+            raise ValueError(
+                f"data path {str(path)!r} is a folder without files; point data.path at text, or use {STDLIB!r}"
+            )
+        return paths
+    return [path]
+
+
+def _unreadable(error: OSError, path: str | Path) -> ValueError:
+    return ValueError(
+        f"cannot read {str(path)!r}: {error.strerror}; fix its permissions or choose another data.path"
+    )
+
+
+def _files(root: Path, skipped: frozenset[str]) -> list[Path]:
+    """Regular files below `root` in sorted order, without skipped and hidden folders.
+
+    A folder that cannot be read is an error.
+    """
+
+    def refuse(error: OSError) -> None:
+        raise _unreadable(error, error.filename)
+
+    found = []
+    for folder, folders, names in os.walk(root, onerror=refuse):
+        folders[:] = sorted(name for name in folders if name not in skipped and not name.startswith("."))
+        found += [path for path in (Path(folder, name) for name in sorted(names)) if _is_regular(path)]
+    return found
+
+
+def _is_regular(path: Path) -> bool:
+    try:
+        return stat.S_ISREG(path.stat().st_mode)
+    except FileNotFoundError:  # a dangling link
+        return False
+    except OSError as error:
+        raise _unreadable(error, path) from None
+
+
+def _read_text(path: Path) -> bytes:
+    """A file's bytes, checked to be text: byte tokens would accept anything, and a model trained on an
+    archive learns nothing.
+    """
+    try:
+        text = path.read_bytes()
+    except OSError as error:
+        raise _unreadable(error, path) from None
+    remedy = "remove it, convert it to UTF-8, or point data.path elsewhere"
+    if b"\0" in text:
+        raise ValueError(
+            f"{str(path)!r} is binary (byte {text.index(0)} is NUL), training needs text; {remedy}"
+        )
+    try:
+        text.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"{str(path)!r} is not UTF-8 text (byte {error.start} is 0x{text[error.start]:02x}); {remedy}"
+        ) from None
+    return text
+
+
+def encode(document: bytes) -> Tensor:
+    """Tokens of a document without its end: (len,) int64.
+
+    Equals ByT5Tokenizer on text that spells out no special token.
+    """
+    if not document:
+        return torch.empty(0, dtype=torch.int64)
+    return torch.frombuffer(bytearray(document), dtype=torch.uint8).to(torch.int64) + BYTE_OFFSET
+
+
+def decode(tokens: Tensor) -> str:
+    """Text of (n,) tokens; special tokens vanish, a character cut in half becomes the replacement character."""
+    ids = tokens.tolist()
+    return bytes(i - BYTE_OFFSET for i in ids if BYTE_OFFSET <= i < VOCAB_SIZE).decode(
+        "utf-8", errors="replace"
+    )
+
+
+def pack(lengths: tuple[int, ...], seq_len: int, seed: int, epoch: int) -> Iterator[tuple[Piece, ...]]:
+    """The sequences of one epoch as pieces of documents.
+
+    Pure: the order depends on nothing but the arguments.
+
+    The last tokens of the epoch that do not fill a sequence are left out; another epoch's order leaves out
+    others.
+
+    Args:
+        lengths: tokens of each document.
+        seq_len: tokens of each sequence.
+        seed: shuffles the documents, together with `epoch`.
+        epoch: 0, 1, ...
+    """
+    order = list(range(len(lengths)))
+    Random(f"{seed}/{epoch}").shuffle(order)
+    pieces: list[Piece] = []
+    room = seq_len
+    for document in order:
+        start, length = 0, lengths[document]
+        while length - start >= room:
+            pieces.append(Piece(document, start, start + room))
+            yield tuple(pieces)
+            start, pieces, room = start + room, [], seq_len
+        if start < length:
+            pieces.append(Piece(document, start, length))
+            room -= length - start
+
+
+def batches(corpus: Corpus, *, seq_len: int, sequences: int, seed: int) -> Iterator[Batch]:
+    """Batches without end, epoch after epoch, the same on every rank.
+
+    Args:
+        corpus: the documents.
+        seq_len: tokens of each packed sequence, at least 3 (so that every sequence has a label).
+        sequences: packed sequences in a batch.
+        seed: shuffles the documents.
+
+    Raises:
+        ValueError: seq_len or sequences out of range, or less text than one sequence.
+    """
+    if seq_len < 3 or sequences < 1:
+        raise ValueError(
+            f"seq_len={seq_len}, sequences={sequences}: use seq_len >= 3 and at least one sequence"
+        )
+    if corpus.tokens < seq_len:
+        raise ValueError(
+            f"{corpus.source!r} has {corpus.tokens} tokens, too few for one sequence of {seq_len};"
+            f" use more text or data.seq_len <= {corpus.tokens}"
+        )
+    return _endless(corpus, seq_len, sequences, seed)
+
+
+def _endless(corpus: Corpus, seq_len: int, sequences: int, seed: int) -> Iterator[Batch]:
+    pieces: list[Piece] = []
+    held = epoch = 0
+    while True:
+        packed = list(pack(corpus.lengths, seq_len, seed, epoch))
+        Random(f"{seed}/{epoch}/sequences").shuffle(packed)
+        for sequence in packed:
+            pieces += sequence
+            held += 1
+            if held == sequences:
+                yield _assemble(corpus, pieces)
+                pieces, held = [], 0
+        epoch += 1
+
+
+def _assemble(corpus: Corpus, pieces: list[Piece]) -> Batch:
+    lengths = [piece.stop - piece.start for piece in pieces]
+    ids = torch.cat([_piece_tokens(corpus, piece) for piece in pieces])
+    labels = torch.full_like(ids, IGNORED_LABEL)
+    labels[:-1] = ids[1:]
+    labels[torch.tensor(list(accumulate(lengths))) - 1] = IGNORED_LABEL
+    positions = torch.cat([torch.arange(length) for length in lengths])
+    return Batch(
+        input_ids=ids[None],
+        shift_labels=labels[None],
+        position_ids=positions[None],
+        mask=masks.documents(lengths),
+    )
+
+
+def _piece_tokens(corpus: Corpus, piece: Piece) -> Tensor:
+    document = corpus.documents[piece.document]
+    tokens = encode(document[piece.start : piece.stop])
+    return torch.cat((tokens, torch.tensor([EOS_ID]))) if piece.stop > len(document) else tokens

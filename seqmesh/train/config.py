@@ -1,5 +1,4 @@
-"""The configuration of a training run: frozen dataclasses, one per section of a recipe, each field with its
-meaning under it.
+"""The configuration of a training run: a frozen dataclass for each section of a recipe.
 
 The defaults are the default recipe (recipes/stdlib.toml spells them out; a test keeps the two equal). Types
 are checked by recipe.py, ranges and combinations here, so a `Config` that exists can be run.
@@ -10,10 +9,10 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
 _STRICT: dict[str, Any] = {"extra": "forbid", "strict": True}
-"""How pydantic reads a section: no unknown key, no conversion between types (an int is a float, nothing else
-is anything else).
-"""
+"""How pydantic reads a section: no unknown key, no conversion between types.
 
+An int is a float, nothing else is anything else.
+"""
 
 LONGEST_TIMEOUT_S = 1e6
 """12 days: beyond some 1e9 seconds the C++ clocks of PyTorch overflow, and a rank would give up at once."""
@@ -66,9 +65,7 @@ class ModelConfig:
     """A decoder from scratch, in the terms of transformers' configurations."""
 
     architecture: str = "llama"
-    """Model type in transformers: llama, or a dense decoder whose configuration has the same fields (mistral,
-    qwen2, qwen3, ...).
-    """
+    """Model type in transformers: llama, or a dense decoder with the same fields (mistral, qwen2, ...)."""
     hidden: int = 192
     """hidden_size."""
     layers: int = 3
@@ -90,12 +87,13 @@ class ModelConfig:
         _at_least("model", self, hidden=1, layers=1, heads=1, kv_heads=1, intermediate=1, rope_theta=1)
         _require(
             self.heads % self.kv_heads == 0,
-            f"model.kv_heads={self.kv_heads} does not divide model.heads={self.heads}; use a divisor of {self.heads}",
+            f"model.kv_heads={self.kv_heads} does not divide model.heads={self.heads};"
+            f" use a divisor of {self.heads}",
         )
         _require(
             self.hidden % self.heads == 0 and self.head_dim % 2 == 0,
-            f"model.hidden={self.hidden} over model.heads={self.heads} is not an even head dim, which rotary embeddings need;"
-            f" use a multiple of {2 * self.heads}",
+            f"model.hidden={self.hidden} over model.heads={self.heads} is not an even head dim,"
+            f" which rotary embeddings need; use a multiple of {2 * self.heads}",
         )
 
     @property
@@ -109,8 +107,7 @@ class DataConfig:
     """The text and how it is packed (data.py)."""
 
     path: str = "stdlib"
-    """A text file, a folder of text files, or "stdlib": the source of the running Python's standard library.
-    """
+    """A text file, a folder of text files, or "stdlib": the source of this Python's standard library."""
     seq_len: int = 8192
     """Tokens (bytes) of a packed sequence."""
     sequences: int = 1
@@ -125,7 +122,8 @@ class DataConfig:
             f"data.path={self.path!r} has a NUL character, which no path may have; remove it",
         )
         _require(
-            self.path != "", 'data.path="" is empty; give a text file, a folder of text files, or "stdlib"'
+            self.path != "",
+            'data.path="" is empty; give a text file, a folder of text files, or "stdlib"',
         )
 
     @property
@@ -155,9 +153,7 @@ class TrainConfig:
     seed: int = 0
     """Of the weights and of the order of documents; 0 <= seed < 2^63."""
     compare_steps: int = 3
-    """First steps that are repeated on one rank after training, to compare loss and gradient norm; 0 for
-    none.
-    """
+    """First steps that are repeated on one rank afterwards, to compare loss and gradient norm; 0: none."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
 
@@ -222,6 +218,7 @@ class Config:
         idle = self.mesh.ulysses - self.model.heads
         _require(
             idle <= 0,
-            f"mesh.ulysses={self.mesh.ulysses} with model.heads={self.model.heads} query heads leaves {idle} ranks without a head;"
+            f"mesh.ulysses={self.mesh.ulysses} with model.heads={self.model.heads} query heads"
+            f" leaves {idle} ranks without a head;"
             f" use mesh.ulysses <= {self.model.heads} and put the rest on mesh.ring",
         )

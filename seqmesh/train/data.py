@@ -2,8 +2,8 @@
 
     source      "stdlib" (the Python standard library's .py files), a text file, or a folder of text files
     documents   one per file, in sorted order, shuffled by seed and epoch
-    sequences   the documents' tokens end to end, cut every `seq_len` tokens; nothing is padded; shuffled once more, so that the
-                parts of a very long document do not follow each other
+    sequences   the documents' tokens end to end, cut every `seq_len` tokens; nothing is padded; shuffled once
+                more, so that the parts of a very long document do not follow each other
 
        document A        B    C                    D
     |a a a a a a a a $|b b $|c c c c c c c c c c c $|d ...        $ = end of document
@@ -26,7 +26,7 @@ import sysconfig
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, count
 from pathlib import Path
 from random import Random
 from typing import NamedTuple
@@ -47,8 +47,9 @@ IGNORED_LABEL = -100
 """Label of a token that predicts nothing: the last one of each document."""
 
 _STDLIB_SKIPS = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
-"""Folders that are not part of the default text: installed packages, and tests, which hold deliberately
-broken files.
+"""Folders that are not part of the default text: installed packages and tests.
+
+Tests hold deliberately broken files.
 """
 
 
@@ -123,12 +124,14 @@ def read(source: str) -> Corpus:
     documents = tuple(text for text in map(_read_text, paths) if text)
     if not documents:
         raise ValueError(
-            f"data path {source!r} has no text: {len(paths)} files, all empty; point data.path at a file or folder with text"
+            f"data path {source!r} has no text: {len(paths)} files, all empty;"
+            " point data.path at a file or folder with text"
         )
     return Corpus(source=source, documents=documents)
 
 
 def _user_files(source: str) -> list[Path]:
+    """The file that a path names, or those of the folder that it names."""
     try:
         path = Path(source).expanduser()
         mode = path.stat().st_mode
@@ -142,14 +145,14 @@ def _user_files(source: str) -> list[Path]:
         ) from None
     except OSError as error:
         raise _unreadable(error, source) from None
-    if stat.S_ISDIR(mode):
-        paths = [file for file in _files(path, frozenset({"__pycache__"})) if not file.name.startswith(".")]
-        if not paths:
-            raise ValueError(
-                f"data path {str(path)!r} is a folder without files; point data.path at text, or use {STDLIB!r}"
-            )
-        return paths
-    return [path]
+    if not stat.S_ISDIR(mode):
+        return [path]
+    paths = [file for file in _files(path, frozenset({"__pycache__"})) if not file.name.startswith(".")]
+    if not paths:
+        raise ValueError(
+            f"data path {str(path)!r} is a folder without files; point data.path at text, or use {STDLIB!r}"
+        )
+    return paths
 
 
 def _unreadable(error: OSError, path: str | Path) -> ValueError:
@@ -167,10 +170,14 @@ def _files(root: Path, skipped: frozenset[str]) -> list[Path]:
     def refuse(error: OSError) -> None:
         raise _unreadable(error, error.filename)
 
-    found = []
+    found: list[Path] = []
     for folder, folders, names in os.walk(root, onerror=refuse):
+        # os.walk goes on into what this list holds, in its order: an order of our own, for all file systems.
         folders[:] = sorted(name for name in folders if name not in skipped and not name.startswith("."))
-        found += [path for path in (Path(folder, name) for name in sorted(names)) if _is_regular(path)]
+        for name in sorted(names):
+            path = Path(folder, name)
+            if _is_regular(path):
+                found.append(path)
     return found
 
 
@@ -184,8 +191,9 @@ def _is_regular(path: Path) -> bool:
 
 
 def _read_text(path: Path) -> bytes:
-    """A file's bytes, checked to be text: byte tokens would accept anything, and a model trained on an
-    archive learns nothing.
+    """A file's bytes, checked to be text.
+
+    Byte tokens would accept anything, and a model trained on an archive learns nothing.
     """
     try:
         text = path.read_bytes()
@@ -216,17 +224,16 @@ def encode(document: bytes) -> Tensor:
 
 
 def decode(tokens: Tensor) -> str:
-    """Text of (n,) tokens; special tokens vanish, a character cut in half becomes the replacement character."""
-    ids = tokens.tolist()
-    return bytes(i - BYTE_OFFSET for i in ids if BYTE_OFFSET <= i < VOCAB_SIZE).decode(
-        "utf-8", errors="replace"
-    )
+    """Text of (n,) tokens, without special tokens.
+
+    A character cut in half becomes the replacement character.
+    """
+    text = bytes(token - BYTE_OFFSET for token in tokens.tolist() if BYTE_OFFSET <= token < VOCAB_SIZE)
+    return text.decode("utf-8", errors="replace")
 
 
 def pack(lengths: tuple[int, ...], seq_len: int, seed: int, epoch: int) -> Iterator[tuple[Piece, ...]]:
-    """The sequences of one epoch as pieces of documents.
-
-    Pure: the order depends on nothing but the arguments.
+    """The sequences of one epoch as pieces of documents; the order depends on nothing but the arguments.
 
     The last tokens of the epoch that do not fill a sequence are left out; another epoch's order leaves out
     others.
@@ -242,11 +249,14 @@ def pack(lengths: tuple[int, ...], seq_len: int, seed: int, epoch: int) -> Itera
     pieces: list[Piece] = []
     room = seq_len
     for document in order:
-        start, length = 0, lengths[document]
+        start = 0
+        length = lengths[document]
         while length - start >= room:
             pieces.append(Piece(document, start, start + room))
             yield tuple(pieces)
-            start, pieces, room = start + room, [], seq_len
+            start += room
+            pieces = []
+            room = seq_len
         if start < length:
             pieces.append(Piece(document, start, length))
             room -= length - start
@@ -278,8 +288,8 @@ def batches(corpus: Corpus, *, seq_len: int, sequences: int, seed: int) -> Itera
 
 def _endless(corpus: Corpus, seq_len: int, sequences: int, seed: int) -> Iterator[Batch]:
     pieces: list[Piece] = []
-    held = epoch = 0
-    while True:
+    held = 0  # sequences in `pieces`; a batch may begin in one epoch and end in the next
+    for epoch in count():
         packed = list(pack(corpus.lengths, seq_len, seed, epoch))
         Random(f"{seed}/{epoch}/sequences").shuffle(packed)
         for sequence in packed:
@@ -287,8 +297,8 @@ def _endless(corpus: Corpus, seq_len: int, sequences: int, seed: int) -> Iterato
             held += 1
             if held == sequences:
                 yield _assemble(corpus, pieces)
-                pieces, held = [], 0
-        epoch += 1
+                pieces = []
+                held = 0
 
 
 def _assemble(corpus: Corpus, pieces: list[Piece]) -> Batch:
@@ -296,7 +306,8 @@ def _assemble(corpus: Corpus, pieces: list[Piece]) -> Batch:
     ids = torch.cat([_piece_tokens(corpus, piece) for piece in pieces])
     labels = torch.full_like(ids, IGNORED_LABEL)
     labels[:-1] = ids[1:]
-    labels[torch.tensor(list(accumulate(lengths))) - 1] = IGNORED_LABEL
+    last_of_document = torch.tensor(list(accumulate(lengths))) - 1
+    labels[last_of_document] = IGNORED_LABEL  # shifting gave it the first token of the next document
     positions = torch.cat([torch.arange(length) for length in lengths])
     return Batch(
         input_ids=ids[None],
@@ -309,4 +320,7 @@ def _assemble(corpus: Corpus, pieces: list[Piece]) -> Batch:
 def _piece_tokens(corpus: Corpus, piece: Piece) -> Tensor:
     document = corpus.documents[piece.document]
     tokens = encode(document[piece.start : piece.stop])
-    return torch.cat((tokens, torch.tensor([EOS_ID]))) if piece.stop > len(document) else tokens
+    if piece.stop <= len(document):
+        return tokens
+    # A document's last token, its end, is no byte of it.
+    return torch.cat((tokens, torch.tensor([EOS_ID])))

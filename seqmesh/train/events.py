@@ -1,6 +1,4 @@
-"""What a run tells its observer: plain records, sent from rank 0 to whoever draws the progress bar and writes
-the files.
-"""
+"""What a run tells its observer, who shows the progress and writes the files: plain records from rank 0."""
 
 from dataclasses import dataclass
 
@@ -41,8 +39,9 @@ class StepMetrics:
     mfu_mask: float
     """`flops` / (seconds * peak)."""
     mfu_noncausal: float
-    """The same with seq_len^2 pairs per packed sequence: the convention that ignores masks, always the larger
-    number.
+    """The same with seq_len^2 pairs per packed sequence: the convention that ignores masks.
+
+    Always the larger number.
     """
     bytes_sent: int
     """Sent by attention to other ranks, counted at the collectives, all ranks."""

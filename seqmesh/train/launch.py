@@ -1,10 +1,10 @@
-"""Local ranks of a training run: started here, watched until they end, and blamed for what went wrong.
+"""Local ranks of a training run: started, watched until they end, and blamed for what went wrong.
 
     parent  -- fork -->  rank 0, 1, 2, ...  -- events, failures -->  parent
 
-The parent draws, writes and waits; it runs no tensor work, and forked ranks share the corpus that it has read. It
-gets Ctrl-C, ends the ranks and leaves one line on the screen. A rank that dies ends the run: the error names the
-rank that failed first, not those that lost their connection to it.
+The parent draws, writes and waits; it runs no tensor work, and forked ranks share the corpus that it has
+read. It gets Ctrl-C and ends the ranks. A rank that dies ends the run: the error names the rank that failed
+first, not those that lost their connection to it.
 """
 
 import hashlib
@@ -68,8 +68,7 @@ class _Watched:
 
 
 def agree(mistake: str | None, world: int) -> None:
-    """Raise the same ValueError on every rank if any rank found a mistake, so that no rank waits for one that
-    has left.
+    """Raise the same ValueError on every rank if any found a mistake, so that none waits for one that left.
 
     Raises:
         ValueError: the mistake of the lowest rank that has one.
@@ -117,7 +116,7 @@ def _fingerprint(parts: Iterable[bytes]) -> str:
 def run_local(
     work: Work, world: int, timeout_s: float, on_event: Callable[[Any], None], log_folder: Path
 ) -> None:
-    """Run `work` on `world` forked ranks and handle what they send, until all have ended. No rank outlives this call.
+    """Run `work` on forked ranks and handle what they send, until all have ended: none outlives this call.
 
     Args:
         work: what each rank does, once connected.
@@ -143,6 +142,7 @@ def run_local(
 
     with TemporaryDirectory(prefix="seqmesh-") as meeting:
         ranks: list[LocalRank] = []
+        # Terminated, the parent leaves as by any exception, and ends its ranks on the way out.
         previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
         try:
             start_ranks(ranks, body, world, f"file://{meeting}/store", log_folder)
@@ -166,6 +166,7 @@ def _watch(ranks: Sequence[_Watched], on_event: Callable[[Any], None]) -> None:
             try:
                 event = pipe.recv()
             except (EOFError, OSError):
+                # The pipe ends a moment before the process does, and only then is there an exit code.
                 del open_pipes[pipe]
                 rank.local.process.join(STOP_SECONDS)
             else:
@@ -178,35 +179,45 @@ def _watch(ranks: Sequence[_Watched], on_event: Callable[[Any], None]) -> None:
 
 
 def _raise_failure(ranks: Sequence[_Watched], timeout_s: float, log_folder: Path) -> None:
-    """Name the rank that failed first: killed, wrong input, silent while others timed out, or the earliest exception."""
+    """Name the rank that failed first, if any did.
+
+    In this order: killed, wrong input, silent while others timed out, the earliest exception, an exit code.
+    """
     failed = [rank for rank in ranks if rank.failed]
     if not failed:
         return
     for rank in failed:
-        if rank.exit_code is not None and rank.exit_code < 0:
-            name = signal.Signals(-rank.exit_code).name
-            hint = " (out of memory?)" if name == "SIGKILL" else f"; see {_log(log_folder, rank.rank)}"
-            raise RankFailedError(
-                f"rank {rank.rank} was killed by {name}{hint}; the other ranks were stopped"
-            )
-    failures = sorted(
-        ((rank.failure, rank.rank) for rank in failed if rank.failure is not None),
-        key=lambda one: (one[0].at, one[1]),
-    )
+        _raise_if_killed(rank, log_folder)
+    failures: list[tuple[Failure, int]] = []
+    for rank in failed:
+        if rank.failure is not None:
+            failures.append((rank.failure, rank.rank))
+    if not failures:
+        number = failed[0].rank
+        raise RankFailedError(
+            f"rank {number} ended with exit code {failed[0].exit_code}; see {_log(log_folder, number)}"
+        )
+    failures.sort(key=lambda one: (one[0].at, one[1]))
     for failure, _ in failures:
         if failure.users_mistake:
             raise ValueError(failure.message)
+    first, number = failures[0]
+    # gloo reports a rank that hangs only by the time-out of those that wait for it: theirs is no fault.
     silent = [rank.rank for rank in ranks if not rank.failed and rank.local.process.is_alive()]
-    if silent and failures and "time" in failures[0][0].message.lower():
+    if silent and "time" in first.message.lower():
         raise RankFailedError(
             f"rank {silent[0]} did not answer for run.timeout_s={timeout_s:g} seconds;"
             " the other ranks were stopped"
         )
-    if not failures:
-        number, code = failed[0].rank, failed[0].exit_code
-        raise RankFailedError(f"rank {number} ended with exit code {code}; see {_log(log_folder, number)}")
-    failure, number = failures[0]
-    raise RankFailedError(f"rank {number} failed: {failure.message}; traceback in {_log(log_folder, number)}")
+    raise RankFailedError(f"rank {number} failed: {first.message}; traceback in {_log(log_folder, number)}")
+
+
+def _raise_if_killed(rank: _Watched, log_folder: Path) -> None:
+    if rank.exit_code is None or rank.exit_code >= 0:
+        return
+    name = signal.Signals(-rank.exit_code).name
+    hint = " (out of memory?)" if name == "SIGKILL" else f"; see {_log(log_folder, rank.rank)}"
+    raise RankFailedError(f"rank {rank.rank} was killed by {name}{hint}; the other ranks were stopped")
 
 
 def _log(folder: Path, rank: int) -> Path:

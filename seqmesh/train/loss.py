@@ -1,7 +1,9 @@
 """Next-token loss over a sequence that is spread over ranks: a sum here, divided by the count of everywhere.
 
     loss of rank r  =  sum of cross entropies of its valid tokens / valid tokens of ALL ranks
-    global loss     =  sum of these over ranks, hence the mean over all valid tokens, however unevenly they are spread
+    global loss     =  sum of these over ranks
+
+Hence the global loss is the mean over all valid tokens, however unevenly they are spread.
 
 The count comes from the global batch, which every rank has before sharding (`Batch.label_count`), so the loss
 needs no communication, and a rank without a valid label gives exactly 0 with zero gradients: it still runs
@@ -27,8 +29,7 @@ from seqmesh.train.data import IGNORED_LABEL
 def next_token_loss(
     logits: Tensor, shift_labels: Tensor, label_count: int, *, chunk_rows: int = 4096
 ) -> Tensor:
-    """This rank's share of the mean next-token cross entropy: its sum, over the number of valid tokens of all
-    ranks.
+    """This rank's share of the mean next-token cross entropy: its sum over the valid tokens of all ranks.
 
     Rows are taken in chunks and each chunk's fp32 logits are recomputed in the backward, so neither fp32
     logits nor log-probabilities of all rows exist at once.
@@ -47,20 +48,23 @@ def next_token_loss(
     """
     if logits.shape[:-1] != shift_labels.shape:
         raise ValueError(
-            f"logits {tuple(logits.shape)} with labels {tuple(shift_labels.shape)}: need (b, n, vocabulary) and (b, n)"
+            f"logits {tuple(logits.shape)} with labels {tuple(shift_labels.shape)}:"
+            " need (b, n, vocabulary) and (b, n)"
         )
-    rows, labels = logits.flatten(0, -2), shift_labels.flatten()
+    rows = logits.flatten(0, -2)
+    labels = shift_labels.flatten()
     here = int((labels != IGNORED_LABEL).sum())
     if label_count < max(1, here):
         raise ValueError(
-            f"label_count={label_count} but this rank alone has {here} labels; pass the count of the global batch (Batch.label_count)"
+            f"label_count={label_count} but this rank alone has {here} labels;"
+            " pass the count of the global batch (Batch.label_count)"
         )
+    # The sum of no rows is 0, but has a gradient: a rank without tokens must run its backward too.
     total = rows.new_zeros((), dtype=_accumulator(rows)) + rows[:0].sum()
     for start in range(0, rows.shape[0], chunk_rows):
-        stop = start + chunk_rows
-        total = total + cast(
-            Tensor, checkpoint(_cross_entropy_sum, rows[start:stop], labels[start:stop], use_reentrant=False)
-        )
+        chunk = slice(start, start + chunk_rows)
+        part = checkpoint(_cross_entropy_sum, rows[chunk], labels[chunk], use_reentrant=False)
+        total = total + cast(Tensor, part)
     return total / label_count
 
 

@@ -2,7 +2,9 @@
 
 MFU = model FLOPs / (seconds x peak). Model FLOPs of a step, forward + backward (backward = 2 x forward):
 
-    6 x matmul weights x tokens  +  12 x layers x area x heads x head_dim         area = allowed (query, key) pairs, exactly
+    6 x matmul weights x tokens  +  12 x layers x area x heads x head_dim
+
+where area is the number of allowed (query, key) pairs, exactly.
 
 (2 FLOPs per weight and token forward; QK^T and PV are 2 x 2 x head_dim FLOPs per pair and head forward.) The
 PaLM convention takes seq_len^2 pairs instead; we report both and say which is which.
@@ -24,8 +26,7 @@ def build(config: Config, vocabulary: int = VOCAB_SIZE) -> PreTrainedModel:
 
     Args:
         config: the run.
-        vocabulary: token ids, byte tokens by default; the memory trace (planner/tracing.py) has those of
-            other models.
+        vocabulary: token ids, byte tokens by default; the planner's memory trace has those of other models.
 
     Raises:
         ValueError: an architecture that transformers does not know, that has other dimensions, or that cannot
@@ -34,22 +35,23 @@ def build(config: Config, vocabulary: int = VOCAB_SIZE) -> PreTrainedModel:
     model = config.model
     if model.architecture not in CONFIG_MAPPING:
         raise ValueError(
-            f"model.architecture={model.architecture!r} is not a model type of transformers; use llama, mistral, qwen2, ..."
+            f"model.architecture={model.architecture!r} is not a model type of transformers;"
+            " use llama, mistral, qwen2, ..."
         )
     torch.manual_seed(config.train.seed)
     try:
-        built = AutoModelForCausalLM.from_config(
-            _transformers_config(model, config.data.seq_len, vocabulary), dtype=torch.float32
-        )
-    except (
-        Exception
-    ) as error:  # each configuration class of transformers has checks, and exceptions, of its own
+        given = _transformers_config(model, config.data.seq_len, vocabulary)
+        built = AutoModelForCausalLM.from_config(given, dtype=torch.float32)
+    # Each configuration class of transformers has checks, and exceptions, of its own.
+    except Exception as error:
         what = str(error).strip().splitlines()[0]
         raise ValueError(
-            f"model.architecture={model.architecture!r} refuses [model] ({what}); use llama, mistral, qwen2, ..."
+            f"model.architecture={model.architecture!r} refuses [model] ({what});"
+            " use llama, mistral, qwen2, ..."
         ) from None
     plug_in(built)
-    _check(built, model)
+    _check_layers_see_whole_documents(built, model)
+    _check_sizes(built, model)
     return built
 
 
@@ -60,15 +62,16 @@ def check(config: Config) -> None:
 
 
 def _transformers_config(model: ModelConfig, seq_len: int, vocabulary: int) -> PreTrainedConfig:
-    """Without a sliding window where the architecture has one: a batch has one schedule, of whole documents,
-    for all layers.
+    """The recipe's sizes in transformers' names, without a sliding window where the architecture has one.
+
+    A batch has one schedule, of whole documents, for all layers.
     """
-    full: dict[str, None] = (
-        {"sliding_window": None} if hasattr(CONFIG_MAPPING[model.architecture](), "sliding_window") else {}
-    )
+    no_window: dict[str, None] = {}
+    if hasattr(CONFIG_MAPPING[model.architecture](), "sliding_window"):
+        no_window = {"sliding_window": None}
     return AutoConfig.for_model(
         model.architecture,
-        **full,
+        **no_window,
         hidden_size=model.hidden,
         num_hidden_layers=model.layers,
         num_attention_heads=model.heads,
@@ -85,50 +88,60 @@ def _transformers_config(model: ModelConfig, seq_len: int, vocabulary: int) -> P
     )
 
 
-def _check(built: PreTrainedModel, model: ModelConfig) -> None:
-    """An architecture that names its sizes differently would ignore the recipe; one with experts has other
-    FLOPs.
-
-    Layers that slide (gemma2, olmo3, ...) would be refused at the first document longer than their window:
-    too late.
-    """
+def _check_layers_see_whole_documents(built: PreTrainedModel, model: ModelConfig) -> None:
+    """Layers that slide (gemma2, olmo3, ...) would be refused at the first long document: too late."""
     windows = [getattr(module, "sliding_window", None) for module in built.modules()]
-    types = set(getattr(built.config, "layer_types", None) or ())
-    if any(window is not None for window in windows) or types - {"full_attention"}:
+    layer_types = set(getattr(built.config, "layer_types", None) or ())
+    if any(window is not None for window in windows) or layer_types - {"full_attention"}:
         raise ValueError(
-            f"model.architecture={model.architecture!r} has layers that do not attend to whole documents (sliding windows);"
+            f"model.architecture={model.architecture!r} has layers that do not attend to whole documents"
+            " (sliding windows);"
             " use llama, mistral, qwen2, ..., whose layers all can"
         )
-    weights = {name: tuple(parameter.shape) for name, parameter in built.named_parameters()}
-    queries = [shape for name, shape in weights.items() if name.endswith("self_attn.q_proj.weight")]
-    keys = [shape for name, shape in weights.items() if name.endswith("self_attn.k_proj.weight")]
-    q_shape, k_shape = (model.hidden, model.hidden), (model.kv_heads * model.head_dim, model.hidden)
+
+
+def _check_sizes(built: PreTrainedModel, model: ModelConfig) -> None:
+    """An architecture that names its sizes differently would ignore the recipe.
+
+    One with experts has other FLOPs; its weights are known by their third dim.
+    """
+    shapes = {name: tuple(parameter.shape) for name, parameter in built.named_parameters()}
+    queries = [shape for name, shape in shapes.items() if name.endswith("self_attn.q_proj.weight")]
+    keys = [shape for name, shape in shapes.items() if name.endswith("self_attn.k_proj.weight")]
+    q_shape = (model.hidden, model.hidden)
+    k_shape = (model.kv_heads * model.head_dim, model.hidden)
     if (
         queries != [q_shape] * model.layers
         or keys != [k_shape] * model.layers
-        or any(len(shape) > 2 for shape in weights.values())
+        or any(len(shape) > 2 for shape in shapes.values())
     ):
         raise ValueError(
-            f"model.architecture={model.architecture!r} is not a dense decoder with the dimensions of [model];"
+            f"model.architecture={model.architecture!r} is not a dense decoder"
+            " with the dimensions of [model];"
             " use llama, mistral, qwen2, ..."
         )
 
 
-def matmul_parameters(model: nn.Module) -> int:
+def count_matmul_parameters(model: nn.Module) -> int:
     """Weights of linear layers, the output embedding included."""
     return sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
 
 
-def step_flops(*, weights: int, tokens: int, model: ModelConfig, area: int) -> float:
+def step_flops(*, matmul_parameters: int, tokens: int, model: ModelConfig, area: int) -> float:
     """FLOPs of one forward and backward, see the top of the file."""
-    return 6.0 * weights * tokens + 12.0 * model.layers * area * model.heads * model.head_dim
+    of_matmuls = 6.0 * matmul_parameters * tokens
+    of_attention = 12.0 * model.layers * area * model.heads * model.head_dim
+    return of_matmuls + of_attention
 
 
 def measure_matmul_flops_per_s(seconds: float = 0.15, size: int = 768) -> float:
     """fp32 matmul FLOP/s of this process with its threads, over about `seconds`."""
-    a, b, out = torch.randn(size, size), torch.randn(size, size), torch.empty(size, size)
-    torch.mm(a, b, out=out)
-    calls, start = 0, time.perf_counter()
+    a = torch.randn(size, size)
+    b = torch.randn(size, size)
+    out = torch.empty(size, size)
+    torch.mm(a, b, out=out)  # the first call starts threads and is not counted
+    calls = 0
+    start = time.perf_counter()
     while (spent := time.perf_counter() - start) < seconds:
         torch.mm(a, b, out=out)
         calls += 1

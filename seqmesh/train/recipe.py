@@ -5,8 +5,7 @@ Every mistake is one line with its remedy.
     seqmesh train recipe.toml --mesh.ring 4 --train.steps=20 --lr 1e-3 --data book.txt
 
 An override is a full key (`--mesh.ring`) or a field's own name where only one section has it (`--ring`);
-`--data` is short for
-`--data.path`. Values are TOML values, quotes may be left out.
+`--data` is short for `--data.path`. Values are TOML values, quotes may be left out.
 """
 
 import difflib
@@ -27,11 +26,12 @@ Sections = dict[str, Any]
 def keys() -> dict[str, Any]:
     """Every key of a recipe as section.field, with its default."""
     default = Config()
-    return {
-        f"{section.name}.{leaf.name}": getattr(getattr(default, section.name), leaf.name)
-        for section in fields(default)
-        for leaf in fields(getattr(default, section.name))
-    }
+    found: dict[str, Any] = {}
+    for section in fields(default):
+        values = getattr(default, section.name)
+        for leaf in fields(values):
+            found[f"{section.name}.{leaf.name}"] = getattr(values, leaf.name)
+    return found
 
 
 def load(recipe: str | None, overrides: Sequence[str] = ()) -> Config:
@@ -52,6 +52,8 @@ def load(recipe: str | None, overrides: Sequence[str] = ()) -> Config:
         place[leaf] = _value(f"{section}.{leaf}", text)
     where = f"{recipe}: " if recipe is not None else ""
     try:
+        # As JSON: of Python objects, pydantic's strict mode takes no dict for a section. TOML's dates, which
+        # JSON has not, become texts and are judged as such.
         return TypeAdapter(Config).validate_json(json.dumps(sections, default=str))
     except ValidationError as error:
         first = error.errors()[0]
@@ -64,12 +66,15 @@ def split_arguments(arguments: Sequence[str]) -> tuple[str | None, list[str]]:
     Raises:
         ValueError: two recipes, or a key without a value.
     """
-    recipe, overrides, rest = None, [], iter(arguments)
+    recipe: str | None = None
+    overrides: list[str] = []
+    rest = iter(arguments)
     for argument in rest:
         if not argument.startswith("--"):
             if recipe is not None:
                 raise ValueError(
-                    f"two recipes, {recipe!r} and {argument!r}; give one, and override its keys with --key value"
+                    f"two recipes, {recipe!r} and {argument!r};"
+                    " give one, and override its keys with --key value"
                 )
             recipe = argument
         elif "=" in argument:
@@ -121,11 +126,15 @@ def _resolve(key: str) -> str:
 def _unknown(key: str, dashes: str = "") -> ValueError:
     """The error for an unknown key, which names the nearest one."""
     known = list(keys())
-    by_leaf = {full.split(".")[1]: full for full in known}
-    sections = [] if dashes or "." in key else sorted({full.split(".")[0] for full in known})
-    near = difflib.get_close_matches(key, sections + known, 1) or [
-        by_leaf[leaf] for leaf in difflib.get_close_matches(key.split(".")[-1], list(by_leaf), 1, cutoff=0.5)
-    ]
+    sections = sorted({full.split(".")[0] for full in known})
+    # Only a recipe has sections without a key: [section].
+    candidates = known if dashes or "." in key else sections + known
+    near = difflib.get_close_matches(key, candidates, 1)
+    if not near:
+        # The field's own name may be right, or nearly, in a wrong section or without one.
+        by_leaf = {full.split(".")[1]: full for full in known}
+        leaves = difflib.get_close_matches(key.split(".")[-1], list(by_leaf), 1, cutoff=0.5)
+        near = [by_leaf[leaf] for leaf in leaves]
     remedy = f"did you mean {dashes}{near[0]}?" if near else f"known keys: {', '.join(known)}"
     return ValueError(f"unknown key {dashes}{key}; {remedy}")
 
@@ -137,20 +146,25 @@ def _value(key: str, text: str) -> Any:
     try:
         return tomllib.loads(f"value = {text}")["value"]
     except tomllib.TOMLDecodeError:
-        return text
+        return text  # of the wrong type, whatever it is: pydantic says so, with the key
 
 
 def _explain(kind: str, loc: tuple[int | str, ...], error: Any) -> str:
-    """One line for pydantic's error."""
+    """One line, with a remedy, for pydantic's error."""
     key = ".".join(map(str, loc))
+    # Sections are dataclasses to pydantic: an unknown key is an argument that their __init__ does not have.
     if kind == "unexpected_keyword_argument":
         return str(_unknown(key))
+    # Raised by config.py, whose messages are whole already: pydantic only wraps them.
     if kind == "value_error":
         return str(error["ctx"]["error"])
     default = keys().get(key)
     if default is None:
         return f"{key} = {error['input']!r} is not a section; write [{key}] and its keys below it"
-    return f"{key} = {json.dumps(error['input'])} is ill-typed: {_lower(error['msg'])}; write for example {key} = {to_toml(default)}"
+    return (
+        f"{key} = {json.dumps(error['input'])} is ill-typed: {_lower(error['msg'])};"
+        f" write for example {key} = {to_toml(default)}"
+    )
 
 
 def _lower(text: str) -> str:
@@ -158,7 +172,7 @@ def _lower(text: str) -> str:
 
 
 def to_toml(value: object) -> str:
-    """A scalar as TOML. JSON strings are TOML strings when nothing is escaped beyond what both escape alike."""
+    """A scalar as TOML: JSON strings, without escapes for what is not ASCII, are TOML strings too."""
     return json.dumps(value, ensure_ascii=False) if isinstance(value, (str, bool)) else repr(value)
 
 
@@ -167,9 +181,8 @@ def dump(config: Config) -> str:
     lines: list[str] = []
     for section in fields(config):
         values = getattr(config, section.name)
-        lines += [
-            f"[{section.name}]",
-            *(f"{leaf.name} = {to_toml(getattr(values, leaf.name))}" for leaf in fields(values)),
-            "",
-        ]
+        lines.append(f"[{section.name}]")
+        for leaf in fields(values):
+            lines.append(f"{leaf.name} = {to_toml(getattr(values, leaf.name))}")
+        lines.append("")
     return "\n".join(lines)

@@ -1,8 +1,9 @@
-"""What a run shows and leaves behind: progress, metrics.jsonl, loss.png, report.json and report.txt in the
-run folder.
+"""What a run shows and leaves behind in its folder: progress, metrics, the loss curve and the report.
 
     events (events.py)  ->  Reporter  ->  a bar or plain lines on the screen, a line per step in metrics.jsonl
-                                      ->  at the end the report: loss, speed, the check against one rank, bytes, memory
+                                      ->  at the end report.json, report.txt and loss.png
+
+The report says loss, speed, the check against one rank, bytes and memory.
 """
 
 import json
@@ -11,6 +12,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from statistics import median
 from types import TracebackType
 
 from rich.console import Console
@@ -22,30 +24,36 @@ from seqmesh.train.data import Corpus
 from seqmesh.train.events import Compared, Event, Started, StepMetrics, Trained
 
 TOLERANCE = 1e-4
-"""Largest |Δloss| and |Δ gradient norm| against one rank in fp32: rounding in another order gives 1e-7 to
-1e-5.
+"""Largest |Δloss| and |Δ gradient norm| against one rank in fp32.
+
+Rounding in another order gives 1e-7 to 1e-5.
 """
 PLAIN_LINES = 20
 """Progress lines of a run whose output is not a terminal."""
+
+
+def _progress_bar() -> Progress | None:
+    """None where a bar cannot be drawn again and again: in a file or a pipe, lines are printed instead."""
+    console = Console()
+    if not console.is_terminal:
+        return None
+    columns = (BarColumn(10), MofNCompleteColumn(), TextColumn("{task.description}"), TimeRemainingColumn())
+    return Progress(*columns, console=console)
 
 
 class Reporter:
     """Handles the events of one run. A context manager, so that the terminal is restored whatever happens."""
 
     def __init__(self, config: Config, corpus: Corpus, folder: Path, command: str) -> None:
-        self.config, self.corpus, self.folder, self.command = config, corpus, folder, command
+        self.config = config
+        self.corpus = corpus
+        self.folder = folder
+        self.command = command
         self.started: Started | None = None
         self.trained: Trained | None = None
         self.compared: Compared | None = None
         self.steps: list[StepMetrics] = []
-        console = Console()
-        columns = (
-            BarColumn(10),
-            MofNCompleteColumn(),
-            TextColumn("{task.description}"),
-            TimeRemainingColumn(),
-        )
-        self._progress = Progress(*columns, console=console) if console.is_terminal else None
+        self._progress = _progress_bar()
         self._metrics = (folder / "metrics.jsonl").open("w", encoding="utf-8")
         self._begin = time.monotonic()
         self.train_seconds = 0.0
@@ -67,31 +75,34 @@ class Reporter:
         """Take note of an event, and show it."""
         match event:
             case Started():
-                self.started, self._begin = event, time.monotonic()
+                self.started = event
+                self._begin = time.monotonic()
             case StepMetrics():
                 self.steps.append(event)
                 self._metrics.write(json.dumps(asdict(event)) + "\n")
-                self._metrics.flush()
+                self._metrics.flush()  # a run that is stopped leaves every step that it took
                 self._show(event)
             case Trained():
-                self.trained, self.train_seconds = event, time.monotonic() - self._begin
+                self.trained = event
+                self.train_seconds = time.monotonic() - self._begin
                 if self.config.train.compare_steps:
-                    self._say(
-                        f"repeating the first {min(len(self.steps), self.config.train.compare_steps)} steps on one rank"
-                    )
+                    repeated = min(len(self.steps), self.config.train.compare_steps)
+                    self._say(f"repeating the first {repeated} steps on one rank")
             case Compared():
                 self.compared = event
 
     def _show(self, step: StepMetrics) -> None:
-        line = f"loss {step.loss:.3f} {step.tokens_per_s:,.0f} tokens/s MFU {step.mfu_mask:.1%} {_bytes(step.bytes_sent)}/step"
+        line = (
+            f"loss {step.loss:.3f} {step.tokens_per_s:,.0f} tokens/s"
+            f" MFU {step.mfu_mask:.1%} {_bytes(step.bytes_sent)}/step"
+        )
         if self._progress is not None:
             self._progress.update(self._progress.task_ids[0], completed=step.step, description=line)
-        elif (
-            step.step == 1
-            or step.step == self.config.train.steps
-            or step.step % math.ceil(self.config.train.steps / PLAIN_LINES) == 0
-        ):
-            print(f"step {step.step}/{self.config.train.steps}  {line}  {step.seconds:.2f} s", flush=True)
+            return
+        steps = self.config.train.steps
+        every = math.ceil(steps / PLAIN_LINES)
+        if step.step in (1, steps) or step.step % every == 0:
+            print(f"step {step.step}/{steps}  {line}  {step.seconds:.2f} s", flush=True)
 
     def _say(self, line: str) -> None:
         if self._progress is not None:
@@ -104,17 +115,12 @@ class Reporter:
         assert self.started is not None
         assert self.trained is not None
         report = summarize(self.corpus, self.started, self.steps, self.trained, self.compared)
-        facts = asdict(report) | {
-            "train_seconds": self.train_seconds,
-            "command": self.command,
-            "commit": commit(),
-            **machine(),
-        }
-        (self.folder / "report.json").write_text(json.dumps(facts, indent=2) + "\n", encoding="utf-8")
+        run = {"train_seconds": self.train_seconds, "command": self.command, "commit": commit()}
+        document = asdict(report) | run | machine()
+        (self.folder / "report.json").write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
         text = describe(self.config, report, self.train_seconds, self.folder)
-        (self.folder / "report.txt").write_text(
-            f"{text}\ncommand    {self.command}\ncommit     {commit()}\n", encoding="utf-8"
-        )
+        origin = f"command    {self.command}\ncommit     {commit()}"
+        (self.folder / "report.txt").write_text(f"{text}\n{origin}\n", encoding="utf-8")
         draw_loss(self.steps, report, self.folder / "loss.png")
         print("\n" + text, flush=True)
         return report
@@ -148,7 +154,10 @@ class Report:
     largest_loss_difference: float | None
     largest_grad_norm_difference: float | None
     matches_one_rank: bool | None
-    """Both differences within the tolerance; None if not compared."""
+    """Both differences within the tolerance.
+
+    None if not compared, like the differences.
+    """
     peak_memory_bytes: tuple[int, ...]
 
     @property
@@ -165,10 +174,12 @@ def summarize(
     compared: Compared | None,
 ) -> Report:
     """The report of a run's events."""
-    tail = steps[-max(1, len(steps) // 10) :]
-    matches = None
+    last_tenth = steps[-max(1, len(steps) // 10) :]
+    matches = loss_difference = norm_difference = None
     if compared is not None:
-        matches = max(compared.largest_loss_difference, compared.largest_grad_norm_difference) <= TOLERANCE
+        loss_difference = compared.largest_loss_difference
+        norm_difference = compared.largest_grad_norm_difference
+        matches = max(loss_difference, norm_difference) <= TOLERANCE
     return Report(
         text=corpus.source,
         documents=len(corpus.documents),
@@ -176,19 +187,19 @@ def summarize(
         parameters=started.parameters,
         steps=len(steps),
         first_loss=steps[0].loss,
-        last_loss=sum(step.loss for step in tail) / len(tail),
-        tokens_per_s=_median([step.tokens_per_s for step in steps]),
-        step_seconds=_median([step.seconds for step in steps]),
-        mfu_mask=_median([step.mfu_mask for step in steps]),
-        mfu_noncausal=_median([step.mfu_noncausal for step in steps]),
+        last_loss=sum(step.loss for step in last_tenth) / len(last_tenth),
+        tokens_per_s=median(step.tokens_per_s for step in steps),
+        step_seconds=median(step.seconds for step in steps),
+        mfu_mask=median(step.mfu_mask for step in steps),
+        mfu_noncausal=median(step.mfu_noncausal for step in steps),
         peak_flops_per_s=started.peak_flops_per_s,
         bytes_per_step=sum(step.bytes_sent for step in steps) / len(steps),
         bytes_sent=sum(step.bytes_sent for step in steps),
         bytes_scheduled=sum(step.bytes_scheduled for step in steps),
         bytes_agree=all(step.bytes_agree for step in steps),
         compared_steps=len(compared.losses) if compared is not None else 0,
-        largest_loss_difference=compared.largest_loss_difference if compared is not None else None,
-        largest_grad_norm_difference=compared.largest_grad_norm_difference if compared is not None else None,
+        largest_loss_difference=loss_difference,
+        largest_grad_norm_difference=norm_difference,
         matches_one_rank=matches,
         peak_memory_bytes=trained.peak_memory_bytes,
     )
@@ -196,43 +207,50 @@ def summarize(
 
 def describe(config: Config, report: Report, seconds: float, folder: Path) -> str:
     """The report as text: one line per finding."""
-    mesh, hardware = config.mesh, machine()
+    model, mesh, data = config.model, config.mesh, config.data
+    hardware = machine()
     peaks = ", ".join(f"{peak / 2**20:.0f}" for peak in report.peak_memory_bytes)
-    one_rank = "not compared (train.compare_steps = 0)"
-    if report.matches_one_rank is not None:
-        verdict = "ok" if report.matches_one_rank else "NOT EQUAL: report this as a bug"
-        one_rank = (
-            f"first {report.compared_steps} steps: |Δloss| <= {report.largest_loss_difference:.1e},"
-            f" |Δ gradient norm| <= {report.largest_grad_norm_difference:.1e} (limit {TOLERANCE:.0e}): {verdict}"
-        )
-    bytes_verdict = (
-        "measured = scheduled on every rank at every step"
-        if report.bytes_agree
-        else (
-            f"NOT EQUAL: measured {report.bytes_sent}, scheduled {report.bytes_scheduled} bytes; report this as a bug"
-        )
-    )
     lines = {
-        "model": f"{config.model.architecture}, {report.parameters / 1e6:.2f} M parameters, fp32",
-        "ranks": f"{mesh.world}: ulysses {mesh.ulysses} x ring {mesh.ring}, {config.run.threads} thread(s) each",
+        "model": f"{model.architecture}, {report.parameters / 1e6:.2f} M parameters, fp32",
+        "ranks": f"{mesh.world}: ulysses {mesh.ulysses} x ring {mesh.ring},"
+        f" {config.run.threads} thread(s) each",
         "text": f"{report.text}: {report.documents:,} documents, {report.corpus_tokens / 1e6:.1f} M tokens",
-        "loss": f"{report.first_loss:.3f} -> {report.last_loss:.3f} in {report.steps} steps of {config.data.tokens:,} tokens,"
-        f" {seconds:.0f} s",
+        "loss": f"{report.first_loss:.3f} -> {report.last_loss:.3f}"
+        f" in {report.steps} steps of {data.tokens:,} tokens, {seconds:.0f} s",
         "speed": f"{report.tokens_per_s:,.0f} tokens/s, {report.step_seconds:.2f} s a step (medians)",
-        "MFU": f"{report.mfu_mask:.1%} counting the mask's exact area, {report.mfu_noncausal:.1%} counting seq_len^2 pairs;"
-        f" of {report.peak_flops_per_s / 1e9:.0f} GFLOP/s, fp32 matmul measured on all ranks at once before the start",
-        "one rank": one_rank,
-        "exchanged": f"{_bytes(report.bytes_per_step)} a step by attention, all ranks; {bytes_verdict}",
+        "MFU": f"{report.mfu_mask:.1%} counting the mask's exact area,"
+        f" {report.mfu_noncausal:.1%} counting seq_len^2 pairs;"
+        f" of {report.peak_flops_per_s / 1e9:.0f} GFLOP/s,"
+        " fp32 matmul measured on all ranks at once before the start",
+        "one rank": _one_rank_verdict(report),
+        "exchanged": f"{_bytes(report.bytes_per_step)} a step by attention, all ranks;"
+        f" {_bytes_verdict(report)}",
         "memory": f"peak {peaks} MiB on ranks 0, 1, ..., libraries included",
-        "machine": f"{hardware['cores']} cores, {hardware['cpu']}; torch {hardware['torch']}, transformers {hardware['transformers']}",
+        "machine": f"{hardware['cores']} cores, {hardware['cpu']};"
+        f" torch {hardware['torch']}, transformers {hardware['transformers']}",
         "results": f"{folder}: metrics.jsonl, loss.png, config.toml, report.json, checkpoint/",
     }
     return "\n".join(f"{name:<10} {value}" for name, value in lines.items())
 
 
-def _median(values: Sequence[float]) -> float:
-    ordered = sorted(values)
-    return (ordered[(len(ordered) - 1) // 2] + ordered[len(ordered) // 2]) / 2
+def _one_rank_verdict(report: Report) -> str:
+    if report.matches_one_rank is None:
+        return "not compared (train.compare_steps = 0)"
+    verdict = "ok" if report.matches_one_rank else "NOT EQUAL: report this as a bug"
+    return (
+        f"first {report.compared_steps} steps: |Δloss| <= {report.largest_loss_difference:.1e},"
+        f" |Δ gradient norm| <= {report.largest_grad_norm_difference:.1e}"
+        f" (limit {TOLERANCE:.0e}): {verdict}"
+    )
+
+
+def _bytes_verdict(report: Report) -> str:
+    if report.bytes_agree:
+        return "measured = scheduled on every rank at every step"
+    return (
+        f"NOT EQUAL: measured {report.bytes_sent}, scheduled {report.bytes_scheduled} bytes;"
+        " report this as a bug"
+    )
 
 
 def _bytes(count: float) -> str:
@@ -253,12 +271,9 @@ def draw_loss(steps: Sequence[StepMetrics], report: Report, path: Path) -> None:
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     tokens = [step.step * step.tokens / 1e6 for step in steps]
-    axes.plot(
-        tokens, [step.loss for step in steps], color="tab:blue", linewidth=0.8, alpha=0.4, label="each step"
-    )
-    axes.plot(
-        tokens, _smooth([step.loss for step in steps]), color="tab:blue", linewidth=2, label="running mean"
-    )
+    losses = [step.loss for step in steps]
+    axes.plot(tokens, losses, color="tab:blue", linewidth=0.8, alpha=0.4, label="each step")
+    axes.plot(tokens, _smooth(losses), color="tab:blue", linewidth=2, label="running mean")
     axes.set(
         xlabel="tokens seen (millions)",
         ylabel="loss (nats per byte)",
@@ -272,8 +287,11 @@ def draw_loss(steps: Sequence[StepMetrics], report: Report, path: Path) -> None:
 
 def _smooth(values: Sequence[float], keep: float = 0.9) -> list[float]:
     """Exponential running mean, with the start weighted so that it does not lag."""
-    smoothed, mean, weight = [], 0.0, 0.0
+    smoothed: list[float] = []
+    mean = 0.0
+    weight = 0.0  # what the values seen so far weigh: it tends to 1, and the mean from 0 is too small by it
     for value in values:
-        mean, weight = keep * mean + (1 - keep) * value, keep * weight + (1 - keep)
+        mean = keep * mean + (1 - keep) * value
+        weight = keep * weight + (1 - keep)
         smoothed.append(mean / weight)
     return smoothed

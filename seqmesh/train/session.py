@@ -32,18 +32,23 @@ def place_from(environment: Mapping[str, str], config: Config) -> Place | None:
     """
     if "RANK" not in environment or "WORLD_SIZE" not in environment:
         return None
-    rank, world, mesh = int(environment["RANK"]), int(environment["WORLD_SIZE"]), config.mesh
+    rank = int(environment["RANK"])
+    world = int(environment["WORLD_SIZE"])
+    mesh = config.mesh
     if world != mesh.world:
         raise ValueError(
-            f"mesh.ulysses={mesh.ulysses} x mesh.ring={mesh.ring} needs {mesh.world} ranks but the launcher started {world};"
+            f"mesh.ulysses={mesh.ulysses} x mesh.ring={mesh.ring} needs {mesh.world} ranks"
+            f" but the launcher started {world};"
             f" start {mesh.world}, or choose degrees whose product is {world}"
         )
     return Place(rank=rank, world=world, rendezvous="env://")
 
 
 def run(config: Config, place: Place | None) -> Report | None:
-    """Train, and report: in the process that observes (the parent of local ranks, or rank 0); None on other
-    ranks.
+    """Train, and report in the process that observes: the parent of local ranks, or rank 0.
+
+    Returns:
+        The report; None on the other ranks.
 
     Raises:
         ValueError: input that cannot be run, in one line.
@@ -126,12 +131,15 @@ def _join(place: Place, timeout_s: float) -> None:
 
 
 def _run_joined(config: Config, place: Place) -> Report | None:
-    corpus, folder, mistake = None, Path(), None
+    corpus: Corpus | None = None
+    folder = Path()
+    mistake: str | None = None
     try:
         corpus = _prepare(config)
-        folder = _make_folder(config) if place.rank == 0 else folder
+        if place.rank == 0:
+            folder = _make_folder(config)
     except (ValueError, OSError) as error:
-        mistake = one_line(error)
+        mistake = one_line(error)  # told to all ranks below, once they are connected
     try:
         _join(place, config.run.timeout_s)
         agree(mistake, place.world)

@@ -6,7 +6,8 @@
       -> logits (1, n, vocabulary)                   a plain transformers model, attention over all ranks
       -> sum of losses / labels of all ranks         loss.py
       -> gradients, summed over ranks                one all-reduce
-      -> clip, AdamW                                 the same on every rank, so weights stay equal without being sent
+      -> clip, AdamW                                 the same on every rank: weights stay equal, unsent
+      -> facts of every rank, compared               facts.py
 
 The same class with the 1 x 1 mesh trains on one rank: that is how a run checks its own first steps.
 """
@@ -32,6 +33,7 @@ from seqmesh.train import model as models
 from seqmesh.train.config import Config, TrainConfig
 from seqmesh.train.data import VOCAB_SIZE, Batch, Corpus, batches
 from seqmesh.train.events import Compared, Event, Started, StepMetrics, Trained
+from seqmesh.train.facts import RankFacts, check_agreement, gather, gather_facts, weight_checksum
 from seqmesh.train.loss import next_token_loss
 
 Emit = Callable[[Event], None]
@@ -58,21 +60,32 @@ class Trainer:
         *,
         vocabulary: int = VOCAB_SIZE,
     ) -> None:
-        self.config, self.mesh, self.peak = config, mesh, peak_flops_per_s
+        """Build them; nothing is computed yet.
+
+        Args:
+            config: the run.
+            corpus: its text.
+            mesh: the ranks that share every sequence.
+            peak_flops_per_s: of all ranks together, which MFU is a share of.
+            vocabulary: token ids of the model.
+        """
+        self.config = config
+        self.mesh = mesh
+        self.peak_flops_per_s = peak_flops_per_s
         self.model = models.build(config, vocabulary).train()
-        self.weights = models.matmul_parameters(self.model)
+        self.matmul_parameters = models.count_matmul_parameters(self.model)
         self.batches = batches(
             corpus, seq_len=config.data.seq_len, sequences=config.data.sequences, seed=config.train.seed
         )
         self.optimizer = _adamw(self.model, config.train)
-        self.taken = 0
+        self.steps_done = 0
 
     def step(self) -> StepMetrics:
         """One optimiser step. A collective over the mesh."""
         start = time.perf_counter()
         batch = next(self.batches)
         schedule = Schedule.build(batch.mask, self.mesh, layout=self.config.mesh.layout)
-        lr = learning_rate(self.taken, self.config.train)
+        lr = learning_rate(self.steps_done, self.config.train)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
@@ -82,48 +95,44 @@ class Trainer:
         sum_gradients(self.model, self.mesh.size)
         grad_norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip))
         self.optimizer.step()
-        mine = (
-            loss.item(),
-            grad_norm,
-            counted.bytes_sent,
-            self._scheduled_bytes(schedule),
-            weight_checksum(self.model),
+        mine = RankFacts(
+            loss_share=loss.item(),
+            grad_norm=grad_norm,
+            bytes_sent=counted.bytes_sent,
+            bytes_scheduled=self._scheduled_bytes(schedule),
+            weight_checksum=weight_checksum(self.model),
         )
-        facts = _gather(mine, self.mesh.size)
-        _check_agreement(facts, self.taken + 1)
-        self.taken += 1
+        facts = gather_facts(mine, self.mesh.size)
+        check_agreement(facts, self.steps_done + 1)
+        self.steps_done += 1
         return self._metrics(batch, schedule, facts, lr, time.perf_counter() - start)
 
     def _share_of_loss(self, batch: Batch, schedule: Schedule) -> Tensor:
-        input_ids, labels, positions = (
-            schedule.shard(x, 1) for x in (batch.input_ids, batch.shift_labels, batch.position_ids)
-        )
-        logits = self.model(
-            input_ids, position_ids=positions, schedule=schedule
-        ).logits  # (1, n) -> (1, n, vocabulary)
+        input_ids = schedule.shard(batch.input_ids, 1)  # (1, s) -> (1, n), as the next two
+        labels = schedule.shard(batch.shift_labels, 1)
+        positions = schedule.shard(batch.position_ids, 1)
+        # (1, n) -> (1, n, vocabulary)
+        logits = self.model(input_ids, position_ids=positions, schedule=schedule).logits
         return next_token_loss(logits, labels, batch.label_count)
 
     def _scheduled_bytes(self, schedule: Schedule) -> int:
         """Bytes that this rank sends in a step, all layers, forward and backward, as the schedule says."""
         model = self.config.model
-        one = schedule.traffic(
+        of_a_layer = schedule.traffic(
             batch=1, heads=model.heads, kv_heads=model.kv_heads, head_dim=model.head_dim, dtype=torch.float32
         )
-        return model.layers * (one.forward_bytes + one.backward_bytes)
+        return model.layers * (of_a_layer.forward_bytes + of_a_layer.backward_bytes)
 
     def _metrics(
-        self, batch: Batch, schedule: Schedule, facts: Sequence[Sequence[float]], lr: float, seconds: float
+        self, batch: Batch, schedule: Schedule, facts: Sequence[RankFacts], lr: float, seconds: float
     ) -> StepMetrics:
-        data, model = self.config.data, self.config.model
-        losses, norms, sent, scheduled, _ = zip(*facts, strict=True)
-        flops, flops_noncausal = (
-            models.step_flops(weights=self.weights, tokens=data.tokens, model=model, area=area)
-            for area in (batch.mask.area, data.sequences * data.seq_len**2)
-        )
+        data = self.config.data
+        flops = self._flops(batch.mask.area)
+        flops_noncausal = self._flops(data.sequences * data.seq_len**2)
         return StepMetrics(
-            step=self.taken,
-            loss=sum(losses),
-            grad_norm=norms[0],
+            step=self.steps_done,
+            loss=sum(rank.loss_share for rank in facts),
+            grad_norm=facts[0].grad_norm,
             lr=lr,
             seconds=seconds,
             tokens=data.tokens,
@@ -133,11 +142,20 @@ class Trainer:
             layout=schedule.layout.name,
             flops=flops,
             tokens_per_s=data.tokens / seconds,
-            mfu_mask=flops / (seconds * self.peak),
-            mfu_noncausal=flops_noncausal / (seconds * self.peak),
-            bytes_sent=int(sum(sent)),
-            bytes_scheduled=int(sum(scheduled)),
-            bytes_agree=sent == scheduled,
+            mfu_mask=flops / (seconds * self.peak_flops_per_s),
+            mfu_noncausal=flops_noncausal / (seconds * self.peak_flops_per_s),
+            bytes_sent=int(sum(rank.bytes_sent for rank in facts)),
+            bytes_scheduled=int(sum(rank.bytes_scheduled for rank in facts)),
+            bytes_agree=all(rank.bytes_sent == rank.bytes_scheduled for rank in facts),
+        )
+
+    def _flops(self, area: int) -> float:
+        """FLOPs of a step whose mask allows `area` pairs."""
+        return models.step_flops(
+            matmul_parameters=self.matmul_parameters,
+            tokens=self.config.data.tokens,
+            model=self.config.model,
+            area=area,
         )
 
 
@@ -152,52 +170,19 @@ def _adamw(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
 
 
 def sum_gradients(model: nn.Module, ranks: int) -> None:
-    """Sum every gradient over the ranks of the default group, in one all-reduce: each rank holds its share of
-    the mean loss.
+    """Sum every gradient over the ranks of the default group, in one all-reduce.
+
+    Each rank holds the gradient of its share of the mean loss, so the sum is the gradient of the loss.
     """
     if ranks == 1:
         return
+    # A parameter that this rank's tokens did not use has no gradient here, but may have one elsewhere.
     grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
     flat = torch.cat([grad.flatten() for grad in grads])
     dist.all_reduce(flat)
-    for parameter, grad in zip(model.parameters(), flat.split([grad.numel() for grad in grads]), strict=True):
+    sums = flat.split([grad.numel() for grad in grads])
+    for parameter, grad in zip(model.parameters(), sums, strict=True):
         parameter.grad = grad.view_as(parameter)
-
-
-@torch.no_grad()
-def weight_checksum(model: nn.Module) -> float:
-    """Sum over all weights w of w + w^2, in fp64: a change in the last bit of an fp32 weight shows."""
-    return float(
-        sum(w.sum() + w.square().sum() for w in (parameter.double() for parameter in model.parameters()))
-    )
-
-
-def _gather(facts: Sequence[float], ranks: int) -> list[list[float]]:
-    """The facts of every rank, by rank. fp64 holds byte counts exactly up to 2^53."""
-    mine = torch.tensor(facts, dtype=torch.float64)
-    if ranks == 1:
-        return [mine.tolist()]
-    everyone = [torch.empty_like(mine) for _ in range(ranks)]
-    dist.all_gather(everyone, mine)
-    return [one.tolist() for one in everyone]
-
-
-def _check_agreement(facts: Sequence[Sequence[float]], step: int) -> None:
-    """Nobody sends weights, so a rank with others than rank 0 must not go on.
-
-    Only the weights can tell: gradients, and their norm, are summed to the same bits everywhere, whatever
-    weights made them.
-    """
-    loss, norm, weights = sum(rank[0] for rank in facts), facts[0][1], [rank[4] for rank in facts]
-    if not all(map(math.isfinite, (loss, norm, *weights))):
-        raise FloatingPointError(
-            f"step {step} has loss {loss}, gradient norm {norm} and weight checksum {weights[0]}; lower train.lr or lengthen train.warmup"
-        )
-    if strays := [rank for rank, checksum in enumerate(weights) if checksum != weights[0]]:
-        raise RuntimeError(
-            f"rank {strays[0]} diverged at step {step}: its weights have checksum {weights[strays[0]]!r}, rank 0's have {weights[0]!r};"
-            " run all ranks on equal machines and libraries, or report this as a bug"
-        )
 
 
 def train(config: Config, corpus: Corpus, folder: Path, emit: Emit) -> None:
@@ -215,44 +200,63 @@ def train(config: Config, corpus: Corpus, folder: Path, emit: Emit) -> None:
     mesh = SequenceMesh.build(
         ulysses=config.mesh.ulysses, ring=config.mesh.ring, timeout=timedelta(seconds=config.run.timeout_s)
     )
-    first = mesh.rank == 0
     trainer = Trainer(config, corpus, mesh, _measure_peak(mesh.size))
-    if first:
-        parameters = sum(p.numel() for p in trainer.model.parameters())
-        emit(Started(parameters=parameters, matmul_parameters=trainer.weights, peak_flops_per_s=trainer.peak))
-    beginning: list[StepMetrics] = []
-    deadline = time.monotonic() + 60 * config.train.minutes if config.train.minutes else math.inf
-    while trainer.taken < config.train.steps and _gather((time.monotonic() < deadline,), mesh.size)[0][0]:
-        metrics = trainer.step()
-        if first:
-            emit(metrics)
-        if len(beginning) < config.train.compare_steps:
-            beginning.append(metrics)
-    memory = tuple(int(peak) for (peak,) in _gather((peak_memory_bytes(),), mesh.size))
+    beginning = _take_steps(trainer, emit)
+    memory = gather(peak_memory_bytes(), mesh.size)
     if mesh.size > 1:
         # the other ranks are done: nobody waits, with whatever timeout, for rank 0's comparison
         dist.destroy_process_group()
-    if first:
+    if mesh.rank == 0:
         save(trainer.model, folder / "checkpoint")
-        emit(Trained(peak_memory_bytes=memory))
+        emit(Trained(peak_memory_bytes=tuple(int(peak) for peak in memory)))
         if beginning:
             emit(compare_on_one_rank(config, corpus, beginning))
 
 
+def _take_steps(trainer: Trainer, emit: Emit) -> list[StepMetrics]:
+    """All steps of a run; returns the first ones, which are repeated on one rank afterwards."""
+    config = trainer.config.train
+    first_rank = trainer.mesh.rank == 0
+    if first_rank:
+        emit(
+            Started(
+                parameters=sum(p.numel() for p in trainer.model.parameters()),
+                matmul_parameters=trainer.matmul_parameters,
+                peak_flops_per_s=trainer.peak_flops_per_s,
+            )
+        )
+    beginning: list[StepMetrics] = []
+    deadline = time.monotonic() + 60 * config.minutes if config.minutes else math.inf
+    while trainer.steps_done < config.steps and _time_is_left(deadline, trainer.mesh.size):
+        metrics = trainer.step()
+        if first_rank:
+            emit(metrics)
+        if len(beginning) < config.compare_steps:
+            beginning.append(metrics)
+    return beginning
+
+
+def _time_is_left(deadline: float, ranks: int) -> bool:
+    """Rank 0's clock decides for all: a rank that stopped by its own would leave the others waiting."""
+    return bool(gather(time.monotonic() < deadline, ranks)[0])
+
+
 def _measure_peak(ranks: int, rounds: int = 6) -> float:
-    """fp32 matmul FLOP/s of all ranks at once, the best of a few rounds: on shared cores that is what they
-    can have together.
+    """fp32 matmul FLOP/s of all ranks together, the best of a few rounds.
+
+    All measure at once: on shared cores that is what they can have together.
     """
     best = 0.0
     for _ in range(rounds):
-        _gather((0.0,), ranks)  # start together
-        best = max(best, sum(rate for (rate,) in _gather((models.measure_matmul_flops_per_s(),), ranks)))
+        gather(0.0, ranks)  # start together
+        rates = gather(models.measure_matmul_flops_per_s(), ranks)
+        best = max(best, sum(rates))
     return best
 
 
 def peak_memory_bytes() -> int:
     """Resident set high-water mark of this process."""
-    unit = 1 if sys.platform == "darwin" else 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # what getrusage counts in: bytes there, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
@@ -267,16 +271,15 @@ def save(model: PreTrainedModel, folder: Path) -> None:
 
 def compare_on_one_rank(config: Config, corpus: Corpus, beginning: Sequence[StepMetrics]) -> Compared:
     """Repeat the first steps from the same seed with the 1 x 1 mesh, which exchanges nothing, and compare."""
-    torch.set_num_threads(
-        max(config.run.threads, min(config.mesh.world * config.run.threads, os.cpu_count() or 1))
-    )
+    # The other ranks have ended: their cores are free.
+    threads_of_all = config.mesh.world * config.run.threads
+    torch.set_num_threads(max(config.run.threads, min(threads_of_all, os.cpu_count() or 1)))
     alone = Trainer(config, corpus, SequenceMesh.build(), peak_flops_per_s=1.0)
     repeated = [alone.step() for _ in beginning]
+    pairs = list(zip(beginning, repeated, strict=True))
     return Compared(
         losses=tuple(step.loss for step in repeated),
         grad_norms=tuple(step.grad_norm for step in repeated),
-        largest_loss_difference=max(abs(a.loss - b.loss) for a, b in zip(beginning, repeated, strict=True)),
-        largest_grad_norm_difference=max(
-            abs(a.grad_norm - b.grad_norm) for a, b in zip(beginning, repeated, strict=True)
-        ),
+        largest_loss_difference=max(abs(a.loss - b.loss) for a, b in pairs),
+        largest_grad_norm_difference=max(abs(a.grad_norm - b.grad_norm) for a, b in pairs),
     )

@@ -1,5 +1,6 @@
-"""Peak memory of a piece of code, counted at PyTorch's CPU allocator: repeatable to the byte, unlike
-resident-set sizes.
+"""Peak memory of a piece of code, counted at PyTorch's CPU allocator.
+
+It is repeatable to the byte, unlike resident-set sizes.
 
 Source: the profiler's memory events; each allocation and each release is one, with its size.
 """
@@ -18,12 +19,11 @@ def peak_bytes(run: Callable[[], Any]) -> int:
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         kept = run()
     results = profiler.profiler.kineto_results
-    changes = sorted(
-        (event.start_ns(), event.nbytes()) for event in results.events() if event.name() == "[memory]"
-    )
-    del kept
+    memory_events = [event for event in results.events() if event.name() == "[memory]"]
+    changes = sorted((event.start_ns(), event.nbytes()) for event in memory_events)
+    del kept  # kept until the profiler has stopped: a release of the result is no part of the run
     now = peak = 0
-    for _, size in changes:
+    for _, size in changes:  # negative for a release
         now += size
         peak = max(peak, now)
     return peak

@@ -1,5 +1,4 @@
-"""The benchmark: every figure in one run, printed as a table next to its target, and written as JSON if
-asked.
+"""The benchmark: every figure in one run, printed as a table next to its target, and as JSON if asked.
 
     seqmesh bench [--quick] [--json FILE]
 
@@ -50,12 +49,12 @@ def run_bench(quick: bool, json_path: Path | None) -> int:
     header = _header()
     for name, value in header.items():
         console.print(f"{name:<8} {value}", highlight=False, markup=False)
-    figures = []
+    figures: list[Figure] = []
     for figure in measure(quick):
         figures.append(figure)
         console.print(
             f"measured {len(figures)}: {figure.what}",
-            end="\r" if console.is_terminal else "\n",
+            end="\r" if console.is_terminal else "\n",  # a terminal shows one line, which the next covers
             highlight=False,
             markup=False,
         )
@@ -70,13 +69,13 @@ def measure(quick: bool) -> Iterator[Figure]:
     """All figures, one after the other."""
     if quick:
         return chain(
-            speed.measure(speed.Problem(tokens=512, repeats=1)),
+            speed.measure(speed.TimedAttention(tokens=512, repeats=1)),
             costs.measure(costs.memory_cases(512, QUICK_MESHES), costs.bytes_cases(1024, QUICK_MESHES)),
             schedules.measure_times(schedules.BATCHES[:1]),
             schedules.measure_load([replace(tail, seeds=1) for tail in schedules.TAILS[:1]]),
         )
     return chain(
-        speed.measure(speed.Problem()),
+        speed.measure(speed.TimedAttention()),
         costs.measure(costs.memory_cases(512, MESHES), costs.bytes_cases(1024, MESHES)),
         schedules.measure_times(),
         schedules.measure_load(),
@@ -95,18 +94,19 @@ def _header() -> dict[str, str]:
 
 def _table(figures: Iterable[Figure]) -> Table:
     table = Table("what", "measured", "target", "", show_edge=False, pad_edge=False, header_style="")
+    verdicts = {None: "", True: "ok", False: "[bold]missed[/bold]"}
     section = None
     for figure in figures:
         if figure.section != section:
             section = figure.section
             table.add_section()
             table.add_row(f"[bold]{section}[/bold]")
-        verdict = {None: "", True: "ok", False: "[bold]missed[/bold]"}[figure.ok]
-        table.add_row(figure.what, figure.measured, figure.target, verdict)
+        table.add_row(figure.what, figure.measured, figure.target, verdicts[figure.ok])
     return table
 
 
 def _check_writable(path: Path) -> None:
+    """Minutes of measurements must not be lost to a mistyped folder."""
     try:
         path.open("a", encoding="utf-8").close()
     except OSError as error:

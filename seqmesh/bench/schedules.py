@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
+from typing import NamedTuple
 
 from seqmesh import layouts, masks
 from seqmesh.bench.figures import Figure, Spread
@@ -20,8 +21,10 @@ from seqmesh.schedule.ring import ring_schedule
 TIME_SECTION = "one rank's schedule, built anew"
 LOAD_SECTION = "load of log-normal documents, balanced layout"
 AREA_TARGET = 1.05
+"""Largest load of a rank, in parts of the mean."""
 SHORTEST_DOCUMENT = 16
 SIGMA = 1.3
+"""Of the logarithm of document lengths, where their number is given."""
 
 LAYOUTS: dict[str, Callable[[Mask, int], Layout]] = {
     "auto": layouts.auto,
@@ -31,7 +34,7 @@ LAYOUTS: dict[str, Callable[[Mask, int], Layout]] = {
 
 
 @dataclass(frozen=True, kw_only=True)
-class Batch:
+class TimedBatch:
     """A batch whose schedule is timed."""
 
     name: str
@@ -54,8 +57,8 @@ class Tail:
 
 
 BATCHES = (
-    Batch(name="1M tokens, 1,000 documents, R=64", tokens=2**20, documents=1000, ring=64, target_s=0.05),
-    Batch(
+    TimedBatch(name="1M tokens, 1,000 documents, R=64", tokens=2**20, documents=1000, ring=64, target_s=0.05),
+    TimedBatch(
         name="10M tokens, 10,000 documents, R=1024",
         tokens=10 * 2**20,
         documents=10_000,
@@ -77,44 +80,60 @@ def given_count(tokens: int, documents: int, seed: int) -> list[int]:
 
 def given_tail(tail: Tail, seed: int) -> list[int]:
     """Log-normal lengths until there are enough tokens; the last is cut."""
-    rng, lengths, left = random.Random(seed), list[int](), tail.tokens
+    rng = random.Random(seed)
+    lengths: list[int] = []
+    left = tail.tokens
     while left:
-        lengths.append(min(left, max(SHORTEST_DOCUMENT, int(rng.lognormvariate(tail.mu, tail.sigma)))))
+        drawn = int(rng.lognormvariate(tail.mu, tail.sigma))
+        lengths.append(min(left, max(SHORTEST_DOCUMENT, drawn)))
         left -= lengths[-1]
     return lengths
 
 
-def measure_times(batches: Sequence[Batch] = BATCHES) -> Iterator[Figure]:
+def measure_times(batches: Sequence[TimedBatch] = BATCHES) -> Iterator[Figure]:
     """Two figures per batch and layout: the layout's time, which has no target, and the schedule's."""
     for batch in batches:
         for name, make in LAYOUTS.items():
-            layout_s, schedule_s = zip(
-                *(_times(batch, make, seed) for seed in range(batch.seeds)), strict=True
-            )
-            for what, times, target_s in (
-                ("layout", layout_s, None),
-                ("schedule", schedule_s, batch.target_s),
-            ):
-                spread = Spread.of([1000 * seconds for seconds in times])
-                yield Figure(
-                    section=TIME_SECTION,
-                    what=f"{batch.name}, {name}: {what}",
-                    measured=spread.text(0, " ms"),
-                    target="" if target_s is None else f"<= {1000 * target_s:.0f} ms",
-                    ok=None if target_s is None else spread.median <= 1000 * target_s,
-                    exact=False,
-                    values=spread.values("milliseconds"),
-                )
+            layout_s: list[float] = []
+            schedule_s: list[float] = []
+            for seed in range(batch.seeds):
+                times = _times(batch, make, seed)
+                layout_s.append(times.layout_s)
+                schedule_s.append(times.schedule_s)
+            yield _time_figure(f"{batch.name}, {name}: layout", layout_s, None)
+            yield _time_figure(f"{batch.name}, {name}: schedule", schedule_s, batch.target_s)
 
 
-def _times(batch: Batch, make: Callable[[Mask, int], Layout], seed: int) -> tuple[float, float]:
-    """Seconds for the layout and for a rank's schedule. Every seed is another batch, so that no cache helps."""
+def _time_figure(what: str, seconds: Sequence[float], target_s: float | None) -> Figure:
+    spread = Spread.of([1000 * one for one in seconds])
+    return Figure(
+        section=TIME_SECTION,
+        what=what,
+        measured=spread.text(0, " ms"),
+        target="" if target_s is None else f"<= {1000 * target_s:.0f} ms",
+        ok=None if target_s is None else spread.median <= 1000 * target_s,
+        exact=False,
+        values=spread.values("milliseconds"),
+    )
+
+
+class Times(NamedTuple):
+    """Seconds of one batch."""
+
+    layout_s: float
+    schedule_s: float
+    """Of one rank."""
+
+
+def _times(batch: TimedBatch, make: Callable[[Mask, int], Layout], seed: int) -> Times:
+    """Times of one seed: every seed is another batch, so that no cache helps."""
     mask = masks.documents(given_count(batch.tokens, batch.documents, seed))
+    rank = batch.ring * (seed + 1) // (batch.seeds + 1)  # another one each time, spread over the ring
     start = time.perf_counter()
     layout = make(mask, batch.ring)
     middle = time.perf_counter()
-    ring_schedule(mask, layout, layout, batch.ring * (seed + 1) // (batch.seeds + 1))
-    return middle - start, time.perf_counter() - middle
+    ring_schedule(mask, layout, layout, rank)
+    return Times(layout_s=middle - start, schedule_s=time.perf_counter() - middle)
 
 
 def measure_load(tails: Sequence[Tail] = TAILS) -> Iterator[Figure]:
@@ -123,37 +142,57 @@ def measure_load(tails: Sequence[Tail] = TAILS) -> Iterator[Figure]:
     Worst of the seeds.
     """
     for tail in tails:
-        area, zigzag_area, rows, zigzag_rows = zip(
-            *(_loads(tail, seed) for seed in range(tail.seeds)), strict=True
-        )
+        balanced: list[BusiestRank] = []
+        zigzag: list[BusiestRank] = []
+        for seed in range(tail.seeds):
+            mask = masks.documents(given_tail(tail, seed))
+            balanced.append(_busiest_rank(mask, layouts.balanced(mask, tail.ring)))
+            zigzag.append(_busiest_rank(mask, layouts.zigzag(mask.q_len, tail.ring)))
         what = f"mu {tail.mu:g}, sigma {tail.sigma:g}, {tail.tokens:,} tokens, R={tail.ring}"
-        yield Figure(
-            section=LOAD_SECTION,
-            what=f"{what}: busiest rank's pairs / mean",
-            measured=f"{max(area):.3f} (zigzag {max(zigzag_area):.1f})",
-            target=f"<= {AREA_TARGET}",
-            ok=max(area) <= AREA_TARGET,
-            exact=True,
-            values={"balanced_area_ratio": max(area), "zigzag_area_ratio": max(zigzag_area)},
-        )
-        share = [ours / theirs for ours, theirs in zip(rows, zigzag_rows, strict=True)]
-        yield Figure(
-            section=LOAD_SECTION,
-            what=f"{what}: rows received by the busiest / zigzag's",
-            measured=f"{max(share):.2f} ({max(rows):,} rows)",
-            target="<= 1",
-            ok=max(share) <= 1,
-            exact=True,
-            values={"rows_ratio": max(share), "balanced_rows": max(rows), "zigzag_rows": max(zigzag_rows)},
-        )
+        yield _area_figure(what, balanced, zigzag)
+        yield _rows_figure(what, balanced, zigzag)
 
 
-def _loads(tail: Tail, seed: int) -> tuple[float, float, int, int]:
-    """Of one batch: the busiest rank's pairs in parts of the mean, balanced and zigzag; and the most rows
-    received, likewise.
-    """
-    mask = masks.documents(given_tail(tail, seed))
-    ours, zigzag = (LAYOUTS[name](mask, tail.ring) for name in ("balanced", "zigzag"))
-    mean = mask.area / tail.ring
-    areas = [max(load.areas(mask, layout)) / mean for layout in (ours, zigzag)]
-    return areas[0], areas[1], max(load.rows_received(mask, ours)), max(load.rows_received(mask, zigzag))
+class BusiestRank(NamedTuple):
+    """The most that a rank of one batch has."""
+
+    area_ratio: float
+    """Pairs in parts of the mean."""
+    rows: int
+    """Received rows."""
+
+
+def _busiest_rank(mask: Mask, layout: Layout) -> BusiestRank:
+    mean = mask.area / layout.ring
+    return BusiestRank(
+        area_ratio=max(load.areas(mask, layout)) / mean, rows=max(load.rows_received(mask, layout))
+    )
+
+
+def _area_figure(what: str, balanced: Sequence[BusiestRank], zigzag: Sequence[BusiestRank]) -> Figure:
+    worst = max(busiest.area_ratio for busiest in balanced)
+    worst_zigzag = max(busiest.area_ratio for busiest in zigzag)
+    return Figure(
+        section=LOAD_SECTION,
+        what=f"{what}: busiest rank's pairs / mean",
+        measured=f"{worst:.3f} (zigzag {worst_zigzag:.1f})",
+        target=f"<= {AREA_TARGET}",
+        ok=worst <= AREA_TARGET,
+        exact=True,
+        values={"balanced_area_ratio": worst, "zigzag_area_ratio": worst_zigzag},
+    )
+
+
+def _rows_figure(what: str, balanced: Sequence[BusiestRank], zigzag: Sequence[BusiestRank]) -> Figure:
+    worst_ratio = max(ours.rows / theirs.rows for ours, theirs in zip(balanced, zigzag, strict=True))
+    rows = max(busiest.rows for busiest in balanced)
+    zigzag_rows = max(busiest.rows for busiest in zigzag)
+    return Figure(
+        section=LOAD_SECTION,
+        what=f"{what}: rows received by the busiest / zigzag's",
+        measured=f"{worst_ratio:.2f} ({rows:,} rows)",
+        target="<= 1",
+        ok=worst_ratio <= 1,
+        exact=True,
+        values={"rows_ratio": worst_ratio, "balanced_rows": rows, "zigzag_rows": zigzag_rows},
+    )

@@ -1,6 +1,4 @@
-"""Pictures and the text form of schedules: drawn from the schedules themselves, the same file every time,
-refusals in one line.
-"""
+"""Pictures and the text form of schedules: drawn from the schedules, the same file every time."""
 
 import re
 import struct
@@ -15,8 +13,10 @@ from seqmesh.layouts import Layout
 from seqmesh.masks import Band, Mask
 from seqmesh.picture import describe, draw_mesh, draw_schedule
 from seqmesh.picture.canvas import COLORS, EMPTY, rgb
-from seqmesh.picture.schedule import _owners_image, _sampled, outline
-from seqmesh.schedule import ring_schedule
+from seqmesh.picture.grid import owners_image, sample_tokens
+from seqmesh.picture.schedule import outline
+from seqmesh.schedule import RingSchedule, ring_schedule
+from seqmesh.schedule.ring import Stage
 
 PACKED = masks.documents([90, 20, 60, 7, 40, 13])
 CASES = {
@@ -29,6 +29,10 @@ CASES = {
     "no token": (masks.causal(0), layouts.zigzag(0, 2), None),
 }
 every_case = pytest.mark.parametrize(("mask", "layout", "stages"), CASES.values(), ids=CASES)
+
+
+def schedules_of(mask: Mask, layout: Layout, stages: int | None) -> list[RingSchedule]:
+    return [ring_schedule(mask, layout, layout, rank, stages) for rank in range(layout.ring)]
 
 
 def size_of(picture: bytes) -> tuple[int, int]:
@@ -48,9 +52,8 @@ def test_a_schedule_is_drawn(mask: Mask, layout: Layout, stages: int | None, tmp
 def test_the_grid_shows_every_allowed_pair_in_its_ranks_colour(
     mask: Mask, layout: Layout, stages: int | None
 ) -> None:
-    """The grid is read off the blocks and receive buffers of all ranks; the mask's dense form is the oracle."""
-    schedules = [ring_schedule(mask, layout, layout, rank, stages) for rank in range(layout.ring)]
-    image = _owners_image(*_sampled(layout), schedules)
+    """The grid is read off blocks and receive buffers of all ranks; the mask's dense form is the oracle."""
+    image = owners_image(sample_tokens(layout), schedules_of(mask, layout, stages))
     assert image.shape == (mask.q_len, mask.k_len, 3)
     np.testing.assert_array_equal(~np.isclose(image, rgb(EMPTY)).all(-1), mask.dense())
     for rank in range(layout.ring):
@@ -61,25 +64,37 @@ def test_the_grid_shows_every_allowed_pair_in_its_ranks_colour(
 
 @every_case
 def test_the_text_form_says_what_the_schedules_say(mask: Mask, layout: Layout, stages: int | None) -> None:
-    schedules = [ring_schedule(mask, layout, layout, rank, stages) for rank in range(layout.ring)]
+    schedules = schedules_of(mask, layout, stages)
     title, header, *lines, totals = describe(mask, layout, stages).split("\n")
     assert f"ring={layout.ring}" in title
     assert header.split() == ["rank", "stage", "receives", "sends", "computes", "pairs"]
-    wanted = [(s.ring_rank, n, stage) for s in schedules for n, stage in enumerate(s.stages)]
-    assert len(lines) == len(wanted)
-    for line, (rank, number, stage) in zip(lines, wanted, strict=True):
-        said = re.split(r"\s{2,}", line)
-        assert [int(said[0]), int(said[1])] == [rank, number]
-        for cell, rows, peers in (
-            (said[2], stage.rows_received, [t.peer for t in stage.receives]),
-            (said[3], stage.rows_sent, [t.peer for t in stage.sends]),
-        ):
-            numbers = [int(n) for n in re.findall(r"\d+", cell)]
-            assert numbers == ([rows, *peers] if peers else [])
-        assert sum(int(n) for n in re.findall(r"\d+", said[4])) == len(stage.blocks)
-        assert int(said[5].replace(",", "")) == sum(block.area for block in stage.blocks)
+    unread = iter(lines)
+    for schedule in schedules:
+        for number, stage in enumerate(schedule.stages):
+            check_line(next(unread), schedule.ring_rank, number, stage)
+    assert next(unread, None) is None
     assert totals.startswith(f"{mask.area:,} pairs")
     assert f"{sum(s.rows_received for s in schedules):,} K/V rows move" in totals
+
+
+def check_line(line: str, rank: int, number: int, stage: Stage) -> None:
+    """A line of the table says what the stage holds."""
+    said_rank, said_stage, receives, sends, computes, pairs = re.split(r"\s{2,}", line)
+    assert [int(said_rank), int(said_stage)] == [rank, number]
+    if stage.receives:
+        assert numbers_in(receives) == [stage.rows_received, *(t.peer for t in stage.receives)]
+    else:
+        assert numbers_in(receives) == []
+    if stage.sends:
+        assert numbers_in(sends) == [stage.rows_sent, *(t.peer for t in stage.sends)]
+    else:
+        assert numbers_in(sends) == []
+    assert sum(numbers_in(computes)) == len(stage.blocks)
+    assert int(pairs.replace(",", "")) == sum(block.area for block in stage.blocks)
+
+
+def numbers_in(cell: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", cell)]
 
 
 def test_the_text_form_of_causal_zigzag_shows_the_three_quarters() -> None:
@@ -115,10 +130,11 @@ def test_other_formats_follow_the_files_name(tmp_path: Path) -> None:
 
 
 def area_of(corners: list[tuple[float, float]]) -> float:
-    return (
-        abs(sum(a * d - b * c for (a, b), (c, d) in zip(corners, [*corners[1:], corners[0]], strict=True)))
-        / 2
-    )
+    """The shoelace formula."""
+    doubled = 0.0
+    for (a, b), (c, d) in zip(corners, [*corners[1:], corners[0]], strict=True):
+        doubled += a * d - b * c
+    return abs(doubled) / 2
 
 
 @pytest.mark.parametrize(
@@ -129,7 +145,7 @@ def test_a_blocks_outline_has_nearly_the_area_of_its_pairs(band: Band) -> None:
     assert abs(area_of(outline(band)) - band.area) <= 1
 
 
-def test_refusals_name_the_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_refusals_name_the_rule(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="ring=9 does not fit in a picture; draw 1 to 8"):
         draw_schedule(masks.causal(90), layouts.zigzag(90, 9), tmp_path / "x.png")
     with pytest.raises(ValueError, match="ulysses=0 does not fit"):
@@ -138,8 +154,12 @@ def test_refusals_name_the_rule(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
         describe(masks.cross(4, 6), layouts.contiguous(4, 2))
     with pytest.raises(ValueError, match="layout holds 8 tokens but the mask has 9"):
         describe(masks.causal(9), layouts.contiguous(8, 2))
+
+
+def test_without_matplotlib_the_error_says_what_to_install(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    with pytest.raises(
-        ImportError, match=r"pictures need matplotlib, which is not installed; pip install 'seqmesh\[train\]'"
-    ):
+    remedy = r"pictures need matplotlib, which is not installed; pip install 'seqmesh\[train\]'"
+    with pytest.raises(ImportError, match=remedy):
         draw_mesh(1, 2, tmp_path / "x.png")

@@ -1,11 +1,12 @@
 """Pictures of a mesh and of a schedule, drawn from the real objects: what is executed is what is shown.
 
-draw_schedule   the mask, each pair in the colour of the ring rank that computes it, and every rank's stages (schedule.py)
-draw_mesh       which ranks swap heads and which exchange K/V rows, and what each holds before and after (mesh.py)
+draw_schedule   the mask, each pair in the colour of the ring rank that computes it, and every rank's stages
+draw_mesh       which ranks swap heads and which exchange K/V rows, and what each holds before and after
 describe        the schedule as a table of text, for any size
 """
 
 from seqmesh.picture.mesh import draw_mesh
-from seqmesh.picture.schedule import describe, draw_schedule
+from seqmesh.picture.schedule import draw_schedule
+from seqmesh.picture.text import describe
 
 __all__ = ["describe", "draw_mesh", "draw_schedule"]

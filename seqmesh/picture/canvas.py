@@ -1,6 +1,4 @@
-"""What the pictures share: colours, a figure measured in inches, boxes, and files that come out the same
-every time.
-"""
+"""What the pictures share: colours, a page measured in inches, boxes, and files that come out the same."""
 
 from pathlib import Path
 from typing import Any
@@ -9,7 +7,9 @@ MOST_DEGREE = 8
 """Ring or ulysses ranks that a picture can hold."""
 COLORS = ("#2b6cb0", "#dd6b20", "#2f855a", "#b83280", "#6b46c1", "#b7791f", "#0987a0", "#c53030")
 """One per ring rank, dark enough for white paper; later stages are lighter."""
-INK, FAINT, EMPTY = "#1a202c", "#718096", "#f1f4f8"
+INK = "#1a202c"
+FAINT = "#718096"
+EMPTY = "#f1f4f8"
 DPI = 200
 
 Color = tuple[float, float, float] | str
@@ -24,7 +24,8 @@ def check_degrees(**degrees: int) -> None:
     for name, degree in degrees.items():
         if not 1 <= degree <= MOST_DEGREE:
             raise ValueError(
-                f"{name}={degree} does not fit in a picture; draw 1 to {MOST_DEGREE}, or use seqmesh.picture.describe"
+                f"{name}={degree} does not fit in a picture;"
+                f" draw 1 to {MOST_DEGREE}, or use seqmesh.picture.describe"
             )
 
 
@@ -42,7 +43,7 @@ def figure(width: float, height: float) -> Any:
             "pictures need matplotlib, which is not installed; pip install 'seqmesh[train]'"
         ) from None
     made = Figure(figsize=(width, height), dpi=DPI, facecolor="white")
-    FigureCanvasAgg(made)
+    FigureCanvasAgg(made)  # not pyplot, which looks for a screen and keeps every figure
     return made
 
 
@@ -79,6 +80,5 @@ def box(axes: Any, place: tuple[float, float, float, float], fill: Color, edge: 
     from matplotlib.patches import Rectangle
 
     x, y, width, height = place
-    axes.add_patch(
-        Rectangle((x, y), width, height, facecolor=fill, edgecolor=edge, linewidth=0.6 if edge else 0)
-    )
+    line = 0.6 if edge else 0
+    axes.add_patch(Rectangle((x, y), width, height, facecolor=fill, edgecolor=edge, linewidth=line))

@@ -1,22 +1,29 @@
-"""A picture of a mesh: which ranks swap heads for rows, which exchange K/V rows, and what each rank holds
-before and after.
-"""
+"""A picture of a mesh: which ranks swap heads for rows, which exchange K/V rows, and what each rank holds."""
 
 from pathlib import Path
 from typing import Any
 
 from seqmesh.picture.canvas import FAINT, INK, box, check_degrees, figure, inches, rgb, save
 
-ULYSSES_COLOR, RING_COLOR, HELD_COLOR = "#2b6cb0", "#c05621", "#2f855a"
-ACROSS, DOWN = 1.62, 1.24
-"""Inches from one rank to the next."""
-LEFT, TOP, NARROWEST = 1.02, 0.72, 7.4
-"""Inches to the first rank, and the width that the legend needs."""
+ULYSSES_COLOR = "#2b6cb0"
+RING_COLOR = "#c05621"
+HELD_COLOR = "#2f855a"
+ACROSS = 1.62
+"""Inches from one ulysses rank to the next."""
+DOWN = 1.24
+"""Inches from one ring rank to the next."""
+LEFT = 1.02
+"""Inches from the left edge to the first rank."""
+TOP = 0.72
+"""Inches from the upper edge to the first rank."""
+SIDE = 0.5
+"""Inches of a square that stands for a tensor."""
+NARROWEST = 7.4
+"""Inches that the legend needs."""
 
 
 def draw_mesh(ulysses: int, ring: int, path: Path) -> None:
-    """Draw the ranks of a mesh, which groups exchange what, and what each rank holds before and after the
-    exchange of heads.
+    """Draw the ranks of a mesh, which groups exchange what, and what each holds before and after.
 
     Args:
         ulysses: ulysses degree, at most 8.
@@ -28,34 +35,38 @@ def draw_mesh(ulysses: int, ring: int, path: Path) -> None:
         ImportError: matplotlib is not installed.
     """
     check_degrees(ulysses=ulysses, ring=ring)
-    width, height = max(NARROWEST, LEFT + 0.13 + ACROSS * ulysses), 1.75 + DOWN * ring
+    width = max(NARROWEST, LEFT + 0.13 + ACROSS * ulysses)
+    height = 1.75 + DOWN * ring
     page = figure(width, height)
     axes = inches(page, 0, 0, width, height)
     title = f"{ulysses * ring} ranks = ulysses {ulysses} x ring {ring}"
     axes.text(0.1, 0.2, title, fontsize=10.5, fontweight="bold", color=INK, va="center")
-    for u in range(ulysses):
-        _group(axes, (LEFT + ACROSS * u, TOP, ACROSS - 0.2, DOWN * ring - 0.04), RING_COLOR)
-        axes.text(
-            LEFT - 0.1 + ACROSS * (u + 0.5),
-            TOP - 0.14,
-            f"ulysses rank {u}",
-            fontsize=8.5,
-            color=RING_COLOR,
-            ha="center",
-            va="center",
-        )
-    for r in range(ring):
-        _group(
-            axes, (LEFT - 0.12, TOP + 0.14 + DOWN * r, ACROSS * ulysses + 0.04, DOWN - 0.32), ULYSSES_COLOR
-        )
-        middle = TOP - 0.02 + DOWN * (r + 0.5)
-        axes.text(
-            LEFT - 0.22, middle, f"ring rank {r}", fontsize=8.5, color=ULYSSES_COLOR, ha="right", va="center"
-        )
-        for u in range(ulysses):
-            _draw_rank(axes, LEFT + 0.1 + ACROSS * u, TOP + 0.22 + DOWN * r, (u, r), (ulysses, ring))
+    for ulysses_rank in range(ulysses):
+        _draw_ring_group(axes, ulysses_rank, ring)
+    for ring_rank in range(ring):
+        _draw_ulysses_group(axes, ring_rank, ulysses)
+        for ulysses_rank in range(ulysses):
+            _draw_rank(axes, (ulysses_rank, ring_rank), (ulysses, ring))
     _draw_mesh_legend(axes, height - 0.86, ulysses, ring)
     save(page, path)
+
+
+def _draw_ring_group(axes: Any, ulysses_rank: int, ring: int) -> None:
+    """A column: the ranks of one ulysses rank exchange K/V rows."""
+    left = LEFT + ACROSS * ulysses_rank
+    middle = LEFT - 0.1 + ACROSS * (ulysses_rank + 0.5)
+    _group(axes, (left, TOP, ACROSS - 0.2, DOWN * ring - 0.04), RING_COLOR)
+    look = {"fontsize": 8.5, "color": RING_COLOR, "ha": "center", "va": "center"}
+    axes.text(middle, TOP - 0.14, f"ulysses rank {ulysses_rank}", **look)
+
+
+def _draw_ulysses_group(axes: Any, ring_rank: int, ulysses: int) -> None:
+    """A row: the ranks of one ring rank swap heads for rows."""
+    top = TOP + 0.14 + DOWN * ring_rank
+    middle = TOP - 0.02 + DOWN * (ring_rank + 0.5)
+    _group(axes, (LEFT - 0.12, top, ACROSS * ulysses + 0.04, DOWN - 0.32), ULYSSES_COLOR)
+    look = {"fontsize": 8.5, "color": ULYSSES_COLOR, "ha": "right", "va": "center"}
+    axes.text(LEFT - 0.22, middle, f"ring rank {ring_rank}", **look)
 
 
 def _group(axes: Any, place: tuple[float, float, float, float], color: str) -> None:
@@ -63,44 +74,46 @@ def _group(axes: Any, place: tuple[float, float, float, float], color: str) -> N
     from matplotlib.patches import FancyBboxPatch
 
     x, y, width, height = place
-    rounded, fill = "round,pad=0,rounding_size=0.1", (*rgb(color), 0.07)
-    axes.add_patch(
-        FancyBboxPatch(
-            (x, y), width, height, boxstyle=rounded, facecolor=fill, edgecolor=color, linewidth=1.2
-        )
-    )
+    look: dict[str, Any] = {
+        "boxstyle": "round,pad=0,rounding_size=0.1",
+        "facecolor": (*rgb(color), 0.07),
+        "edgecolor": color,
+        "linewidth": 1.2,
+    }
+    axes.add_patch(FancyBboxPatch((x, y), width, height, **look))
 
 
-def _draw_rank(axes: Any, x: float, y: float, at: tuple[int, int], degrees: tuple[int, int]) -> None:
-    """A rank: its number, and the whole tensor with the part it holds, before and after the exchange of
-    heads.
+def _draw_rank(axes: Any, coordinates: tuple[int, int], degrees: tuple[int, int]) -> None:
+    """A rank: its number, and the tensor with the part it holds, before and after the exchange of heads.
+
+    Both arguments are (ulysses, ring).
     """
-    (u, r), (ulysses, ring) = at, degrees
-    number = r * ulysses + u
-    axes.text(
-        x + 0.61,
-        y + 0.14,
-        f"rank {number}",
-        fontsize=8.5,
-        fontweight="bold",
-        color=INK,
-        ha="center",
-        va="center",
-    )
-    side, top, after = 0.5, y + 0.28, x + 0.72
-    for left, across, down, part_width, part_height in (
-        (x, 0.0, number / (ulysses * ring), 1.0, 1 / (ulysses * ring)),
-        (after, u / ulysses, r / ring, 1 / ulysses, 1 / ring),
-    ):
-        box(axes, (left, top, side, side), "white")
-        box(
-            axes, (left + side * across, top + side * down, side * part_width, side * part_height), HELD_COLOR
-        )
-        box(axes, (left, top, side, side), "none", FAINT)
+    ulysses_rank, ring_rank = coordinates
+    ulysses, ring = degrees
+    world = ulysses * ring
+    number = ring_rank * ulysses + ulysses_rank
+    x = LEFT + 0.1 + ACROSS * ulysses_rank
+    y = TOP + 0.22 + DOWN * ring_rank
+    look = {"fontsize": 8.5, "fontweight": "bold", "color": INK, "ha": "center", "va": "center"}
+    axes.text(x + 0.61, y + 0.14, f"rank {number}", **look)
+    top = y + 0.28
+    before = x
+    after = x + 0.72
+    _draw_held(axes, before, top, (0.0, number / world, 1.0, 1 / world))
+    _draw_held(axes, after, top, (ulysses_rank / ulysses, ring_rank / ring, 1 / ulysses, 1 / ring))
+    middle = top + SIDE / 2
     arrow = {"arrowstyle": "->", "color": ULYSSES_COLOR, "linewidth": 1.2}
-    axes.annotate(
-        "", xy=(after - 0.02, top + side / 2), xytext=(x + side + 0.02, top + side / 2), arrowprops=arrow
-    )
+    axes.annotate("", xy=(after - 0.02, middle), xytext=(before + SIDE + 0.02, middle), arrowprops=arrow)
+
+
+def _draw_held(axes: Any, left: float, top: float, part: tuple[float, float, float, float]) -> None:
+    """The tensor, heads across and tokens down, and the part (x, y, width, height) of it that is held."""
+    across, down, width, height = part
+    tensor = (left, top, SIDE, SIDE)
+    box(axes, tensor, "white")
+    held = (left + SIDE * across, top + SIDE * down, SIDE * width, SIDE * height)
+    box(axes, held, HELD_COLOR)
+    box(axes, tensor, "none", FAINT)  # last: the held part must not cover the edge
 
 
 def _draw_mesh_legend(axes: Any, y: float, ulysses: int, ring: int) -> None:
@@ -108,15 +121,18 @@ def _draw_mesh_legend(axes: Any, y: float, ulysses: int, ring: int) -> None:
     lines = (
         (
             ULYSSES_COLOR,
-            "blue row: a ulysses group. One all-to-all swaps sequence shards for head shards, and one swaps back.",
+            "blue row: a ulysses group."
+            " One all-to-all swaps sequence shards for head shards, and one swaps back.",
         ),
         (
             RING_COLOR,
-            "orange column: a ring group. K/V rows travel, stage by stage, to the ranks whose queries need them.",
+            "orange column: a ring group."
+            " K/V rows travel, stage by stage, to the ranks whose queries need them.",
         ),
         (
             FAINT,
-            f"squares: tokens (down) x heads (across). A rank holds {_share(ulysses * ring)} tokens with all heads, and after the",
+            f"squares: tokens (down) x heads (across). A rank holds {_share(ulysses * ring)} tokens"
+            " with all heads, and after the",
         ),
         (FAINT, f"exchange {_share(ring)} tokens (its ring rank's) with {_share(ulysses)} heads."),
     )

@@ -1,5 +1,7 @@
-"""The command line: `seqmesh train [recipe.toml] [--key value]...`, `seqmesh plan`, `seqmesh bench [--quick]`
-and `seqmesh --version`.
+"""The command line: `seqmesh train`, `seqmesh plan`, `seqmesh bench` and `seqmesh --version`.
+
+Modules are imported where they are used: what loads torch costs seconds, which help, a version or a typing
+mistake should not.
 
 Exit codes: 0 done; 1 a rank failed or a check of the report did not pass; 2 wrong input; 130 Ctrl-C. Whatever
 goes wrong with the input is one line on stderr, `seqmesh: error: ...`, with the remedy.
@@ -8,6 +10,7 @@ goes wrong with the input is one line on stderr, `seqmesh: error: ...`, with the
 import os
 import sys
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -32,24 +35,22 @@ def main() -> None:
     except Exception as error:
         if not _is_usage_error(error):
             raise
-        near = (getattr(error, "possibilities", None) or [])[:1]
+        message = _one_line(getattr(error, "message", error))
+        near = getattr(error, "possibilities", None)
         suggestion = f"; did you mean {near[0]}?" if near else ""
-        code = _fail(
-            f"{_one_line(getattr(error, 'message', error))}{suggestion} (see {_help_of(sys.argv)})", USAGE
-        )
+        code = _fail(f"{message}{suggestion} (see {_help_of(sys.argv)})", USAGE)
     sys.exit(code)
 
 
 def _spelled_out(arguments: list[str]) -> list[str]:
     """`plan --plot` without a file means plan.png: the option parser knows no optional values."""
+    if arguments[:1] != ["plan"]:
+        return arguments
     spelled: list[str] = []
-    for at, argument in enumerate(arguments):
+    for argument, following in zip_longest(arguments, arguments[1:]):
         spelled.append(argument)
-        if (
-            argument == "--plot"
-            and arguments[0] == "plan"
-            and (arguments[at + 1 : at + 2] or ["-"])[0].startswith("-")
-        ):
+        without_file = following is None or following.startswith("-")
+        if argument == "--plot" and without_file:
             spelled.append("plan.png")
     return spelled
 
@@ -76,9 +77,19 @@ def _is_usage_error(error: Exception) -> bool:
 def _app() -> "typer.Typer":
     import typer
 
-    from seqmesh.train.recipe import keys, to_toml
+    from seqmesh.planner.command import add_to as add_plan
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
+    _add_root(app)
+    _add_train(app)
+    _add_bench(app)
+    add_plan(app)
+    return app
+
+
+def _add_root(app: "typer.Typer") -> None:
+    """`seqmesh` without a command."""
+    import typer
 
     @app.callback(invoke_without_command=True)
     def seqmesh_command(
@@ -91,11 +102,21 @@ def _app() -> "typer.Typer":
         elif context.invoked_subcommand is None:
             print(context.get_help())
 
+
+def _add_train(app: "typer.Typer") -> None:
+    """Any option is taken here: recipe.py knows the keys, and names the nearest one for a wrong one."""
+    import typer
+
+    from seqmesh.train.recipe import keys, to_toml
+
     arguments = typer.Argument(
         metavar="[RECIPE.toml] [--KEY VALUE]...", help="A recipe file, and keys to override."
     )
     defaults = ", ".join(f"--{key} {to_toml(value)}" for key, value in keys().items())
-    about = f"Keys and defaults: {defaults}. A key's section can be left out; --data PATH is short for --data.path PATH."
+    about = (
+        f"Keys and defaults: {defaults}."
+        " A key's section can be left out; --data PATH is short for --data.path PATH."
+    )
 
     @app.command("train", context_settings={"ignore_unknown_options": True}, epilog=about)
     def train_command(given: Annotated[list[str] | None, arguments] = None) -> int:
@@ -104,22 +125,25 @@ def _app() -> "typer.Typer":
         """
         return train(given or [])
 
+
+def _add_bench(app: "typer.Typer") -> None:
+    import typer
+
+    small = typer.Option("--quick", help="Small sizes: seconds instead of minutes; times are not judged.")
+    file = typer.Option("--json", help="Also write every figure to this file.")
+    planners = typer.Option("--profile", help="Write a measured profile for seqmesh plan, and nothing else.")
+    measured = typer.Option("--ranks", help="Ranks that --profile measures at once.")
+
     @app.command("bench")
     def bench_command(
-        quick: Annotated[
-            bool,
-            typer.Option("--quick", help="Small sizes: seconds instead of minutes; times are not judged."),
-        ] = False,
-        json: Annotated[
-            Path | None, typer.Option("--json", help="Also write every figure to this file.")
-        ] = None,
-        profile: Annotated[
-            Path | None,
-            typer.Option("--profile", help="Write a measured profile for seqmesh plan, and nothing else."),
-        ] = None,
-        ranks: Annotated[int, typer.Option("--ranks", help="Ranks that --profile measures at once.")] = 4,
+        quick: Annotated[bool, small] = False,
+        json: Annotated[Path | None, file] = None,
+        profile: Annotated[Path | None, planners] = None,
+        ranks: Annotated[int, measured] = 4,
     ) -> int:
-        """Measure speed against one process, memory, bytes, schedules and load balance, with their targets."""
+        """Measure speed against one process, memory, bytes, schedules and load balance,
+        with their targets.
+        """
         if profile is not None:
             from seqmesh.bench.profile import write_profile
 
@@ -129,11 +153,6 @@ def _app() -> "typer.Typer":
 
         return run_bench(quick, json)
 
-    from seqmesh.planner.command import add_to
-
-    add_to(app)
-    return app
-
 
 def train(arguments: Sequence[str]) -> int:
     """`seqmesh train`: the exit code. Input is checked here and in session.py, before a rank starts."""
@@ -142,9 +161,8 @@ def train(arguments: Sequence[str]) -> int:
     recipe, overrides = split_arguments(arguments)
     config = load(recipe, overrides)
 
-    from seqmesh.train import (
-        session,
-    )  # loads torch and transformers: seconds, which a typing mistake should not cost
+    # Only now: these load torch and transformers.
+    from seqmesh.train import session
     from seqmesh.train.launch import RankFailedError
 
     try:

@@ -1,10 +1,10 @@
 """Ranks as processes of this machine: forked, connected by gloo, one pipe each to the parent.
 
     start_ranks    parent  -- fork -->  rank 0, 1, 2, ...       file rendezvous, logs in a folder
-    Workers        parent  -- request -->  every rank  -- answers -->  parent       a pool that waits for the next request
+    Workers        parent  -- request -->  every rank  -- answers -->  parent       a pool that waits for more
 
-The parent must not have run tensor work before it forks: OpenMP does not survive a fork. Ranks ignore Ctrl-C: the
-parent gets it and ends them. No rank outlives its parent, whatever kills it.
+The parent must not have run tensor work before it forks: OpenMP does not survive a fork. Ranks ignore Ctrl-C:
+the parent gets it and ends them. No rank outlives its parent, whatever kills it.
 
 Trade-off: fork starts 4 ranks in 0.3 s where spawn takes 15 s, and exists on Linux and macOS only.
 """
@@ -37,7 +37,10 @@ LOOK_UP_SECONDS = 5.0
 """How often an idle worker checks that its parent is alive."""
 
 LOADED_ON_USE = ("torch.distributed.tensor", "torch._dynamo")
-"""What PyTorch would load at a mesh's first use, in every rank anew, for 1.5 s each: loaded once, before the fork."""
+"""What PyTorch would load at a mesh's first use, in every rank anew, for 1.5 s each.
+
+Loaded once, before the fork.
+"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,11 +76,17 @@ class Failure:
 
 
 Body = Callable[[Place, Connection], None]
-"""What a rank does, given its place and its end of the pipe. If it raises, a `Failure` is sent and the exit code is 1."""
+"""What a rank does, given its place and its end of the pipe.
+
+If it raises, a `Failure` is sent and the exit code is 1.
+"""
 
 
 def connect(place: Place, timeout_s: float) -> None:
-    """Set up the default process group (gloo) with an explicit timeout: a hung rank must not mean half an hour of silence."""
+    """Set up the default process group (gloo), if there is more than one rank.
+
+    The timeout is explicit: a hung rank must not mean half an hour of silence.
+    """
     if place.world > 1:
         dist.init_process_group(
             "gloo",
@@ -89,7 +98,9 @@ def connect(place: Place, timeout_s: float) -> None:
 
 
 def start_ranks(ranks: list[LocalRank], body: Body, world: int, rendezvous: str, logs: Path) -> None:
-    """Fork `world` ranks. They are appended to `ranks` one by one, so that the caller can stop what an exception left.
+    """Fork `world` ranks.
+
+    They are appended to `ranks` one by one, so that the caller can stop what an exception left.
 
     Args:
         ranks: where they are appended.
@@ -143,7 +154,7 @@ def _rank_main(body: Body, place: Place, pipe: Connection, log: Path, parent: in
 
 
 def end_if_orphaned(parent: int) -> None:
-    """End this process if its parent was killed: nobody reads what it would say, and no rank may stay behind."""
+    """End this process if its parent was killed: nobody reads what it would say."""
     if os.getppid() != parent:
         os._exit(1)
 
@@ -178,8 +189,8 @@ Handler = Callable[[Any], Any]
 class Workers:
     """A pool of ranks that answer requests: each keeps what it needs ready, and sleeps between two requests.
 
-    A context manager: no worker outlives it. A worker without a request blocks on its pipe, so two pools can be
-    measured in turns without disturbing each other.
+    A context manager: no worker outlives it. A worker without a request blocks on its pipe, so two pools can
+    be measured in turns without disturbing each other.
     """
 
     def __init__(self, prepare: Callable[[], Handler], *, world: int = 1, threads: int = 1) -> None:
@@ -219,22 +230,29 @@ class Workers:
         for rank in self._ranks:
             rank.pipe.send(request)
         answers: dict[int, Any] = {}
-        waiting = {rank.pipe: rank.rank for rank in self._ranks}
+        waiting = {rank.pipe: rank for rank in self._ranks}
         while waiting:
+            # Twice: a collective that hangs ends in the workers first, whose error says more.
             ready = set(wait(list(waiting), 2 * REQUEST_SECONDS))
             if not ready:
-                late = sorted(waiting.values())
+                late = sorted(rank.rank for rank in waiting.values())
                 raise TimeoutError(f"workers {late} did not answer in {2 * REQUEST_SECONDS:g} s")
-            for pipe in [pipe for pipe in waiting if pipe in ready]:
-                number = waiting.pop(pipe)
-                try:
-                    answer = pipe.recv()
-                except EOFError:
-                    raise RuntimeError(f"worker {number} of {len(self._ranks)}: the process died") from None
-                if isinstance(answer, Failure):
-                    raise RuntimeError(f"worker {number} of {len(self._ranks)}: {answer.trace}")
-                answers[number] = answer
-        return [answers[number] for number in range(len(self._ranks))]
+            for pipe, rank in list(waiting.items()):
+                if pipe in ready:
+                    answers[rank.rank] = self._answer(rank)
+                    del waiting[pipe]
+        return [answers[rank.rank] for rank in self._ranks]
+
+    def _answer(self, rank: LocalRank) -> Any:
+        """What a worker sent."""
+        who = f"worker {rank.rank} of {len(self._ranks)}"
+        try:
+            answer = rank.pipe.recv()
+        except EOFError:
+            raise RuntimeError(f"{who}: the process died") from None
+        if isinstance(answer, Failure):
+            raise RuntimeError(f"{who}: {answer.trace}")
+        return answer
 
 
 def _answer_requests(

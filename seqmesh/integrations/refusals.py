@@ -1,5 +1,4 @@
-"""What a Hugging Face model would silently get wrong on a sequence shard, each refused in one line: got,
-rule, remedy.
+"""What a Hugging Face model would silently get wrong on a sequence shard, each refused in one line.
 
 `check_pluggable` looks at a model once, when it is plugged in; `check_labels` and `check_forward` are forward
 pre-hooks and look at every call before any layer runs. All three see only what is the same on every rank, so
@@ -20,7 +19,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from seqmesh.engine.sharding import Schedule
 
-_FULL, _SLIDING = "full_attention", "sliding_attention"
+_FULL = "full_attention"
+_SLIDING = "sliding_attention"
 _TOKENWISE = ("Model", "ForCausalLM", "ForMaskedLM", "ForTokenClassification")
 """How the classes end whose outputs are one per token.
 
@@ -28,10 +28,12 @@ The others pool or pick a token, or do so in their loss.
 """
 _POOLS = re.compile(r"Pooler|SequenceSummary")
 _MIXES_TOKENS = re.compile(
-    r"Mamba|SSM|DeltaNet|GatedDelta|ShortConv|LinearAttention|LightningAttention|Recurrent|R[wW][kK][vV]|Retention|LSTM"
+    r"Mamba|SSM|DeltaNet|GatedDelta|ShortConv|LinearAttention|LightningAttention"
+    r"|Recurrent|R[wW][kK][vV]|Retention|LSTM"
 )
-"""Layers that pass information along the sequence outside attention: on a shard they would miss what the
-other ranks hold.
+"""Layers that pass information along the sequence outside attention.
+
+On a shard they would miss what the other ranks hold.
 """
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -40,7 +42,8 @@ Call = tuple[tuple[Any, ...], dict[str, Any]]
 def no_interface(model: PreTrainedModel) -> str:
     """The message for a model that does not use transformers' table of attention functions."""
     return (
-        f"{type(model).__name__} cannot be plugged in: it does not call its attention through transformers' AttentionInterface;"
+        f"{type(model).__name__} cannot be plugged in:"
+        " it does not call its attention through transformers' AttentionInterface;"
         " use a model that does (Llama, Mistral, Qwen, Gemma, gpt-oss, ...)"
     )
 
@@ -54,15 +57,16 @@ def check_pluggable(model: PreTrainedModel) -> None:
     name = type(model).__name__
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
-            f"{name} is not a transformers model; pass the PreTrainedModel itself, before wrapping it (DDP, FSDP, compile)"
+            f"{name} is not a transformers model;"
+            " pass the PreTrainedModel itself, before wrapping it (DDP, FSDP, compile)"
         )
     if not model.is_backend_compatible():
         raise ValueError(no_interface(model))
     _check_config(name, model.config)
     if not name.endswith(_TOKENWISE):
         raise ValueError(
-            f"{name} has a head that may pool over the sequence, and would pool the shard; use the base model (AutoModel) or a class"
-            f" ending in {', '.join(_TOKENWISE[1:])}"
+            f"{name} has a head that may pool over the sequence, and would pool the shard;"
+            f" use the base model (AutoModel) or a class ending in {', '.join(_TOKENWISE[1:])}"
         )
     _check_rotary(name, model)
     for path, module in model.named_modules():
@@ -72,17 +76,20 @@ def check_pluggable(model: PreTrainedModel) -> None:
 def _check_config(name: str, config: Any) -> None:
     if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
         raise ValueError(
-            f"{name} has cross-attention, which needs a schedule of its own; plug in a decoder-only or encoder-only model"
+            f"{name} has cross-attention, which needs a schedule of its own;"
+            " plug in a decoder-only or encoder-only model"
         )
     if config.sub_configs:
         parts = ", ".join(sorted(config.sub_configs))
         raise ValueError(
-            f"{name} has several parts ({parts}) with sequences of their own; plug in its language model alone"
+            f"{name} has several parts ({parts}) with sequences of their own;"
+            " plug in its language model alone"
         )
     unknown = sorted(_layer_types(config) - {_FULL, _SLIDING})
     if unknown:
         raise ValueError(
-            f"{name} has layers of type {', '.join(unknown)}, which need the whole sequence; use a model of attention layers only"
+            f"{name} has layers of type {', '.join(unknown)}, which need the whole sequence;"
+            " use a model of attention layers only"
         )
     if getattr(config, "output_router_logits", False):
         raise ValueError(_router_logits(f"{name}'s config", "set output_router_logits=False in it"))
@@ -92,8 +99,9 @@ def _check_rotary(name: str, model: PreTrainedModel) -> None:
     wrong = sorted({kind for kind in _rope_types(model) if "dynamic" in kind or kind == "longrope"})
     if wrong:
         raise ValueError(
-            f"{name} has RoPE of type {', '.join(wrong)}, whose frequencies depend on the longest position, which differs between"
-            " ranks; use rope_type default, linear, yarn or llama3"
+            f"{name} has RoPE of type {', '.join(wrong)}, whose frequencies depend on the longest position,"
+            " which differs between ranks;"
+            " use rope_type default, linear, yarn or llama3"
         )
 
 
@@ -102,17 +110,19 @@ def _check_module(name: str, path: str, module: nn.Module) -> None:
     # Albert's pooler is a plain Linear: only the attribute's name tells.
     if _POOLS.search(kind) or path.rpartition(".")[2] == "pooler":
         raise ValueError(
-            f"{name} has a {kind} at {path!r}, which pools over the sequence and would pool the shard; build the model without it"
-            " (add_pooling_layer=False) and pool the gathered outputs"
+            f"{name} has a {kind} at {path!r}, which pools over the sequence and would pool the shard;"
+            " build the model without it (add_pooling_layer=False) and pool the gathered outputs"
         )
     if isinstance(module, (nn.Conv1d, nn.RNNBase)) or _MIXES_TOKENS.search(kind):
         raise ValueError(
-            f"{name} has a {kind} at {path!r}, which mixes tokens outside attention and needs the whole sequence;"
+            f"{name} has a {kind} at {path!r}, which mixes tokens outside attention"
+            " and needs the whole sequence;"
             " use a model of attention layers only"
         )
     if getattr(module, "attn_temperature_tuning", False):
         raise ValueError(
-            f"{name} has attn_temperature_tuning at {path!r}, which scales queries by their position in the shard, not in the sequence;"
+            f"{name} has attn_temperature_tuning at {path!r}, which scales queries by their position"
+            " in the shard, not in the sequence;"
             " build the model with attn_temperature_tuning=False, or use another one"
         )
 
@@ -122,12 +132,16 @@ def _layer_types(config: Any) -> set[str]:
 
 
 def _rope_types(model: PreTrainedModel) -> Iterator[str]:
-    """Every RoPE type in a model: what its modules were built with and what its config says, for all layers
-    or per layer type.
+    """Every RoPE type in a model: what its modules were built with and what its config says.
+
+    Either is one for all layers, or a dict by layer type.
     """
     for module in model.modules():
-        built = getattr(module, "rope_type", None) or ()
-        yield from [built] if isinstance(built, str) else built.values() if isinstance(built, dict) else ()
+        built = getattr(module, "rope_type", None)
+        if isinstance(built, str):
+            yield built
+        elif isinstance(built, dict):
+            yield from built.values()
     parameters = getattr(model.config, "rope_parameters", None) or {}
     for given in (parameters, *parameters.values()):
         if isinstance(given, dict) and isinstance(given.get("rope_type"), str):
@@ -135,7 +149,10 @@ def _rope_types(model: PreTrainedModel) -> Iterator[str]:
 
 
 def _router_logits(where: str, remedy: str) -> str:
-    return f"{where} has output_router_logits=True, and its auxiliary loss, of the shard alone, would be summed over ranks; {remedy}"
+    return (
+        f"{where} has output_router_logits=True, and its auxiliary loss, of the shard alone,"
+        f" would be summed over ranks; {remedy}"
+    )
 
 
 def check_labels(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
@@ -152,13 +169,15 @@ def check_labels(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str
     name = type(model).__name__
     if not name.endswith("ForCausalLM") or model.loss_function is not ForCausalLMLoss:
         raise ValueError(
-            f"{name}(...) got labels, but its own loss is not transformers' ForCausalLMLoss and would average over the shard;"
+            f"{name}(...) got labels, but its own loss is not transformers' ForCausalLMLoss"
+            " and would average over the shard;"
             " pass no labels and use seqmesh.train.loss.next_token_loss on the logits"
         )
     if kwargs.get("shift_labels") is None or kwargs.get("num_items_in_batch") is None:
         raise ValueError(
-            f"{name}(...) got labels, and would shift them inside the shard and average over it; use seqmesh.train.loss.next_token_loss on the"
-            " logits, or pass shift_labels (shifted before sharding) and num_items_in_batch (of all ranks) too"
+            f"{name}(...) got labels, and would shift them inside the shard and average over it;"
+            " use seqmesh.train.loss.next_token_loss on the logits,"
+            " or pass shift_labels (shifted before sharding) and num_items_in_batch (of all ranks) too"
         )
     return args, kwargs
 
@@ -176,20 +195,11 @@ def check_forward(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[st
         raise ValueError(
             f"{call} got {len(args)} positional arguments; pass everything but input_ids by name"
         )
-    if not isinstance(kwargs.get("schedule"), Schedule):
-        raise ValueError(
-            f"{call} got schedule={kwargs.get('schedule')!r}; pass schedule=Schedule.build(mask, mesh) on every call"
-        )
-    if _layer_types(model.config) >= {_FULL, _SLIDING} and not isinstance(
-        kwargs.get("sliding_schedule"), Schedule
-    ):
-        raise ValueError(
-            f"{call} got sliding_schedule={kwargs.get('sliding_schedule')!r}, but mixes full and sliding layers, which need a mask each;"
-            " pass sliding_schedule=Schedule.build(mask & masks.sliding_window(s, w), mesh, layout=schedule.layout) too"
-        )
+    _check_schedules(call, model, kwargs)
     if kwargs.get("position_ids") is None:
         raise ValueError(
-            f"{call} got no position_ids, and would count from 0 on every rank; pass schedule.shard(position_ids, 1)"
+            f"{call} got no position_ids, and would count from 0 on every rank;"
+            " pass schedule.shard(position_ids, 1)"
         )
     if kwargs.get("attention_mask") is not None:
         raise ValueError(
@@ -197,13 +207,33 @@ def check_forward(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[st
         )
     if kwargs.get("logits_to_keep") not in (None, 0):
         raise ValueError(
-            f"{call} got logits_to_keep, which would keep the shard's last tokens; leave it out and select from the logits"
+            f"{call} got logits_to_keep, which would keep the shard's last tokens;"
+            " leave it out and select from the logits"
         )
     if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
         raise ValueError(
-            f"{call} was asked for a K/V cache, which is not sharded; pass use_cache=False and no past_key_values"
+            f"{call} was asked for a K/V cache, which is not sharded;"
+            " pass use_cache=False and no past_key_values"
         )
     asked = kwargs.get("output_router_logits")
     if asked or (asked is None and getattr(model.config, "output_router_logits", False)):
         raise ValueError(_router_logits(call, "pass output_router_logits=False"))
     return args, kwargs | {"use_cache": False}
+
+
+def _check_schedules(call: str, model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
+    schedule = kwargs.get("schedule")
+    if not isinstance(schedule, Schedule):
+        raise ValueError(
+            f"{call} got schedule={schedule!r}; pass schedule=Schedule.build(mask, mesh) on every call"
+        )
+    # Models all of whose layers slide need no second schedule: the window is in the first one's mask.
+    mixed = _layer_types(model.config) >= {_FULL, _SLIDING}
+    sliding = kwargs.get("sliding_schedule")
+    if mixed and not isinstance(sliding, Schedule):
+        raise ValueError(
+            f"{call} got sliding_schedule={sliding!r}, but mixes full and sliding layers,"
+            " which need a mask each;"
+            " pass sliding_schedule=Schedule.build(mask & masks.sliding_window(s, w), mesh,"
+            " layout=schedule.layout) too"
+        )

@@ -1,9 +1,9 @@
-"""Run a Hugging Face model on sequence shards: its attention becomes `seqmesh.attention`, everything else
-stays as it is.
+"""Run a Hugging Face model on sequence shards: its attention becomes `seqmesh.attention`, the rest stays.
 
     model = plug_in(LlamaForCausalLM(config))
     schedule = Schedule.build(masks.documents(lengths), mesh)
-    logits = model(schedule.shard(ids, 1), position_ids=schedule.shard(positions, 1), schedule=schedule).logits    # (b, n, vocabulary)
+    ids, positions = schedule.shard(ids, 1), schedule.shard(positions, 1)              # (b, s) -> (b, n)
+    logits = model(ids, position_ids=positions, schedule=schedule).logits              # (b, n, vocabulary)
 
 How it works: transformers keeps public tables of attention and mask functions; we add one entry to each,
 named "seqmesh", and patch nothing. Extra keyword arguments of a model's forward travel through its layers to
@@ -54,8 +54,9 @@ _HARMLESS = frozenset(
         "layer_idx",
     }
 )
-"""Keywords that travel through the layers and change nothing that attention computes once the schedule holds
-the mask.
+"""Keywords that travel through the layers and change nothing that attention computes.
+
+The schedule holds the mask, so what transformers would derive masks and positions from has no say.
 """
 
 
@@ -65,14 +66,13 @@ def register() -> None:
     Raises:
         ValueError: somebody else's function has that name.
     """
-    for table, function in (
-        (AttentionInterface, sequence_attention),
-        (AttentionMaskInterface, refuse_padding),
-    ):
+    ours = ((AttentionInterface, sequence_attention), (AttentionMaskInterface, refuse_padding))
+    for table, function in ours:
         taken = table().get(NAME)
         if taken is not None and taken is not function:
             raise ValueError(
-                f"{table.__name__} already has another {NAME!r} ({taken}); load only one library that registers this name"
+                f"{table.__name__} already has another {NAME!r} ({taken});"
+                " load only one library that registers this name"
             )
         table.register(NAME, function)
 
@@ -90,18 +90,15 @@ def plug_in(model: Model) -> Model:
     register()
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
-    if any(
-        part.config._attn_implementation != NAME
-        for part in model.modules()
-        if isinstance(part, PreTrainedModel)
-    ):
+    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    # transformers only warns where a part cannot change its attention, and leaves it as it was.
+    if any(part.config._attn_implementation != NAME for part in parts):
         model.set_attn_implementation(before)
         raise ValueError(no_interface(model))
     model.register_forward_pre_hook(check_labels, with_kwargs=True)
-    for part in model.modules():
-        if part is model or (
-            isinstance(part, PreTrainedModel) and "position_ids" in inspect.signature(part.forward).parameters
-        ):
+    for part in parts:
+        # The inner model too: it may be called without the outer one, whose hook would not see it.
+        if part is model or "position_ids" in inspect.signature(part.forward).parameters:
             part.register_forward_pre_hook(check_forward, with_kwargs=True)
     return model
 
@@ -144,57 +141,50 @@ def sequence_attention(
     sinks: Tensor | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """`seqmesh.attention` in the shape that transformers calls.
+    """`seqmesh.attention` as transformers calls it: (b, h, n, d), twice (b, g, n, d) -> (b, n, h, d), None.
 
-    Args:
-        module: the attention layer that calls.
-        query: (b, h, n, d) this rank's tokens.
-        key: (b, g, n, d).
-        value: (b, g, n, d).
-        attention_mask: must be None: the mask lives in the schedule.
-        schedule: from the model's forward keywords.
-        sliding_schedule: the schedule of sliding layers, when the model also has full ones.
-        dropout: must be 0.
-        scaling: factor of the logits.
-        sliding_window: this layer's window; its schedule's mask must keep to it.
-        softcap: c for logits c tanh(logits / c).
-        s_aux: (h,) attention sinks; `sinks` is another name for them.
-        sinks: see s_aux.
-        others: what else travels along; anything that could change the result is refused.
-
-    Returns:
-        (b, n, h, d), and no attention weights.
+    `module` is the layer that calls. `sliding_window` is its window, to which its schedule's mask must keep;
+    `softcap` is c for logits c tanh(logits / c); `s_aux`, or `sinks` as other models call them, are attention
+    sinks, (h,). There are no attention weights to return.
 
     Raises:
-        ValueError: an argument that cannot be honoured.
+        ValueError: no schedule, a mask (which must be in the schedule), or what cannot be honoured: dropout,
+            and among the others anything that could change the result.
     """
     layer = f"{type(module).__name__} {getattr(module, 'layer_idx', '')}".strip()
     if schedule is None:
         raise ValueError(
             f"{layer} got no schedule; pass schedule=Schedule.build(mask, mesh) to the model's forward"
         )
+    _check_arguments(layer, attention_mask, dropout, others)
+    chosen = _schedule_of_layer(layer, schedule, sliding_schedule, sliding_window)
+    q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (b, heads, n, d) -> (b, n, heads, d)
+    given_sinks = sinks if s_aux is None else s_aux
+    return attention(q, k, v, chosen, scale=scaling, softcap=softcap, sinks=given_sinks), None
+
+
+def _check_arguments(
+    layer: str, attention_mask: Tensor | None, dropout: float, others: dict[str, Any]
+) -> None:
     if attention_mask is not None:
         raise ValueError(
             f"{layer} got an attention mask, but the mask lives in the schedule; pass attention_mask=None"
         )
     if dropout > 0:
         raise ValueError(
-            f"{layer} has attention dropout {dropout}, which seqmesh does not do; set attention_dropout=0 in the model's config"
+            f"{layer} has attention dropout {dropout}, which seqmesh does not do;"
+            " set attention_dropout=0 in the model's config"
         )
-    refused = [
-        name
-        for name, given in others.items()
-        if name not in _HARMLESS and given is not None and given is not False
-    ]
+    refused: list[str] = []
+    for name, given in others.items():
+        # transformers passes many of its switches on as None or False: they ask for nothing.
+        if name not in _HARMLESS and given is not None and given is not False:
+            refused.append(name)
     if refused:
         raise ValueError(
-            f"{layer} got {', '.join(sorted(refused))}, which seqmesh cannot honour; do not pass it, or use another attention"
+            f"{layer} got {', '.join(sorted(refused))}, which seqmesh cannot honour;"
+            " do not pass it, or use another attention"
         )
-    chosen = _schedule_of_layer(layer, schedule, sliding_schedule, sliding_window)
-    q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (b, heads, n, d) -> (b, n, heads, d)
-    return attention(
-        q, k, v, chosen, scale=scaling, softcap=softcap, sinks=s_aux if s_aux is not None else sinks
-    ), None
 
 
 def _schedule_of_layer(
@@ -208,16 +198,23 @@ def _schedule_of_layer(
     if window is None:
         return schedule
     chosen = sliding_schedule or schedule
-    if (reach := furthest(chosen.mask)) >= window:
+    reach = furthest(chosen.mask)
+    if reach >= window:
         raise ValueError(
-            f"{layer} has a sliding window of {window} tokens but its schedule's mask lets tokens {reach} apart meet; build the schedule"
-            f" from mask & masks.sliding_window(s, {window}) and pass it as sliding_schedule= (or schedule=, if every layer slides)"
+            f"{layer} has a sliding window of {window} tokens but its schedule's mask lets tokens {reach}"
+            " apart meet;"
+            f" build the schedule from mask & masks.sliding_window(s, {window}) and pass it as"
+            " sliding_schedule= (or schedule=, if every layer slides)"
         )
     return chosen
 
 
 def furthest(mask: Mask) -> int:
     """Largest distance |i - j| of an allowed pair, 0 for an empty mask."""
-    back = (b.q_stop - 1 - b.k_start if b.hi is None else b.hi for b in mask.bands)
-    ahead = (b.k_stop - 1 - b.q_start if b.lo is None else -b.lo for b in mask.bands)
-    return max(0, *back, *ahead) if mask.bands else 0
+    reach = 0
+    for band in mask.bands:
+        # Without a bound on i - j, the corner of the band's rectangle is the furthest pair.
+        back = band.q_stop - 1 - band.k_start if band.hi is None else band.hi
+        ahead = band.k_stop - 1 - band.q_start if band.lo is None else -band.lo
+        reach = max(reach, back, ahead)
+    return reach

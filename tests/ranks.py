@@ -4,7 +4,9 @@ PyTorch must be forked before it has run any OpenMP work, so one small server pr
 session starts (conftest.py). It forks the ranks of a pool on request; a pool lives until a rank fails, then
 the next request makes a new one.
 
-    parent (pytest) --spawn--> server --fork--> rank 0 .. W-1, one gloo group       tasks and results go over local sockets
+    parent (pytest) --fork--> server --fork--> rank 0 .. W-1, one gloo group
+
+Tasks and results go over local sockets.
 """
 
 import os
@@ -20,8 +22,9 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT_SECONDS = 60
-"""A collective that hangs this long is an error in every rank; the parent waits a little longer, then ends
-the pool.
+"""A collective that hangs this long is an error in every rank.
+
+The parent waits a little longer, then ends the pool.
 """
 
 
@@ -109,7 +112,9 @@ class Ranks:
     def run(self, world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         """`function(*args)` on every rank of a pool; its results by rank.
 
-        Raises RuntimeError with the first rank's traceback.
+        Raises:
+            RuntimeError: a rank failed or died; with its traceback.
+            TimeoutError: ranks did not answer.
         """
         connections = self._pool(world)
         task = pickle.dumps((function, args))
@@ -121,15 +126,15 @@ class Ranks:
             ready = wait(missing, TIMEOUT_SECONDS + 30)
             if not ready:
                 self._end(world)
-                raise TimeoutError(
-                    f"ranks {sorted(set(range(world)) - set(results))} of {world} did not answer"
-                )
+                late = sorted(set(range(world)) - set(results))
+                raise TimeoutError(f"ranks {late} of {world} did not answer")
             for connection in ready:
                 rank = connections.index(connection)
                 try:
                     ok, result = connection.recv()
                 except EOFError:
-                    ok, result = False, "the process died"
+                    ok = False
+                    result = "the process died"
                 if not ok:
                     self._end(world)
                     raise RuntimeError(f"rank {rank} of {world}: {result}")

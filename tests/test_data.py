@@ -31,11 +31,13 @@ def test_tokens_equal_the_byt5_tokenizer(text):
 
 def test_decoding_gives_the_text_back():
     text = "def f(x):\n    return 'é'  # ✓\n"
-    assert data.decode(torch.cat((data.encode(text.encode()), torch.tensor([data.EOS_ID])))) == text
+    tokens = torch.cat((data.encode(text.encode()), torch.tensor([data.EOS_ID])))
+    assert data.decode(tokens) == text
 
 
 def test_the_standard_library_is_read_in_the_same_order_and_without_tests():
-    first, second = data.read("stdlib"), data.read("stdlib")
+    first = data.read("stdlib")
+    second = data.read("stdlib")
     assert first.documents == second.documents
     assert first.tokens > 5_000_000
     assert sum(b"_test_pickle" in document for document in first.documents) == 0
@@ -47,7 +49,8 @@ def test_a_folder_is_read_in_sorted_order_without_hidden_files(tmp_path: Path):
     (tmp_path / "a" / "z.txt").write_text("third? no: folders come after files")
     (tmp_path / "a.txt").write_text("first")
     (tmp_path / ".hidden").write_bytes(b"\0")
-    assert [d.split(b" ")[0] for d in data.read(str(tmp_path)).documents] == [b"first", b"second", b"third?"]
+    documents = data.read(str(tmp_path)).documents
+    assert [document.split(b" ")[0] for document in documents] == [b"first", b"second", b"third?"]
 
 
 def test_a_file_is_one_document(tmp_path: Path):
@@ -123,9 +126,8 @@ def test_a_binary_file_in_a_folder_is_refused_by_name(tmp_path: Path):
 
 
 def test_too_little_text_for_one_sequence_is_refused_before_the_first_batch():
-    with pytest.raises(
-        ValueError, match=r"7 tokens, too few for one sequence of 16; use more text or data\.seq_len <= 7"
-    ):
+    said = r"7 tokens, too few for one sequence of 16; use more text or data\.seq_len <= 7"
+    with pytest.raises(ValueError, match=said):
         data.batches(corpus(b"abc", b"de"), seq_len=16, sequences=1, seed=0)
 
 
@@ -134,15 +136,17 @@ def test_too_little_text_for_one_sequence_is_refused_before_the_first_batch():
 def test_packing_fills_every_sequence_and_uses_every_token_once(seq_len: int, seed: int):
     lengths = (7, 2, 40, 3, 16, 5, 64, 2)
     sequences = list(data.pack(lengths, seq_len, seed, epoch=0))
-    assert all(sum(p.stop - p.start for p in sequence) == seq_len for sequence in sequences)
-    used = [(p.document, t) for sequence in sequences for p in sequence for t in range(p.start, p.stop)]
+    used: list[tuple[int, int]] = []
+    for sequence in sequences:
+        tokens = [(piece.document, t) for piece in sequence for t in range(piece.start, piece.stop)]
+        assert len(tokens) == seq_len
+        used += tokens
     assert len(used) == len(set(used)) == sum(lengths) // seq_len * seq_len
 
 
 def test_a_cut_document_goes_on_in_the_next_sequence_as_a_document_of_its_own():
-    batch, following = sorted(
-        first_batches(corpus(b"abcdefghi"), 2, seq_len=5), key=lambda batch: batch.input_ids[0, 0].item()
-    )
+    both = first_batches(corpus(b"abcdefghi"), 2, seq_len=5)
+    batch, following = sorted(both, key=lambda batch: batch.input_ids[0, 0].item())
     assert data.decode(batch.input_ids[0]) == "abcde"
     assert data.decode(following.input_ids[0]) == "fghi"
     assert following.input_ids[0, -1] == data.EOS_ID
@@ -154,9 +158,8 @@ def test_labels_are_the_next_token_of_the_same_document_and_positions_restart():
     start = 0
     for band in batch.mask.bands:
         stop = band.q_stop
-        assert (
-            batch.shift_labels[0, start : stop - 1].tolist() == batch.input_ids[0, start + 1 : stop].tolist()
-        )
+        following = batch.input_ids[0, start + 1 : stop]
+        assert batch.shift_labels[0, start : stop - 1].tolist() == following.tolist()
         assert batch.shift_labels[0, stop - 1] == data.IGNORED_LABEL
         assert batch.position_ids[0, start:stop].tolist() == list(range(stop - start))
         start = stop
@@ -171,18 +174,19 @@ def test_several_sequences_are_one_row_whose_documents_end_at_every_sequence():
 
 
 def test_the_parts_of_a_long_document_do_not_follow_each_other():
-    starts = [
-        int(batch.input_ids[0, 0]) for batch in first_batches(corpus(bytes(range(1, 201))), 20, seq_len=10)
-    ]
+    found = first_batches(corpus(bytes(range(1, 201))), 20, seq_len=10)
+    starts = [int(batch.input_ids[0, 0]) for batch in found]
     assert starts != sorted(starts)
     assert sorted(starts) == [data.BYTE_OFFSET + 1 + 10 * n for n in range(20)]
 
 
 def test_batches_depend_on_the_seed_only_and_go_on_after_an_epoch():
     text = corpus(*(bytes([97 + n]) * 9 for n in range(8)))  # 80 tokens, 8 sequences of 10 in an epoch
-    run, again, other = (first_batches(text, 20, seq_len=10, seed=seed) for seed in (3, 3, 4))
+    run = first_batches(text, 20, seq_len=10, seed=3)
+    again = first_batches(text, 20, seq_len=10, seed=3)
+    other = first_batches(text, 20, seq_len=10, seed=4)
     assert all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(run, again, strict=True))
     assert not all(torch.equal(a.input_ids, b.input_ids) for a, b in zip(run, other, strict=True))
-    epochs = [[batch.input_ids[0, 0].item() for batch in run[start : start + 8]] for start in (0, 8)]
-    assert sorted(epochs[0]) == sorted(epochs[1])
-    assert epochs[0] != epochs[1]
+    starts = [batch.input_ids[0, 0].item() for batch in run]
+    assert sorted(starts[:8]) == sorted(starts[8:16])
+    assert starts[:8] != starts[8:16]

@@ -59,10 +59,8 @@ def test_low_precision_logits_are_summed_in_fp32():
 
 def test_a_count_of_this_rank_alone_is_refused():
     logits, labels = logits_and_labels(10, valid=1.0)
-    with pytest.raises(
-        ValueError,
-        match=r"label_count=9 but this rank alone has 10 labels; pass the count of the global batch",
-    ):
+    said = "label_count=9 but this rank alone has 10 labels; pass the count of the global batch"
+    with pytest.raises(ValueError, match=said):
         next_token_loss(logits, labels, 9)
     with pytest.raises(ValueError, match="label_count=0"):
         next_token_loss(logits, torch.full((1, 10), -100), 0)

@@ -1,15 +1,14 @@
-"""`seqmesh train` as users run it: the real command in a process of its own, with forked ranks, a tiny model
-and a short run.
-"""
+"""`seqmesh train` as users run it: the real command, its forked ranks, a tiny model and a short run."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from train_command import ROOT, TEXT, TIMEOUT_S, TINY, command, environment, one_line_error, seqmesh_command
+from train_command import ROOT, TEXT, TIMEOUT_S, TINY, environment, one_line_error, seqmesh_command
 from transformers import ByT5Tokenizer, LlamaForCausalLM
 
 import seqmesh
@@ -17,21 +16,17 @@ from seqmesh.train import data
 from seqmesh.train.recipe import load
 
 
+def metrics_of(folder: Path) -> list[dict[str, Any]]:
+    """A run's metrics, a dict for each step."""
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
 @pytest.fixture(scope="module")
 def finished(text: Path) -> tuple[Path, str]:
     """The folder and the output of a run on 4 ranks."""
     folder = text.parent / "run"
-    done = seqmesh_command(
-        "train",
-        *TINY,
-        "--data",
-        str(text),
-        "--steps=12",
-        "--warmup=2",
-        "--folder",
-        str(folder),
-        cwd=text.parent,
-    )
+    more = ("--data", str(text), "--steps=12", "--warmup=2", "--folder", str(folder))
+    done = seqmesh_command("train", *TINY, *more, cwd=text.parent)
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     return folder, done.stdout
@@ -64,17 +59,15 @@ def test_the_report_has_every_figure_and_every_check_passes(finished: tuple[Path
 
 
 def test_the_metrics_have_a_line_for_each_step(finished: tuple[Path, str]) -> None:
-    lines = [json.loads(line) for line in (finished[0] / "metrics.jsonl").read_text().splitlines()]
+    lines = metrics_of(finished[0])
+    weights_of_a_layer = 2 * 32 * 32 + 2 * 32 * 16 + 3 * 32 * 64  # q and o, k and v, the gated MLP
+    weights = 2 * weights_of_a_layer + 32 * 259
     assert [line["step"] for line in lines] == list(range(1, 13))
     for line in lines:
         assert line["tokens"] == 256
         assert line["labels"] == 256 - line["documents"]
         assert line["bytes_sent"] == line["bytes_scheduled"]
-        assert (
-            line["flops"]
-            == 6 * (2 * (32 * 32 * 2 + 32 * 16 * 2 + 3 * 32 * 64) + 32 * 259) * 256
-            + 12 * 2 * line["area"] * 32
-        )
+        assert line["flops"] == 6 * weights * 256 + 12 * 2 * line["area"] * 32
         assert line["tokens_per_s"] == pytest.approx(256 / line["seconds"])
 
 
@@ -92,47 +85,35 @@ def test_the_written_configuration_runs_again(finished: tuple[Path, str]) -> Non
 
 
 def test_plain_transformers_loads_the_checkpoint_with_the_trained_loss(finished: tuple[Path, str]) -> None:
-    """The loss of a sequence under plain attention continues the run's curve: same weights, same mathematics."""
+    """Its loss under plain attention continues the run's curve: same weights, same mathematics."""
     folder = finished[0]
     model = LlamaForCausalLM.from_pretrained(folder / "checkpoint")
     assert model.config._attn_implementation == "sdpa"
     ids = data.encode(TEXT.encode())[None, :256]
     loss = model(ids, labels=ids).loss.item()
-    last = json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1])["loss"]
-    assert loss == pytest.approx(last, abs=0.3)
+    assert loss == pytest.approx(metrics_of(folder)[-1]["loss"], abs=0.3)
     tokenizer = ByT5Tokenizer.from_pretrained(folder / "checkpoint")
     assert tokenizer("fox").input_ids[:-1] == data.encode(b"fox").tolist()
 
 
 def test_one_rank_trains_the_same_model(finished: tuple[Path, str], text: Path) -> None:
     """The whole run again with the 1 x 1 mesh: the curves agree far beyond the compared steps."""
+    together = finished[0]
     alone = text.parent / "alone"
+    config = str(together / "config.toml")
     done = seqmesh_command(
-        "train",
-        str(finished[0] / "config.toml"),
-        "--ulysses=1",
-        "--ring=1",
-        "--folder",
-        str(alone),
-        cwd=text.parent,
+        "train", config, "--ulysses=1", "--ring=1", "--folder", str(alone), cwd=text.parent
     )
     assert done.returncode == 0, done.stderr
-    curves = [
-        [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-        for folder in (finished[0], alone)
-    ]
-    for four, one in zip(*curves, strict=True):
+    for four, one in zip(metrics_of(together), metrics_of(alone), strict=True):
         assert four["loss"] == pytest.approx(one["loss"], abs=1e-4)
         assert four["grad_norm"] == pytest.approx(one["grad_norm"], abs=1e-4)
         assert one["bytes_sent"] == 0
-    a, b = (
-        LlamaForCausalLM.from_pretrained(folder / "checkpoint").state_dict()
-        for folder in (finished[0], alone)
-    )
-    for name, weight in a.items():
-        torch.testing.assert_close(
-            weight, b[name], rtol=0, atol=2e-3
-        )  # Adam's first steps amplify rounding of tiny gradients
+    weights = LlamaForCausalLM.from_pretrained(together / "checkpoint").state_dict()
+    weights_alone = LlamaForCausalLM.from_pretrained(alone / "checkpoint").state_dict()
+    for name, weight in weights.items():
+        # Adam's first steps amplify rounding of tiny gradients.
+        torch.testing.assert_close(weight, weights_alone[name], rtol=0, atol=2e-3)
 
 
 WRONG_INPUT = [
@@ -217,11 +198,12 @@ def test_wrong_input_is_one_line_with_a_remedy_and_exit_code_2(
 
 
 def test_wrong_input_to_the_real_command_leaves_no_traceback(mistakes: Path) -> None:
-    assert "did you mean --mesh.ring?" in one_line_error(
-        seqmesh_command("train", "--mesh.rign", "4", cwd=mistakes)
-    )
-    assert "is binary" in one_line_error(seqmesh_command("train", "--data", "binary.bin", cwd=mistakes))
-    assert "No such command" in one_line_error(seqmesh_command("trian", cwd=mistakes))
+    mistyped_key = seqmesh_command("train", "--mesh.rign", "4", cwd=mistakes)
+    assert "did you mean --mesh.ring?" in one_line_error(mistyped_key)
+    not_text = seqmesh_command("train", "--data", "binary.bin", cwd=mistakes)
+    assert "is binary" in one_line_error(not_text)
+    mistyped_command = seqmesh_command("trian", cwd=mistakes)
+    assert "No such command" in one_line_error(mistyped_command)
 
 
 def test_version() -> None:
@@ -234,84 +216,6 @@ def test_no_command_shows_the_help() -> None:
     assert "train" in shown.stdout
 
 
-def joined(rank: int, world: int, port: int, cwd: Path, *arguments: str) -> subprocess.Popen[str]:
-    """A rank as torchrun starts it."""
-    place = {
-        "RANK": str(rank),
-        "WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-    }
-    return subprocess.Popen(
-        command("train", *TINY, *arguments),
-        cwd=cwd,
-        env=environment() | place,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def free_port() -> int:
-    import socket
-
-    with socket.socket() as s:
-        s.bind(("127.0.0.1", 0))
-        return int(s.getsockname()[1])
-
-
-def test_a_world_that_is_not_ulysses_x_ring_is_refused_on_every_rank(text: Path) -> None:
-    ranks = [joined(rank, 2, free_port(), text.parent) for rank in range(2)]
-    for rank in ranks:
-        _, error = rank.communicate(timeout=TIMEOUT_S)
-        assert rank.returncode == 2
-        assert error.splitlines() == [
-            "seqmesh: error: mesh.ulysses=2 x mesh.ring=2 needs 4 ranks but the launcher started 2; start 4,"
-            " or choose degrees whose product is 2"
-        ]
-
-
-def test_a_mistake_that_one_launched_rank_sees_ends_all_of_them(text: Path) -> None:
-    """Rank 0 alone looks at the run folder: the others must not wait for it."""
-    (text.parent / "taken").mkdir()
-    (text.parent / "taken" / "mine").write_text("")
-    port = free_port()
-    more = ("--ring=1", "--data", str(text), "--folder", "taken")
-    ranks = [joined(rank, 2, port, text.parent, *more) for rank in range(2)]
-    for rank in ranks:
-        _, error = rank.communicate(timeout=TIMEOUT_S)
-        assert rank.returncode == 2
-        assert "'taken' is not empty" in error
-        assert len(error.splitlines()) == 1
-
-
-@pytest.mark.parametrize(("difference", "said"), [("lr", "configuration"), ("text", "text")])
-def test_launched_ranks_with_another_recipe_or_text_are_named_on_every_rank(
-    tmp_path: Path, difference: str, said: str
-) -> None:
-    port = free_port()
-    ranks = []
-    for rank in range(2):
-        cwd = tmp_path / str(rank)
-        cwd.mkdir()
-        (cwd / "fox.txt").write_text(TEXT + "more" * (rank if difference == "text" else 0))
-        lr = f"--lr={1e-3 * (1 + rank if difference == 'lr' else 1)}"
-        ranks.append(joined(rank, 2, port, cwd, "--ring=1", "--data=fox.txt", lr))
-    for process in ranks:
-        _, error = process.communicate(timeout=TIMEOUT_S)
-        assert process.returncode == 2, error
-        assert len(error.splitlines()) == 1
-        assert f"rank 1 has another {said} than rank 0; " in error
-
-
-def test_a_launched_rank_that_meets_nobody_ends_with_one_line(text: Path) -> None:
-    rank = joined(1, 2, free_port(), text.parent, "--ring=1", "--data", str(text), "--timeout_s=1")
-    _, error = rank.communicate(timeout=TIMEOUT_S)
-    assert rank.returncode == 1
-    assert "Traceback" not in error
-    assert error.splitlines()[-1].startswith("seqmesh: error: rank 1 failed: ")
-
-
 def test_ranks_find_loaded_what_pytorch_loads_on_use(tmp_path: Path) -> None:
     """In a fresh process: this one may have loaded it already."""
     program = """
@@ -320,7 +224,9 @@ from pathlib import Path
 from seqmesh.processes import LOADED_ON_USE
 from seqmesh.train.launch import run_local
 assert "torch._dynamo" not in sys.modules
-run_local(lambda place, emit: emit([name in sys.modules for name in LOADED_ON_USE]), 1, 60.0, print, Path())
+def work(place, emit):
+    emit([name in sys.modules for name in LOADED_ON_USE])
+run_local(work, 1, 60.0, print, Path())
 """
     done = subprocess.run(
         [sys.executable, "-c", program],
@@ -344,18 +250,3 @@ def test_mistral_trains_on_documents_longer_than_its_default_window(text: Path) 
     config = load(None, [*tiny, "--architecture=mistral"])
     trainer = Trainer(config, read(str(text)), SequenceMesh.build(), peak_flops_per_s=1.0)
     assert trainer.step().documents == 1
-
-
-def test_launched_ranks_join_and_train(text: Path) -> None:
-    port, folder = free_port(), text.parent / "joined"
-    ranks = [
-        joined(
-            rank, 2, port, text.parent, "--ring=1", "--data", str(text), "--steps=3", "--folder", str(folder)
-        )
-        for rank in range(2)
-    ]
-    outputs = [rank.communicate(timeout=TIMEOUT_S) for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [0, 0], outputs
-    assert json.loads((folder / "report.json").read_text())["matches_one_rank"] is True
-    assert outputs[0][1] == ""
-    assert outputs[1] == ("", "")

@@ -1,6 +1,4 @@
-"""How runs of `seqmesh train` end before they are done: Ctrl-C, killed, hung and diverging ranks, a time
-limit.
-"""
+"""How runs of `seqmesh train` end early: Ctrl-C, killed, hung and diverging ranks, a time limit."""
 
 import json
 import os
@@ -27,11 +25,11 @@ class LongRun:
             stderr=subprocess.PIPE,
             text=True,
             start_new_session=True,
-            # a shell starts background jobs with Ctrl-C ignored, and children inherit that: a CI job may be
-            # one
+            # A shell starts background jobs with Ctrl-C ignored, as a CI job may be, and children inherit it.
             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
         )
-        metrics, deadline = folder / "metrics.jsonl", time.monotonic() + TIMEOUT_S
+        metrics = folder / "metrics.jsonl"
+        deadline = time.monotonic() + TIMEOUT_S
         while not (metrics.exists() and metrics.stat().st_size):
             assert time.monotonic() < deadline
             assert self.process.poll() is None, self.process.communicate()
@@ -105,26 +103,16 @@ def test_a_hung_rank_is_named_after_the_timeout(long_run: LongRun) -> None:
 
 
 def test_a_diverging_run_ends_with_one_line(text: Path, tmp_path: Path) -> None:
-    done = seqmesh_command(
-        "train",
-        *TINY,
-        "--data",
-        str(text),
-        "--lr=1e30",
-        "--warmup=0",
-        "--steps=50",
-        "--folder",
-        str(tmp_path / "run"),
-        cwd=tmp_path,
-    )
+    diverging = ("--lr=1e30", "--warmup=0", "--steps=50")
+    arguments = ("--data", str(text), *diverging, "--folder", str(tmp_path / "run"))
+    done = seqmesh_command("train", *TINY, *arguments, cwd=tmp_path)
     assert "lower train.lr" in one_line_error(done, code=1)
 
 
 def test_a_time_limit_stops_all_ranks_at_the_same_step(text: Path, tmp_path: Path) -> None:
     folder = tmp_path / "run"
     limits = ("--steps=100000", "--minutes=0.03", "--compare-steps=1")
-    done = seqmesh_command(
-        "train", *TINY, "--data", str(text), *limits, "--folder", str(folder), cwd=tmp_path
-    )
+    arguments = ("--data", str(text), *limits, "--folder", str(folder))
+    done = seqmesh_command("train", *TINY, *arguments, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert 1 <= json.loads((folder / "report.json").read_text())["steps"] < 10000

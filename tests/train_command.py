@@ -17,9 +17,8 @@ def command(*arguments: str) -> list[str]:
 
 def environment() -> dict[str, str]:
     """Without what a launcher sets, and with the checkout importable from any folder."""
-    return {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE")} | {
-        "PYTHONPATH": str(ROOT)
-    }
+    inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE")}
+    return inherited | {"PYTHONPATH": str(ROOT)}
 
 
 def seqmesh_command(*arguments: str, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:

@@ -1,0 +1,102 @@
+"""`seqmesh train` as one of the ranks that torchrun starts: they join, agree, and end together."""
+
+import json
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+from train_command import TEXT, TIMEOUT_S, TINY, command, environment
+
+
+def joined(rank: int, world: int, port: int, cwd: Path, *arguments: str) -> subprocess.Popen[str]:
+    """A rank as torchrun starts it."""
+    place = {
+        "RANK": str(rank),
+        "WORLD_SIZE": str(world),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(port),
+    }
+    return subprocess.Popen(
+        command("train", *TINY, *arguments),
+        cwd=cwd,
+        env=environment() | place,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def free_port() -> int:
+    with socket.socket() as bound:
+        bound.bind(("127.0.0.1", 0))
+        return int(bound.getsockname()[1])
+
+
+def test_a_world_that_is_not_ulysses_x_ring_is_refused_on_every_rank(text: Path) -> None:
+    ranks = [joined(rank, 2, free_port(), text.parent) for rank in range(2)]
+    for rank in ranks:
+        _, error = rank.communicate(timeout=TIMEOUT_S)
+        assert rank.returncode == 2
+        assert error.splitlines() == [
+            "seqmesh: error: mesh.ulysses=2 x mesh.ring=2 needs 4 ranks but the launcher started 2; start 4,"
+            " or choose degrees whose product is 2"
+        ]
+
+
+def test_a_mistake_that_one_launched_rank_sees_ends_all_of_them(text: Path) -> None:
+    """Rank 0 alone looks at the run folder: the others must not wait for it."""
+    (text.parent / "taken").mkdir()
+    (text.parent / "taken" / "mine").write_text("")
+    port = free_port()
+    more = ("--ring=1", "--data", str(text), "--folder", "taken")
+    ranks = [joined(rank, 2, port, text.parent, *more) for rank in range(2)]
+    for rank in ranks:
+        _, error = rank.communicate(timeout=TIMEOUT_S)
+        assert rank.returncode == 2
+        assert "'taken' is not empty" in error
+        assert len(error.splitlines()) == 1
+
+
+@pytest.mark.parametrize(("difference", "said"), [("lr", "configuration"), ("text", "text")])
+def test_launched_ranks_with_another_recipe_or_text_are_named_on_every_rank(
+    tmp_path: Path, difference: str, said: str
+) -> None:
+    port = free_port()
+    texts = [TEXT, TEXT]
+    rates = [1e-3, 1e-3]
+    if difference == "text":
+        texts[1] += "more"
+    else:
+        rates[1] = 2e-3
+    ranks = []
+    for rank, (text, lr) in enumerate(zip(texts, rates, strict=True)):
+        cwd = tmp_path / str(rank)
+        cwd.mkdir()
+        (cwd / "fox.txt").write_text(text)
+        ranks.append(joined(rank, 2, port, cwd, "--ring=1", "--data=fox.txt", f"--lr={lr}"))
+    for process in ranks:
+        _, error = process.communicate(timeout=TIMEOUT_S)
+        assert process.returncode == 2, error
+        assert len(error.splitlines()) == 1
+        assert f"rank 1 has another {said} than rank 0; " in error
+
+
+def test_a_launched_rank_that_meets_nobody_ends_with_one_line(text: Path) -> None:
+    rank = joined(1, 2, free_port(), text.parent, "--ring=1", "--data", str(text), "--timeout_s=1")
+    _, error = rank.communicate(timeout=TIMEOUT_S)
+    assert rank.returncode == 1
+    assert "Traceback" not in error
+    assert error.splitlines()[-1].startswith("seqmesh: error: rank 1 failed: ")
+
+
+def test_launched_ranks_join_and_train(text: Path) -> None:
+    port = free_port()
+    folder = text.parent / "joined"
+    more = ("--ring=1", "--data", str(text), "--steps=3", "--folder", str(folder))
+    ranks = [joined(rank, 2, port, text.parent, *more) for rank in range(2)]
+    outputs = [rank.communicate(timeout=TIMEOUT_S) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0, 0], outputs
+    assert json.loads((folder / "report.json").read_text())["matches_one_rank"] is True
+    assert outputs[0][1] == ""
+    assert outputs[1] == ("", "")

@@ -17,7 +17,7 @@ dense library.
 """
 
 from bisect import bisect_left, bisect_right
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
@@ -32,6 +32,15 @@ if TYPE_CHECKING:
 def _triangle(n: int) -> int:
     """1 + 2 + ... + n, and 0 for n <= 0."""
     return n * (n + 1) // 2 if n > 0 else 0
+
+
+def _tighter(of: Callable[[int, int], int], a: int | None, b: int | None) -> int | None:
+    """The tighter of two bounds, of which None is none."""
+    if a is None:
+        return b
+    if b is None:
+        return a
+    return of(a, b)
 
 
 class Band(NamedTuple):
@@ -49,15 +58,15 @@ class Band(NamedTuple):
     hi: int | None = None
 
     def trim(self) -> "Band | None":
-        """The same pairs in the smallest rectangle, with bounds that exclude nothing set to None; None if no
-        pair is left.
+        """The same pairs in the smallest rectangle; None if no pair is left.
 
-        In the result every row and every column has at least one pair, so its columns are exactly the keys it
-        needs.
+        Bounds that exclude nothing become None. In the result every row and every column has at least one
+        pair, so its columns are exactly the keys it needs.
         """
         q_start, q_stop, k_start, k_stop, lo, hi = self
         if lo is not None and hi is not None and lo > hi:
             return None
+        # Rows without a pair go first; then a column has a pair only if a row that is left has one there.
         if lo is not None:
             q_start = max(q_start, k_start + lo)
         if hi is not None:
@@ -83,8 +92,8 @@ class Band(NamedTuple):
             min(self.q_stop, other.q_stop),
             max(self.k_start, other.k_start),
             min(self.k_stop, other.k_stop),
-            other.lo if self.lo is None else self.lo if other.lo is None else max(self.lo, other.lo),
-            other.hi if self.hi is None else self.hi if other.hi is None else min(self.hi, other.hi),
+            _tighter(max, self.lo, other.lo),
+            _tighter(min, self.hi, other.hi),
         ).trim()
 
     def within(self, q_start: int, q_stop: int, k_start: int, k_stop: int) -> "Band | None":
@@ -119,13 +128,19 @@ class Band(NamedTuple):
         if q <= 0 or k <= 0 or (self.lo is not None and self.hi is not None and self.lo > self.hi):
             return 0
         offset = self.q_start - self.k_start
-        total = q * k if self.hi is None else self._pairs_up_to(self.hi - offset, q, k)
-        return total if self.lo is None else total - self._pairs_up_to(self.lo - 1 - offset, q, k)
+        total = q * k
+        if self.hi is not None:
+            total = self._pairs_up_to(self.hi - offset, q, k)
+        if self.lo is not None:
+            total -= self._pairs_up_to(self.lo - 1 - offset, q, k)
+        return total
 
     @staticmethod
     def _pairs_up_to(c: int, q: int, k: int) -> int:
-        """Pairs of a q x k rectangle at the origin with i - j <= c: the sum over rows of clip(k + c - i, 0,
-        k).
+        """Pairs of a q x k rectangle at the origin with i - j <= c.
+
+        Row i has clip(k + c - i, 0, k) of them. Their sum is a difference of triangles: the slope, less what
+        it has below the last row and beyond the last column, where the two cuts overlap added back.
         """
         return _triangle(k + c) - _triangle(k + c - q) - _triangle(c) + _triangle(c - q)
 
@@ -149,17 +164,15 @@ class BandIndex:
     """Bands that meet a range of queries (or of keys), found by bisection."""
 
     def __init__(self, bands: Iterable[Band], *, by_key: bool = False) -> None:
-        start, stop = (
-            (attrgetter("k_start"), attrgetter("k_stop"))
-            if by_key
-            else (attrgetter("q_start"), attrgetter("q_stop"))
-        )
+        side = "k" if by_key else "q"
+        start = attrgetter(f"{side}_start")
+        stop = attrgetter(f"{side}_stop")
         self._bands = sorted(bands, key=start)
         self._starts: list[int] = [start(band) for band in self._bands]
         self._furthest_stop: list[int] = list(accumulate(map(stop, self._bands), max))
 
     def meeting(self, start: int, stop: int) -> list[Band]:
-        """Candidates for the range [start, stop): every band that meets it, and possibly a few that do not."""
+        """Candidates for the range [start, stop): every band that meets it, and maybe a few that do not."""
         return self._bands[bisect_right(self._furthest_stop, start) : bisect_left(self._starts, stop)]
 
 
@@ -186,30 +199,35 @@ class Mask:
         object.__setattr__(self, "k_len", _whole(self.k_len))
         if self.q_len < 0 or self.k_len < 0:
             raise ValueError(
-                f"a mask of {self.q_len} queries x {self.k_len} keys: lengths must not be negative; pass lengths >= 0"
+                f"a mask of {self.q_len} queries x {self.k_len} keys:"
+                " lengths must not be negative; pass lengths >= 0"
             )
         for band in self.bands:
-            if not (
-                0 <= band.q_start <= band.q_stop <= self.q_len
-                and 0 <= band.k_start <= band.k_stop <= self.k_len
-            ):
-                raise ValueError(
-                    f"{band} leaves the mask of {self.q_len} queries x {self.k_len} keys; clip the band or lengthen the mask"
-                )
+            self._check_inside(band)
         trimmed = (band.trim() for band in map(Band._make, self.bands))
         bands = tuple(sorted((b for b in trimmed if b is not None), key=lambda b: b[:4]))
         object.__setattr__(self, "bands", bands)
-        if any(
-            later.q_start < earlier
-            for later, earlier in zip(bands[1:], accumulate((b.q_stop for b in bands), max), strict=False)
-        ):
-            self._refuse_overlaps()
+        # Packed documents, thousands of them, follow one another: only bands that share a query can overlap.
+        stops = accumulate((band.q_stop for band in bands), max)
+        if any(later.q_start < stop for later, stop in zip(bands[1:], stops, strict=False)):
+            self._check_disjoint()
 
-    def _refuse_overlaps(self) -> None:
+    def _check_inside(self, band: Band) -> None:
+        q_inside = 0 <= band.q_start <= band.q_stop <= self.q_len
+        k_inside = 0 <= band.k_start <= band.k_stop <= self.k_len
+        if not (q_inside and k_inside):
+            raise ValueError(
+                f"{band} leaves the mask of {self.q_len} queries x {self.k_len} keys;"
+                " clip the band or lengthen the mask"
+            )
+
+    def _check_disjoint(self) -> None:
         for m, n in _meetings(self.bands, self.bands):
-            if m < n and (shared := self.bands[m].intersect(self.bands[n])) is not None:
+            shared = self.bands[m].intersect(self.bands[n]) if m < n else None
+            if shared is not None:
                 raise ValueError(
-                    f"{self.bands[m]} and {self.bands[n]} share {shared.area} pairs, which would count twice in the softmax;"
+                    f"{self.bands[m]} and {self.bands[n]} share {shared.area} pairs,"
+                    " which would count twice in the softmax;"
                     " make the bands of a mask disjoint (or intersect two masks with &)"
                 )
 
@@ -219,8 +237,8 @@ class Mask:
         """
         if (self.q_len, self.k_len) != (other.q_len, other.k_len):
             raise ValueError(
-                f"cannot intersect a mask of {self.q_len} x {self.k_len} with one of {other.q_len} x {other.k_len};"
-                " both must cover the same queries and keys"
+                f"cannot intersect a mask of {self.q_len} x {self.k_len}"
+                f" with one of {other.q_len} x {other.k_len}; both must cover the same queries and keys"
             )
         pairs = (self.bands[m].intersect(other.bands[n]) for m, n in _meetings(self.bands, other.bands))
         return Mask(self.q_len, self.k_len, tuple(b for b in pairs if b is not None))
@@ -295,7 +313,8 @@ def sliding_window(s: int, window: int, sink_tokens: int = 0) -> Mask:
     s, window, sink_tokens = _whole(s), _whole(window), _whole(sink_tokens)
     if window < 1 or sink_tokens < 0:
         raise ValueError(
-            f"window={window}, sink_tokens={sink_tokens}: a token sees at least itself; use window >= 1 and sink_tokens >= 0"
+            f"window={window}, sink_tokens={sink_tokens}: a token sees at least itself;"
+            " use window >= 1 and sink_tokens >= 0"
         )
     local = Band(0, s, 0, s, lo=0, hi=window - 1)
     return Mask(s, s, (local, Band(0, s, 0, min(sink_tokens, s), lo=window)))

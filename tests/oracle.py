@@ -49,7 +49,7 @@ class Result:
 
 
 def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
-    """Global q, k, v, weights of the loss (fp64, but exactly representable in the case's dtype), and sinks."""
+    """Global q, k, v, weights of the loss, and sinks: fp64, but exactly representable in the case's dtype."""
     make = torch.Generator().manual_seed(case.seed)
 
     def normal(*shape: int) -> Tensor:
@@ -57,14 +57,17 @@ def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
 
     b, d = case.batch, case.head_dim
     q = normal(b, case.mask.q_len, case.heads, d) * case.logit_scale
-    k, v = normal(b, case.mask.k_len, case.kv_heads, d), normal(b, case.mask.k_len, case.kv_heads, d)
-    return q, k, v, normal(b, case.mask.q_len, case.heads, d), normal(case.heads) if case.sinks else None
+    k = normal(b, case.mask.k_len, case.kv_heads, d)
+    v = normal(b, case.mask.k_len, case.kv_heads, d)
+    weights = normal(b, case.mask.q_len, case.heads, d)
+    sinks = normal(case.heads) if case.sinks else None
+    return q, k, v, weights, sinks
 
 
 def dense(case: Case) -> Result:
     """The answer, in fp64, from the definition of masked softmax attention."""
     q, k, v, weights, sinks = inputs(case)
-    leaves = [x.requires_grad_() for x in (q, k, v, *(() if sinks is None else (sinks,)))]
+    leaves = [x.requires_grad_() for x in (q, k, v, sinks) if x is not None]
     repeat = case.heads // case.kv_heads
     scale = case.head_dim**-0.5 if case.scale is None else case.scale
     logits = torch.einsum("bqhd,bkhd->bhqk", q, k.repeat_interleave(repeat, 2)) * scale
@@ -79,8 +82,7 @@ def dense(case: Case) -> Result:
         logits = logits.masked_fill(empty[:, None], 0.0)
     weights_of_keys = logits.softmax(-1)[..., : case.mask.k_len].masked_fill(empty[:, None], 0.0)
     out = torch.einsum("bhqk,bkhd->bqhd", weights_of_keys, v.repeat_interleave(repeat, 2))
-    grads = torch.autograd.grad((out * weights).sum(), leaves, allow_unused=True)
-    grads = tuple(torch.zeros_like(x) if g is None else g for g, x in zip(grads, leaves, strict=True))
+    grads = torch.autograd.grad((out * weights).sum(), leaves, allow_unused=True, materialize_grads=True)
     return Result(
         out=out.detach(),
         dq=grads[0],
@@ -120,24 +122,23 @@ def build(case: Case) -> Schedule:
 
 def attend(cases: list[Case]) -> list[dict[str, Any]]:
     """On one rank: the local output and gradients of each case, with the positions they belong to."""
-    results = []
-    for case in cases:
-        schedule = build(case)
-        (q, k, v), weights, sinks = local_inputs(case, schedule)
-        out = attention(
-            q, k, v, schedule, case.scale, case.softcap, sinks, case.kernel, head_chunks=case.head_chunks
-        )
-        (out * weights).sum().backward()
-        assert out.dtype == q.grad.dtype == k.grad.dtype == v.grad.dtype == case.dtype
-        parts = {"out": out.detach(), "dq": q.grad, "dk": k.grad, "dv": v.grad, "q_at": schedule.positions()}
-        parts |= {"k_at": schedule.positions(keys=True), "dsinks": None if sinks is None else sinks.grad}
-        results.append(
-            {
-                name: None if x is None else x.double().numpy() if x.is_floating_point() else x.numpy()
-                for name, x in parts.items()
-            }
-        )
-    return results
+    return [_attend_one(case) for case in cases]
+
+
+def _attend_one(case: Case) -> dict[str, Any]:
+    schedule = build(case)
+    (q, k, v), weights, sinks = local_inputs(case, schedule)
+    out = attention(
+        q, k, v, schedule, case.scale, case.softcap, sinks, case.kernel, head_chunks=case.head_chunks
+    )
+    (out * weights).sum().backward()
+    assert out.dtype == q.grad.dtype == k.grad.dtype == v.grad.dtype == case.dtype
+    tensors = {"out": out.detach(), "dq": q.grad, "dk": k.grad, "dv": v.grad}
+    parts: dict[str, Any] = {name: x.double().numpy() for name, x in tensors.items()}
+    parts["q_at"] = schedule.positions().numpy()
+    parts["k_at"] = schedule.positions(keys=True).numpy()
+    parts["dsinks"] = None if sinks is None else sinks.grad.double().numpy()
+    return parts
 
 
 def assemble(case: Case, parts: list[dict[str, Any]]) -> Result:
@@ -161,9 +162,9 @@ def assemble(case: Case, parts: list[dict[str, Any]]) -> Result:
 
 
 # Largest error allowed, relative to the largest entry of the oracle's tensor. fp64 and fp32: rounding of sums
-# of a few hundred
-# terms. Half precisions: one rounding of the result (2^-9, 2^-12) plus that of partial results, inputs being
-# exact.
+# of
+# a few hundred terms. Half precisions: one rounding of the result (2^-9, 2^-12) plus that of partial results,
+# inputs being exact.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 
 
@@ -174,9 +175,8 @@ def compare(case: Case, got: Result, want: Result) -> None:
         if b is None:
             assert a is None
         elif b.numel():
-            scale = max(
-                b.abs().max().item(), 1.0
-            )  # terms are of order 1: where they cancel, their rounding stays
+            # Terms are of order 1: where they cancel, their rounding stays.
+            scale = max(b.abs().max().item(), 1.0)
             error = (a - b).abs().max().item() / scale
             assert error <= TOLERANCE[case.dtype], (
                 f"{name} is off by {error:.2e} of its largest entry in {case}"

@@ -4,6 +4,7 @@ x heads x length.
 
 import random
 from collections import defaultdict
+from dataclasses import replace
 
 import pytest
 import torch
@@ -64,21 +65,9 @@ def test_every_mask_on_every_mesh_and_layout(ranks: Ranks, name: str, mesh: tupl
 def test_any_number_of_query_and_kv_heads(
     ranks: Ranks, heads: int, kv_heads: int, mesh: tuple[int, int]
 ) -> None:
-    check(
-        ranks,
-        [
-            Case(
-                mask=masks.causal(37),
-                ulysses=mesh[0],
-                ring=mesh[1],
-                heads=heads,
-                kv_heads=kv_heads,
-                head_chunks=chunks,
-                batch=2,
-            )
-            for chunks in (None, 2, 3)
-        ],
-    )
+    u, r = mesh
+    case = Case(mask=masks.causal(37), ulysses=u, ring=r, heads=heads, kv_heads=kv_heads, batch=2)
+    check(ranks, [replace(case, head_chunks=chunks) for chunks in (None, 2, 3)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -87,55 +76,34 @@ def test_any_number_of_query_and_kv_heads(
 def test_every_dtype_is_as_exact_as_it_can_be(
     ranks: Ranks, dtype: torch.dtype, mesh: tuple[int, int], kernel: str
 ) -> None:
-    mask = masks.documents([20, 13])
-    check(
-        ranks,
-        [
-            Case(
-                mask=mask,
-                ulysses=mesh[0],
-                ring=mesh[1],
-                dtype=dtype,
-                kernel=kernel,
-                heads=4,
-                kv_heads=2,
-                layout="zigzag",
-            )
-        ],
-    )
+    u, r = mesh
+    case = Case(mask=masks.documents([20, 13]), ulysses=u, ring=r, layout="zigzag", heads=4, kv_heads=2)
+    check(ranks, [replace(case, dtype=dtype, kernel=kernel)])
 
 
 @pytest.mark.parametrize("mesh", [(1, 1), (2, 1), (1, 2), (2, 2)], ids=lambda m: f"u{m[0]}r{m[1]}")
 def test_softcap_sinks_scale_and_batch(ranks: Ranks, mesh: tuple[int, int]) -> None:
     u, r = mesh
-    base = {"mask": masks.sliding_window(39, 11), "ulysses": u, "ring": r, "heads": 6, "kv_heads": 3}
-    odd = Mask(
-        20, 20, (Band(5, 20, 0, 9, lo=0),)
-    )  # rows without a key: a sink takes all the weight, the output is 0
-    check(
-        ranks,
-        [
-            Case(**base, softcap=2.0),
-            Case(**base, sinks=True),
-            Case(**base, sinks=True, head_chunks=3, batch=2),
-            Case(**base, softcap=0.7, sinks=True, scale=0.9, batch=3),
-            Case(**base, scale=0.4),
-            Case(mask=odd, ulysses=u, ring=r, sinks=True),
-            Case(**base, strided=True, batch=2),
-        ],
-    )
+    case = Case(mask=masks.sliding_window(39, 11), ulysses=u, ring=r, heads=6, kv_heads=3)
+    # Rows without a key: a sink takes all the weight, the output is 0.
+    keyless = Case(mask=Mask(20, 20, (Band(5, 20, 0, 9, lo=0),)), ulysses=u, ring=r)
+    cases = [
+        replace(case, softcap=2.0),
+        replace(case, sinks=True),
+        replace(case, sinks=True, head_chunks=3, batch=2),
+        replace(case, softcap=0.7, sinks=True, scale=0.9, batch=3),
+        replace(case, scale=0.4),
+        replace(keyless, sinks=True),
+        replace(case, strided=True, batch=2),
+    ]
+    check(ranks, cases)
 
 
 @pytest.mark.parametrize("stages", [1, 2, 3, 5, 7])
 def test_any_number_of_stages_from_ring_to_all_gather(ranks: Ranks, stages: int) -> None:
-    check(
-        ranks,
-        [
-            Case(mask=mask, ring=8, stages=stages, layout=layout)
-            for mask in (masks.causal(64), masks.documents([40, 3, 21]))
-            for layout in ("zigzag", "contiguous", "striped")
-        ],
-    )
+    for mask in (masks.causal(64), masks.documents([40, 3, 21])):
+        case = Case(mask=mask, ring=8, stages=stages)
+        check(ranks, [replace(case, layout=layout) for layout in ("zigzag", "contiguous", "striped")])
 
 
 def sum_of_outputs(case: Case) -> list[list[float]]:
@@ -192,38 +160,36 @@ def test_the_result_is_the_same_bit_for_bit_when_repeated(ranks: Ranks) -> None:
                 assert value is None or (value == repeat[name]).all(), name
 
 
-def random_case(draw: random.Random) -> Case:
-    """Any mask x layout x mesh x heads x options that attention accepts."""
-    u, r = draw.choice(MESHES)
+def random_mask(draw: random.Random) -> Mask:
+    """Any named mask of up to 69 tokens, or one of two odd bands, or two of them intersected."""
     s = draw.randrange(1, 70)
     lengths = []
     while sum(lengths) < s:
         lengths.append(min(s - sum(lengths), draw.randrange(0, 25)))
+    ahead_of_diagonal = Band(0, s // 2, 0, s, hi=draw.randrange(-5, 9))
+    behind_it = Band(s // 2, s, s // 3, s, lo=draw.randrange(-9, 5))
     choices = [
         masks.documents(lengths, causal=draw.random() < 0.7),
         masks.causal(s),
         masks.sliding_window(s, draw.randrange(1, 20), draw.randrange(0, 4)),
         masks.prefix_lm(s, draw.randrange(0, s + 1)),
         masks.chunked(s, draw.randrange(1, 20)),
-        Mask(
-            s,
-            s,
-            (
-                Band(0, s // 2, 0, s, hi=draw.randrange(-5, 9)),
-                Band(s // 2, s, s // 3, s, lo=draw.randrange(-9, 5)),
-            ),
-        ),
+        Mask(s, s, (ahead_of_diagonal, behind_it)),
     ]
     mask = draw.choice(choices)
-    mask = mask & draw.choice(choices) if draw.random() < 0.4 else mask
+    return mask & draw.choice(choices) if draw.random() < 0.4 else mask
+
+
+def random_case(draw: random.Random) -> Case:
+    """Any mask x layout x mesh x heads x options that attention accepts."""
+    u, r = draw.choice(MESHES)
     kv_heads = draw.randrange(1, 5)
-    heads = kv_heads * draw.randrange(-(-u // kv_heads), 5 + u)
     return Case(
-        mask=mask,
+        mask=random_mask(draw),
         ulysses=u,
         ring=r,
         layout=draw.choice(["auto", "contiguous", "zigzag", "striped", "balanced"]),
-        heads=heads,
+        heads=kv_heads * draw.randrange(-(-u // kv_heads), 5 + u),
         kv_heads=kv_heads,
         head_dim=draw.choice([1, 2, 8, 20]),
         batch=draw.randrange(1, 4),
@@ -258,6 +224,26 @@ def test_a_sink_of_minus_infinity_is_no_sink_and_has_no_nan_gradient(ranks: Rank
     assert torch.isfinite(out).all()
     assert grad[0] == 0
     assert torch.isfinite(grad[1])
+
+
+def kv_gradient_of_four_heads() -> torch.Tensor:
+    """On one rank of four: dv (n, d) in bf16 of one K/V head whose query heads lie on a rank each."""
+    schedule = build(Case(mask=masks.documents([1] * 8), ulysses=4))
+    q = torch.randn(1, 2, 4, 8).bfloat16()
+    k = torch.randn(1, 2, 1, 8).bfloat16()
+    v = torch.randn(1, 2, 1, 8).bfloat16().requires_grad_()
+    grad = torch.tensor([256.0, 1.0, 1.0, 0.0]).bfloat16().view(1, 1, 4, 1).expand(1, 2, 4, 8)
+    attention(q, k, v, schedule).backward(grad)
+    return v.grad[0, :, 0]
+
+
+def test_gradients_of_a_kv_head_that_several_ulysses_ranks_use_add_up_in_fp32(ranks: Ranks) -> None:
+    """A token that sees itself alone passes the gradient on as it is: dv = 256 + 1 + 1.
+
+    The sum is exact in bf16, but 256 + 1 is not: added one by one in bf16 it would stay 256.
+    """
+    for grad in ranks.run(4, kv_gradient_of_four_heads):
+        assert (grad == 258).all()
 
 
 def test_thousands_of_strips_mark_their_rows_exactly() -> None:

@@ -226,7 +226,8 @@ def test_auto_takes_the_simplest_layout_that_is_as_good(mask: Mask, name: str) -
 def test_auto_says_what_it_compared() -> None:
     mask = masks.documents([32768] + [64] * 512)
     assert layouts.auto(mask, 8).reason == (
-        "zigzag would leave the busiest rank 1.87x the mean area and 28672 rows received; balanced 1.00x and at most 26115 rows received"
+        "zigzag would leave the busiest rank 1.87x the mean area and 28672 rows received;"
+        " balanced 1.00x and at most 26115 rows received"
     )
     assert "zigzag is as good, 1.00x" in layouts.auto(masks.causal(4096), 4).reason
 

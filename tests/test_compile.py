@@ -3,6 +3,7 @@ again.
 """
 
 import warnings
+from dataclasses import replace
 
 import pytest
 import torch
@@ -15,7 +16,7 @@ pytestmark = pytest.mark.filterwarnings("default")  # PyTorch's compiler warns a
 
 
 def compiled(cases: list[Case], backend: str) -> tuple[list[float], int]:
-    """On one rank: the largest difference to eager over outputs and gradients, per case, and how often it
+    """On one rank: per case the largest difference to eager over outputs and gradients; how often it
     compiled.
     """
     import torch._dynamo.testing
@@ -47,40 +48,27 @@ def test_a_full_graph_gives_the_eager_numbers_and_new_documents_do_not_recompile
     ranks: Ranks, backend: str, mesh: tuple[int, int]
 ) -> None:
     lengths = [[20, 30], [50], [1, 4, 45], [10] * 5, [25, 25]]
-    base = {
-        "ulysses": mesh[0],
-        "ring": mesh[1],
-        "dtype": torch.float32,
-        "heads": 4,
-        "kv_heads": 2,
-        "sinks": True,
-        "layout": "zigzag",
-    }
-    cases = [Case(mask=masks.documents(packed), **base) for packed in lengths]
+    case = Case(mask=masks.causal(50), ulysses=mesh[0], ring=mesh[1], layout="zigzag", sinks=True)
+    case = replace(case, heads=4, kv_heads=2, dtype=torch.float32)
+    cases = [replace(case, mask=masks.documents(packed)) for packed in lengths]
     for errors, compilations in ranks.run(2, compiled, cases, backend):
-        # The operators of attention are the same; sin and the product around it may be fused or reordered,
-        # one rounding each.
+        # Attention is the same operators; sin and the product around it may be fused or reordered, a rounding
+        # each.
         assert max(errors) <= 2e-6
-        assert compilations <= 2, (
-            "one graph, and one more when the number of documents first becomes symbolic"
-        )
+        # One graph, and one more when the number of documents first becomes symbolic.
+        assert compilations <= 2
 
 
 def test_one_process_without_a_group_compiles_too() -> None:
-    (error,), _ = compiled(
-        [Case(mask=masks.causal(33), dtype=torch.float32, heads=4, kv_heads=2)], "aot_eager"
-    )
+    case = Case(mask=masks.causal(33), dtype=torch.float32, heads=4, kv_heads=2)
+    (error,), _ = compiled([case], "aot_eager")
     assert error <= 2e-6
 
 
 def test_keys_with_a_layout_of_their_own_compile_too(ranks: Ranks) -> None:
     """Queries and keys of as many rows, of other numbers of rows, and of as many on one rank only."""
-    cases = [
-        Case(
-            mask=masks.cross(q, k), ulysses=2, ring=2, dtype=torch.float32, layout="contiguous", own_keys=True
-        )
-        for q, k in ((16, 16), (8, 24), (8, 9))
-    ]
-    for case in cases:
+    for q_len, k_len in ((16, 16), (8, 24), (8, 9)):
+        case = Case(mask=masks.cross(q_len, k_len), ulysses=2, ring=2, layout="contiguous", own_keys=True)
+        case = replace(case, dtype=torch.float32)
         for (error,), _ in ranks.run(4, compiled, [case], "aot_eager"):
             assert error <= 2e-6

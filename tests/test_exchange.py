@@ -2,6 +2,9 @@
 mesh; unshard inverts.
 """
 
+from dataclasses import replace
+from typing import NamedTuple
+
 import pytest
 import torch
 from oracle import Case, build, local_inputs
@@ -15,59 +18,57 @@ from seqmesh.masks import Band, Mask
 MESHES = [(1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (1, 4), (4, 2), (2, 4), (1, 8)]
 
 
-def count(cases: list[Case]) -> list[tuple[int, int, int, int]]:
-    """On one rank: bytes counted and scheduled, forward and backward."""
-    found = []
-    for case in cases:
-        schedule = build(case)
-        (q, k, v), weights, _ = local_inputs(case, schedule)
-        with CountBytes() as forward:
-            out = attention(q, k, v, schedule, head_chunks=case.head_chunks)
-        with CountBytes() as backward:
-            (out * weights).sum().backward()
-        sizes = {
-            "batch": case.batch,
-            "heads": case.heads,
-            "kv_heads": case.kv_heads,
-            "head_dim": case.head_dim,
-        }
-        traffic = schedule.traffic(**sizes, dtype=case.dtype)
-        found.append((forward.bytes_sent, traffic.forward_bytes, backward.bytes_sent, traffic.backward_bytes))
-    return found
+class Counted(NamedTuple):
+    """Bytes that one rank sends, at the collective and by the schedule."""
+
+    forward: int
+    forward_scheduled: int
+    backward: int
+    backward_scheduled: int
+
+
+def count(cases: list[Case]) -> list[Counted]:
+    """On one rank: bytes counted and scheduled, of each case."""
+    return [_count_one(case) for case in cases]
+
+
+def _count_one(case: Case) -> Counted:
+    schedule = build(case)
+    (q, k, v), weights, _ = local_inputs(case, schedule)
+    with CountBytes() as forward:
+        out = attention(q, k, v, schedule, head_chunks=case.head_chunks)
+    with CountBytes() as backward:
+        (out * weights).sum().backward()
+    traffic = schedule.traffic(
+        batch=case.batch,
+        heads=case.heads,
+        kv_heads=case.kv_heads,
+        head_dim=case.head_dim,
+        dtype=case.dtype,
+    )
+    return Counted(forward.bytes_sent, traffic.forward_bytes, backward.bytes_sent, traffic.backward_bytes)
 
 
 @pytest.mark.parametrize("mesh", MESHES, ids=lambda m: f"u{m[0]}r{m[1]}")
 def test_bytes_counted_at_the_collective_are_the_schedules_bytes(ranks: Ranks, mesh: tuple[int, int]) -> None:
     u, r = mesh
     cross = Mask(30, 50, (Band(0, 30, 0, 50, lo=-20),))
-    cases = [
-        Case(
-            mask=mask,
-            ulysses=u,
-            ring=r,
-            layout=layout,
-            heads=heads,
-            kv_heads=kv_heads,
-            batch=2,
-            head_chunks=chunks,
-            dtype=dtype,
-        )
-        for mask, layout in (
-            (masks.causal(64), "zigzag"),
-            (masks.documents([9, 40, 4]), "auto"),
-            (cross, "contiguous"),
-        )
-        for heads, kv_heads, chunks, dtype in (
-            (8, 8, None, torch.float32),
-            (8, 2, 2, torch.bfloat16),
-            (9, 3, None, torch.float32),
-        )
-    ]
+    cases = []
+    for mask, layout in (
+        (masks.causal(64), "zigzag"),
+        (masks.documents([9, 40, 4]), "auto"),
+        (cross, "contiguous"),
+    ):
+        case = Case(mask=mask, ulysses=u, ring=r, layout=layout, batch=2)
+        cases.append(replace(case, heads=8, kv_heads=8, dtype=torch.float32))
+        cases.append(replace(case, heads=8, kv_heads=2, head_chunks=2, dtype=torch.bfloat16))
+        cases.append(replace(case, heads=9, kv_heads=3, dtype=torch.float32))
     total = 0
     for rank in ranks.run(u * r, count, cases):
-        for forward, forward_scheduled, backward, backward_scheduled in rank:
-            assert (forward, backward) == (forward_scheduled, backward_scheduled)
-            total += forward
+        for counted in rank:
+            assert counted.forward == counted.forward_scheduled
+            assert counted.backward == counted.backward_scheduled
+            total += counted.forward
     assert (total > 0) == (u * r > 1)
 
 
@@ -75,22 +76,20 @@ def test_pure_ulysses_moves_what_the_paper_says(ranks: Ranks) -> None:
     """Per rank and layer: e (2 + 2 g/h) (U - 1) / U each way, e = bytes of the local q."""
     case = Case(mask=masks.causal(64), ulysses=4, heads=8, kv_heads=4, dtype=torch.float32)
     e = 16 * 8 * case.head_dim * 4
-    for ((forward, _, backward, _),) in ranks.run(4, count, [case]):
-        assert forward == backward == e * (2 + 2 * 0.5) * 3 / 4
+    for (counted,) in ranks.run(4, count, [case]):
+        assert counted.forward == counted.backward == e * (2 + 2 * 0.5) * 3 / 4
 
 
 def test_causal_zigzag_moves_three_quarters_of_a_rotating_ring_forward(ranks: Ranks) -> None:
     """A rotating ring sends 2 (g/h) e (R - 1) per rank; here the ranks together send 3/4 of that."""
     case = Case(mask=masks.causal(64), ring=4, heads=4, kv_heads=2, layout="zigzag", dtype=torch.float32)
     e = 16 * 4 * case.head_dim * 4
-    sent = [rank[0][0] for rank in ranks.run(4, count, [case])]
+    sent = [counted.forward for (counted,) in ranks.run(4, count, [case])]
     assert sum(sent) == 0.75 * 4 * (2 * 0.5 * e * 3)
 
 
-def memory(case: Case) -> tuple[float, float, float]:
-    """On one rank: peak extra memory of forward and backward, and what stays between, in units of the local K
-    + V.
-    """
+def memory(case: Case) -> tuple[float, float]:
+    """On one rank: peak extra memory of forward and of both passes, in units of the local K + V."""
     schedule = build(case)
     (q, k, v), weights, _ = local_inputs(case, schedule)
     attention(q, k, v, schedule).backward(weights)  # once, so that caches and contexts are not counted
@@ -99,7 +98,7 @@ def memory(case: Case) -> tuple[float, float, float]:
     forward = peak_bytes(lambda: box.append(attention(q, k, v, schedule)))
     unit, out = k.nbytes + v.nbytes, box[0]
     both = peak_bytes(lambda: attention(q, k, v, schedule).backward(weights))
-    return (forward - out.nbytes) / unit, (both - out.nbytes - q.nbytes - k.nbytes - v.nbytes) / unit, unit
+    return (forward - out.nbytes) / unit, (both - out.nbytes - q.nbytes - k.nbytes - v.nbytes) / unit
 
 
 FULL, CAUSAL = "full contiguous", "causal zigzag"
@@ -125,15 +124,16 @@ def test_buffers_stay_below_3x_and_6x_of_the_local_kv_whatever_the_mesh(
         head_dim=256,
         dtype=torch.float32,
     )
-    for forward, backward, _ in ranks.run(u * r, memory, case):
+    for forward, backward in ranks.run(u * r, memory, case):
         assert 0 <= forward <= 3
         assert 0 <= backward <= 6
 
 
 def unshard(case: Case) -> list[bool]:
-    """On one rank: unshard inverts shard along any dim; its gradient is the own part, or the sum over ranks."""
+    """On one rank: unshard inverts shard along any dim; its gradient is our part, or the sum over ranks."""
     schedule = build(case)
-    s, checks = case.mask.q_len, []
+    s = case.mask.q_len
+    checks = []
     x = torch.randn(3, s, 2, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     for dim in (0, 1, 2, -2):
         y = x.movedim(1, dim)

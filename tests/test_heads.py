@@ -2,32 +2,41 @@
 
 import pytest
 
-from seqmesh.schedule.heads import split_heads
+from seqmesh.schedule.heads import HeadShare, split_heads
 
 
 @pytest.mark.parametrize("ulysses", range(1, 9))
 @pytest.mark.parametrize("chunks", [1, 2, 3, 5])
 def test_every_query_head_meets_its_kv_head_exactly_once(ulysses: int, chunks: int) -> None:
     for heads in range(ulysses, 17):
-        for kv_heads in (g for g in range(1, heads + 1) if heads % g == 0):
-            met, received = [], {}
-            for shares in split_heads(heads, kv_heads, ulysses, chunks):
-                assert len(shares) == ulysses
-                for rank, share in enumerate(shares):
-                    for group in share.groups:
-                        ratio, rest = divmod(group.q_stop - group.q_start, group.kv_stop - group.kv_start)
-                        assert not rest
-                        met += [
-                            (
-                                share.q_start + q,
-                                share.kv_start + group.kv_start + (q - group.q_start) // ratio,
-                            )
-                            for q in range(group.q_start, group.q_stop)
-                        ]
-                    received.setdefault(rank, []).extend(range(share.kv_start, share.kv_stop))
-            assert sorted(met) == [(q, q // (heads // kv_heads)) for q in range(heads)]
-            for kv in received.values():
-                assert len(kv) == len(set(kv)), "a K/V head must not travel twice to the same rank"
+        for kv_heads in range(1, heads + 1):
+            if heads % kv_heads == 0:
+                check_heads(heads, kv_heads, ulysses, chunks)
+
+
+def check_heads(heads: int, kv_heads: int, ulysses: int, chunks: int) -> None:
+    met: list[tuple[int, int]] = []
+    received: dict[int, list[int]] = {rank: [] for rank in range(ulysses)}
+    for shares in split_heads(heads, kv_heads, ulysses, chunks):
+        assert len(shares) == ulysses
+        for rank, share in enumerate(shares):
+            met += pairs_of(share)
+            received[rank] += range(share.kv_start, share.kv_stop)
+    assert sorted(met) == [(q, q // (heads // kv_heads)) for q in range(heads)]
+    for kv in received.values():
+        assert len(kv) == len(set(kv)), "a K/V head must not travel twice to the same rank"
+
+
+def pairs_of(share: HeadShare) -> list[tuple[int, int]]:
+    """(query head, K/V head) in global numbers, as the groups of a share let them meet."""
+    pairs = []
+    for group in share.groups:
+        ratio, rest = divmod(group.q_stop - group.q_start, group.kv_stop - group.kv_start)
+        assert not rest
+        for q in range(group.q_start, group.q_stop):
+            kv = group.kv_start + (q - group.q_start) // ratio
+            pairs.append((share.q_start + q, share.kv_start + kv))
+    return pairs
 
 
 def test_shares_are_near_equal() -> None:
@@ -40,7 +49,8 @@ def test_shares_are_near_equal() -> None:
     [
         (
             (6, 6, 8),
-            "ulysses=8 with 6 query heads leaves 2 ranks without a head; use ulysses <= 6 and put the rest on ring",
+            "ulysses=8 with 6 query heads leaves 2 ranks without a head;"
+            " use ulysses <= 6 and put the rest on ring",
         ),
         ((6, 4, 2), "6 query heads with 4 K/V heads"),
         ((4, 8, 1), "4 query heads with 8 K/V heads"),

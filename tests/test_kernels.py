@@ -8,11 +8,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seqmesh.engine.kernels import Problem, select, tiles
+from seqmesh.engine.kernels import Kernel, Logits, Problem, Tile, TileShape, select, tiles
 from seqmesh.engine.kernels.cpu import CpuFlash
 from seqmesh.engine.kernels.cuda import CudaFlash, window
 from seqmesh.engine.kernels.reference import Reference
-from seqmesh.engine.kernels.tiles import Shape
 from seqmesh.masks import Band, Mask
 
 SIZE = 14
@@ -46,16 +45,13 @@ def test_tiles_cover_a_band_once_and_have_the_shape_they_claim(band: Band) -> No
         allowed = local(tile.band)
         assert allowed.any(1).all(), "a row without a key would make flash return a log-sum-exp of 0"
         assert len(tiles.cut(tile.band)) == 1
-        if tile.shape is Shape.FULL:
+        if tile.shape is TileShape.FULL:
             assert allowed.all()
-        elif tile.shape is not Shape.MASKED:
-            want = (
-                np.tril(np.ones(allowed.shape))
-                if tile.shape is Shape.CAUSAL
-                else np.triu(np.ones(allowed.shape))
-            )
+        elif tile.shape is not TileShape.MASKED:
+            square = np.ones(allowed.shape)
+            triangle = np.tril(square) if tile.shape is TileShape.CAUSAL else np.triu(square)
             assert allowed.shape[0] == allowed.shape[1]
-            assert (allowed == want).all()
+            assert (allowed == triangle).all()
     np.testing.assert_array_equal(count, Mask(SIZE, SIZE, (band,)).dense())
 
 
@@ -70,27 +66,26 @@ def test_the_flash_window_of_a_trimmed_band_is_the_band(band: Band) -> None:
     assert (right == -1) == (band.lo is None)
     allowed = local(band)
     nq, nk = allowed.shape
-    flash = np.array(
-        [
-            [
-                (left < 0 or j >= i + nk - nq - left) and (right < 0 or j <= i + nk - nq + right)
-                for j in range(nk)
-            ]
-            for i in range(nq)
-        ]
-    )
+    row = np.arange(nq)[:, None] + nk - nq  # the diagonal ends in the lower right corner
+    column = np.arange(nk)
+    flash = np.ones((nq, nk), bool)
+    if left >= 0:
+        flash &= column >= row - left
+    if right >= 0:
+        flash &= column <= row + right
     np.testing.assert_array_equal(flash, allowed)
 
 
-def dense(q, k, v, band: Band, scale: float, softcap: float | None):
-    """The definition, under autograd in fp64."""
-    logits = torch.einsum("bgrqd,bgkd->bgrqk", q.unflatten(1, (k.shape[1], -1)), k) * scale
-    if softcap is not None:
-        logits = softcap * torch.tanh(logits / softcap)
-    logits = logits.masked_fill(~torch.from_numpy(local(band)), -torch.inf)
-    return torch.einsum("bgrqk,bgkd->bgrqd", logits.softmax(-1), v).flatten(1, 2), logits.logsumexp(
-        -1
-    ).flatten(1, 2)
+def dense(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, band: Band, logits: Logits
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The definition, under autograd in fp64: out (b, h, nq, d) and lse (b, h, nq)."""
+    scores = torch.einsum("bgrqd,bgkd->bgrqk", q.unflatten(1, (k.shape[1], -1)), k) * logits.scale
+    if logits.softcap is not None:
+        scores = logits.softcap * torch.tanh(scores / logits.softcap)
+    scores = scores.masked_fill(~torch.from_numpy(local(band)), -torch.inf)
+    out = torch.einsum("bgrqk,bgkd->bgrqd", scores.softmax(-1), v)
+    return out.flatten(1, 2), scores.logsumexp(-1).flatten(1, 2)
 
 
 @pytest.mark.parametrize("softcap", [None, 1.3])
@@ -100,31 +95,32 @@ def test_each_kernel_equals_the_maths_on_each_of_its_tiles(
     softcap: float | None, band: Band, heads: tuple[int, int]
 ) -> None:
     problem = Problem(device_type="cpu", dtype=torch.float64, head_dim=8, softcap=softcap)
-    make = torch.Generator().manual_seed(0)
     for kernel in (CpuFlash(), Reference()):
         if kernel.refusal(problem):
             continue
         for tile in kernel.tiles(band):
-            shapes = [
-                (2, n, h, 8)
-                for n, h in zip(
-                    (tile.q_stop - tile.q_start, *(tile.k_stop - tile.k_start,) * 2),
-                    (heads[0], *heads[1:] * 2),
-                    strict=True,
-                )
-            ]
-            q, k, v = (
-                torch.randn(*s, generator=make, dtype=torch.float64).transpose(1, 2).requires_grad_()
-                for s in shapes
-            )
-            want, want_lse = dense(q, k, v, tile, 0.3, softcap)
-            grad = torch.randn(want.shape, generator=make, dtype=torch.float64)
-            grads = torch.autograd.grad(want, (q, k, v), grad)
-            args = [x.detach() for x in (q, k, v)]
-            out, lse = kernel.forward(*args, tile, 0.3, softcap)
-            got = kernel.backward(grad, *args, out, lse, tile, 0.3, softcap)
-            for a, b in zip((out, lse, *got), (want, want_lse, *grads), strict=True):
-                torch.testing.assert_close(a, b.detach(), rtol=1e-11, atol=1e-11)
+            check_tile(kernel, tile, heads, Logits(scale=0.3, softcap=softcap))
+
+
+def check_tile(kernel: Kernel, tile: Tile, heads: tuple[int, int], logits: Logits) -> None:
+    """A kernel's out, lse and gradients of one tile against the definition."""
+    random = torch.Generator().manual_seed(0)
+
+    def normal(rows: int, count: int) -> torch.Tensor:
+        """(b, heads, rows, d), heads interleaved in memory as the engine's are."""
+        return torch.randn(2, rows, count, 8, generator=random, dtype=torch.float64).transpose(1, 2)
+
+    queries = tile.band.q_stop - tile.band.q_start
+    keys = tile.band.k_stop - tile.band.k_start
+    q, k, v = normal(queries, heads[0]), normal(keys, heads[1]), normal(keys, heads[1])
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    want, want_lse = dense(*leaves, tile.band, logits)
+    grad = torch.randn(want.shape, generator=random, dtype=torch.float64)
+    want_grads = torch.autograd.grad(want, leaves, grad)
+    out, lse = kernel.forward(q, k, v, tile, logits)
+    grads = kernel.backward(grad, q, k, v, out, lse, tile, logits)
+    for got, expected in zip((out, lse, *grads), (want, want_lse, *want_grads), strict=True):
+        torch.testing.assert_close(got, expected.detach(), rtol=1e-11, atol=1e-11)
 
 
 def test_auto_takes_flash_and_falls_to_the_reference_only_for_what_flash_refuses() -> None:

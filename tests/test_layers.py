@@ -30,15 +30,33 @@ ALLOWED: dict[str, list[str]] = {
     "planner.inputs": ["masks", "layouts"],
     "planner.trainer": [*PURE, "planner.inputs", "engine", "train"],
     "planner.cost": [*PURE, "planner.inputs", "planner.trainer"],
-    "planner": [*PURE, "planner.inputs", "planner.cost", "planner.trainer", "planner.paper", "planner.output"],
+    "planner": [
+        *PURE,
+        "planner.inputs",
+        "planner.cost",
+        "planner.trainer",
+        "planner.paper",
+        "planner.output",
+    ],
     "planner.paper": ["planner.inputs", "planner.cost", "planner"],
     "planner.output": ["masks", "planner.inputs", "planner.cost", "planner", "train"],
     "cli": ["seqmesh", "train", "bench", "planner"],
     "seqmesh": ["masks", "layouts", "engine"],
 }
-"""Part of the package -> the parts that it may import, besides itself. "planner" is what lies in no folder of it."""
+"""Part of the package -> the parts that it may import, besides itself. "planner" is what lies in no folder of
+it.
+"""
 
-TORCH_FREE = [*PURE, "planner", "picture", "provenance", "cli", "train.config", "train.recipe", "train.events"]
+TORCH_FREE = [
+    *PURE,
+    "planner",
+    "picture",
+    "provenance",
+    "cli",
+    "train.config",
+    "train.recipe",
+    "train.events",
+]
 TRACES_THE_TRAINER = "planner.trainer.tracing"
 """The one module of the planner that loads torch; command.py imports it when --trace-memory asks for it."""
 TORCH_ONLY = ["engine", "processes"]
@@ -66,7 +84,9 @@ MODULES = {module_of(path): path for path in FILES}
 
 
 def imports(path: Path, *, at_import: bool = False) -> set[str]:
-    """Full names of what a file imports, anywhere in it or only `at_import` (not in functions, not for types)."""
+    """Full names of what a file imports, anywhere in it or only `at_import` (not in functions, not for
+    types).
+    """
     found: set[str] = set()
     pending: list[ast.AST] = [ast.parse(path.read_text())]
     while pending:
@@ -79,7 +99,8 @@ def imports(path: Path, *, at_import: bool = False) -> set[str]:
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.module, f"{path} has a relative import; write it in full"
-            for alias in node.names:  # `from package import module` names a module, `from module import name` does not
+            # `from package import module` names a module, `from module import name` does not
+            for alias in node.names:
                 longer = f"{node.module}.{alias.name}"
                 found.add(longer if longer.removeprefix("seqmesh.") in MODULES else node.module)
     return found
@@ -101,11 +122,15 @@ def test_a_file_imports_only_what_its_part_may(module: str) -> None:
     mine = part_of(module)
     for name in ours(imports(MODULES[module])):
         theirs = part_of(name)
-        assert theirs == mine or theirs in ALLOWED[mine], f"{module} imports {name}: {mine} may not use {theirs}"
+        assert theirs == mine or theirs in ALLOWED[mine], (
+            f"{module} imports {name}: {mine} may not use {theirs}"
+        )
 
 
 def test_what_may_import_what_has_no_circle() -> None:
-    """"planner" and its folders are one part here: its own files may use paper/ and output/, which use its search."""
+    """ "planner" and its folders are one part here: its own files may use paper/ and output/, which use its
+    search.
+    """
     graph: dict[str, set[str]] = {}
     for part, others in ALLOWED.items():
         graph.setdefault(part.split(".")[0], set()).update(other.split(".")[0] for other in others)
@@ -138,7 +163,10 @@ def test_the_planner_and_the_command_line_load_no_torch(module: str) -> None:
 
 
 def test_the_planner_runs_without_torch() -> None:
-    code = "import sys, seqmesh.planner.command, seqmesh.cli; assert not {'torch', 'transformers'} & set(sys.modules)"
+    code = (
+        "import sys, seqmesh.planner.command, seqmesh.cli;"
+        " assert not {'torch', 'transformers'} & set(sys.modules)"
+    )
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 

@@ -1,5 +1,6 @@
-"""Meshes: a view of any DeviceMesh, several in one process, each with its own groups and the right answers."""
+"""Meshes: a view of any DeviceMesh, several in one process, each with groups and right answers of its own."""
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -9,6 +10,8 @@ from ranks import Ranks
 from torch.distributed.device_mesh import init_device_mesh
 
 from seqmesh import Schedule, SequenceMesh, attention, masks
+from seqmesh.engine.kernels import Logits, Problem, select
+from seqmesh.masks import Band
 
 
 def run_on(mesh: SequenceMesh, case: Case) -> dict[str, Any]:
@@ -18,10 +21,8 @@ def run_on(mesh: SequenceMesh, case: Case) -> dict[str, Any]:
     out = attention(q, k, v, schedule)
     (out * weights).sum().backward()
     parts = {"out": out.detach(), "dq": q.grad, "dk": k.grad, "dv": v.grad}
-    return {
-        name: x.numpy()
-        for name, x in (parts | {"q_at": schedule.positions(), "k_at": schedule.positions()}).items()
-    }
+    parts |= {"q_at": schedule.positions(), "k_at": schedule.positions()}
+    return {name: x.numpy() for name, x in parts.items()}
 
 
 def data_parallel_sequences() -> tuple[int, dict[str, Any]]:
@@ -41,9 +42,7 @@ def test_replicas_of_a_larger_mesh_attend_to_their_own_sequence(ranks: Ranks) ->
 
 
 def two_meshes() -> list[dict[str, Any]]:
-    """On one of 4 ranks: two meshes of different shapes used in turn; one axis named by the user; one axis
-    left out.
-    """
+    """On one of 4 ranks: two meshes used in turn; one axis named by the user; one axis left out."""
     shapes = init_device_mesh("cpu", (2, 2), mesh_dim_names=("outer", "inner"))
     first = SequenceMesh.from_device_mesh(shapes, ulysses="inner", ring="outer")
     second = SequenceMesh.build(ulysses=4)
@@ -81,43 +80,41 @@ def test_a_process_without_a_group_is_the_one_by_one_mesh() -> None:
     assert not torch.distributed.is_initialized()
 
 
-def precision(ring: int) -> tuple[torch.dtype, list[torch.Tensor]]:
-    """On one rank: the dtype of the log-sum-exp for bf16 inputs, and dK and dV of a long row of partial sums."""
-    from seqmesh.engine.kernels import Problem, select
-    from seqmesh.masks import Band
-
+def lse_dtype_of_bf16() -> torch.dtype:
+    """The dtype of the log-sum-exp that the CPU kernel returns for bf16 inputs."""
     x = torch.randn(1, 2, 8, 16, dtype=torch.bfloat16)
-    _, lse = select("auto", Problem(device_type="cpu", dtype=x.dtype, head_dim=16, softcap=None)).forward(
-        x, x, x, Band(0, 8, 0, 8), 0.25, None
-    )
-    case = Case(
-        mask=masks.full(256),
-        ring=ring,
-        dtype=torch.bfloat16,
-        layout="contiguous",
-        heads=2,
-        kv_heads=1,
-        head_dim=16,
-    )
+    kernel = select("auto", Problem(device_type="cpu", dtype=x.dtype, head_dim=16, softcap=None))
+    (tile,) = kernel.tiles(Band(0, 8, 0, 8))
+    _, lse = kernel.forward(x, x, x, tile, Logits(scale=0.25))
+    return lse.dtype
+
+
+def kv_gradients(ring: int) -> list[torch.Tensor]:
+    """On one rank: dK and dV, each of `ring` partial sums, of bf16 inputs."""
+    case = replace(BF16, ring=ring)
     schedule = Schedule.build(case.mask, SequenceMesh.build(ring=ring), case.layout)
     (q, k, v), weights, _ = local_inputs(case, schedule)
     (attention(q, k, v, schedule) * weights).sum().backward()
-    return lse.dtype, [x.double() for x in (k.grad, v.grad)]
+    return [k.grad.double(), v.grad.double()]
+
+
+BF16 = Case(mask=masks.full(256), dtype=torch.bfloat16, layout="contiguous", heads=2, kv_heads=1, head_dim=16)
+
+
+def relative_error(got: torch.Tensor, exact: torch.Tensor) -> float:
+    """Root mean square of the difference over that of the exact one."""
+    return ((got - exact).square().mean() / exact.square().mean()).sqrt().item()
 
 
 def test_bf16_gradients_lose_nothing_as_the_ring_grows(ranks: Ranks) -> None:
-    """Partial dK/dV add up in fp32: with 8 partial sums the error stays that of rounding, not of 8 bf16
-    additions.
-    """
-    want = dense(Case(mask=masks.full(256), dtype=torch.bfloat16, heads=2, kv_heads=1, head_dim=16))
-    errors = {}
+    """Partial dK/dV add up in fp32: with 8 of them the error is that of rounding, not of 8 bf16 additions."""
+    assert lse_dtype_of_bf16() == torch.float32
+    want = dense(BF16)
+    errors: dict[int, list[float]] = {}
     for ring in (1, 8):
-        found = ranks.run(ring, precision, ring)
-        assert all(dtype == torch.float32 for dtype, _ in found)
-        parts = (torch.cat([grads[n] for _, grads in found], 1) for n in (0, 1))
-        errors[ring] = [
-            ((got - exact).square().mean() / exact.square().mean()).sqrt().item()
-            for got, exact in zip(parts, (want.dk, want.dv), strict=True)
-        ]
+        found = ranks.run(ring, kv_gradients, ring)
+        dk = torch.cat([one for one, _ in found], 1)
+        dv = torch.cat([one for _, one in found], 1)
+        errors[ring] = [relative_error(dk, want.dk), relative_error(dv, want.dv)]
     for one, eight in zip(errors[1], errors[8], strict=True):
         assert eight <= 1.5 * one

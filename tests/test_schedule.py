@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from seqmesh import layouts, masks
 from seqmesh.layouts import Layout, Span
 from seqmesh.masks import Band, Mask
-from seqmesh.schedule.ring import RingSchedule, ring_schedule
+from seqmesh.schedule import RingSchedule, coalesce, ring_schedule
 
 STATIC_LAYOUTS = {"contiguous": layouts.contiguous, "zigzag": layouts.zigzag, "striped": layouts.striped}
 
@@ -52,29 +52,44 @@ def needed_rows(mask: Mask, q_layout: Layout, kv_layout: Layout, receiver: int, 
 
 
 def check_exact(mask: Mask, q_layout: Layout, kv_layout: Layout, stages: int | None) -> None:
+    """Every pair once, exactly the needed rows, and senders and receivers that agree."""
     schedules = all_ranks(mask, q_layout, kv_layout, stages)
-    np.testing.assert_array_equal(
-        covered(mask, q_layout, kv_layout, schedules), mask.dense().astype(np.int64)
-    )
+    counted = covered(mask, q_layout, kv_layout, schedules)
+    np.testing.assert_array_equal(counted, mask.dense().astype(np.int64))
     assert sum(schedule.area for schedule in schedules) == mask.area
-    received = {}
+    check_rows(mask, q_layout, kv_layout, schedules)
+    check_peers(schedules)
+
+
+def check_rows(mask: Mask, q_layout: Layout, kv_layout: Layout, schedules: list[RingSchedule]) -> None:
+    """What is received is what is sent, once, and what some query needs."""
+    sent, received = {}, {}
     for schedule in schedules:
+        me = schedule.ring_rank
         for stage in schedule.stages:
             for peer, runs in stage.receives:
-                assert (schedule.ring_rank, peer) not in received
-                received[schedule.ring_rank, peer] = runs
-    sent = {(peer, s.ring_rank): runs for s in schedules for stage in s.stages for peer, runs in stage.sends}
+                assert (me, peer) not in received
+                received[me, peer] = runs
+            for peer, runs in stage.sends:
+                sent[peer, me] = runs
     assert sent == received
-    ring = q_layout.ring
-    for receiver in range(ring):
-        for sender in set(range(ring)) - {receiver}:
-            rows = [row for start, stop in received.get((receiver, sender), ()) for row in range(start, stop)]
+    for receiver in range(q_layout.ring):
+        for sender in set(range(q_layout.ring)) - {receiver}:
+            runs = received.get((receiver, sender), ())
+            rows = [row for start, stop in runs for row in range(start, stop)]
             assert rows == needed_rows(mask, q_layout, kv_layout, receiver, sender)
-    # Each exchange must be entered with matching peers: what rank a sends to b at stage t, b receives from a
-    # at stage t.
-    for t in range(len(schedules[0].stages)):
-        pairs_sent = {(s.ring_rank, peer) for s in schedules for peer, _ in s.stages[t].sends}
-        pairs_received = {(peer, s.ring_rank) for s in schedules for peer, _ in s.stages[t].receives}
+
+
+def check_peers(schedules: list[RingSchedule]) -> None:
+    """Each exchange is entered with matching peers: what a sends to b at stage t, b receives from a at stage
+    t.
+    """
+    for stage in range(len(schedules[0].stages)):
+        pairs_sent, pairs_received = set(), set()
+        for schedule in schedules:
+            me = schedule.ring_rank
+            pairs_sent |= {(me, peer) for peer, _ in schedule.stages[stage].sends}
+            pairs_received |= {(peer, me) for peer, _ in schedule.stages[stage].receives}
         assert pairs_sent == pairs_received
 
 
@@ -96,13 +111,14 @@ def random_masks(draw: st.DrawFn) -> Mask:
 
 
 @st.composite
-def random_layouts(draw: st.DrawFn, s: int, ring: int) -> Layout:
-    """The named layouts, or any partition into strided and consecutive spans."""
-    name = draw(st.sampled_from([*STATIC_LAYOUTS, "random"]))
+def random_layouts(draw: st.DrawFn, mask: Mask, s: int, ring: int) -> Layout:
+    """The named layouts of s tokens, or any partition into strided and consecutive spans."""
+    name = draw(st.sampled_from([*STATIC_LAYOUTS, "balanced", "random"]))
     if name in STATIC_LAYOUTS:
         return STATIC_LAYOUTS[name](s, ring)
     if name == "balanced":
-        return layouts.balanced(masks.causal(s), ring)
+        own = mask if mask.q_len == mask.k_len else masks.causal(s)
+        return layouts.balanced(own, ring, pairs_per_row=draw(st.sampled_from([0.0, 1.0, 1000.0])))
     cuts = sorted(draw(st.lists(st.integers(0, s), max_size=4)))
     spans: list[list[Span]] = [[] for _ in range(ring)]
     for start, stop in zip([0, *cuts], [*cuts, s], strict=True):
@@ -118,7 +134,7 @@ def random_layouts(draw: st.DrawFn, s: int, ring: int) -> Layout:
 def test_blocks_of_all_ranks_cover_the_mask_once_with_exactly_the_needed_rows(
     data: st.DataObject, mask: Mask, ring: int
 ) -> None:
-    layout = data.draw(random_layouts(mask.q_len, ring))
+    layout = data.draw(random_layouts(mask, mask.q_len, ring))
     stages = data.draw(st.one_of(st.none(), st.integers(1, max(1, ring - 1))))
     check_exact(mask, layout, layout, stages)
 
@@ -128,10 +144,11 @@ def test_blocks_of_all_ranks_cover_the_mask_once_with_exactly_the_needed_rows(
 def test_cross_attention_with_its_own_key_layout_is_covered_once(
     data: st.DataObject, q_len: int, k_len: int, ring: int
 ) -> None:
-    mask = Mask(
-        q_len, k_len, (Band(0, q_len, 0, k_len, data.draw(st.one_of(st.none(), st.integers(-9, 9)))),)
-    )
-    check_exact(mask, data.draw(random_layouts(q_len, ring)), data.draw(random_layouts(k_len, ring)), None)
+    lo = data.draw(st.none() | st.integers(-9, 9))
+    mask = Mask(q_len, k_len, (Band(0, q_len, 0, k_len, lo),))
+    q_layout = data.draw(random_layouts(mask, q_len, ring))
+    kv_layout = data.draw(random_layouts(mask, k_len, ring))
+    check_exact(mask, q_layout, kv_layout, None)
 
 
 @pytest.mark.parametrize("ring", range(2, 17))
@@ -153,6 +170,23 @@ def test_causal_zigzag_is_one_causal_block_then_one_full_block_per_hop(ring: int
             len(hop.blocks) == 1 and hop.blocks[0].lo is None and hop.blocks[0].hi is None for hop in hops
         )
         assert len(hops) == ring - 1
+
+
+@pytest.mark.parametrize("transposed", [False, True], ids=["side by side", "one above the other"])
+def test_blocks_that_touch_become_one_whatever_lies_between_them(transposed: bool) -> None:
+    """Two rows of three blocks each are two blocks; read column by column, no neighbours touch.
+
+    And transposed.
+    """
+    blocks = []
+    for q in (0, 5):
+        for k in (0, 1, 2):
+            sides = (k, k + 1, q, q + 1) if transposed else (q, q + 1, k, k + 1)
+            blocks.append(Band(*sides))
+    rows = {Band(0, 1, 0, 3), Band(5, 6, 0, 3)}
+    columns = {Band(0, 3, 0, 1), Band(0, 3, 5, 6)}
+    for order in (blocks, blocks[::-1]):
+        assert set(coalesce(order)) == (columns if transposed else rows)
 
 
 def test_zigzag_gives_every_rank_equal_causal_work() -> None:

@@ -1,11 +1,11 @@
 """Unified sequence-parallel attention: exchange heads, run the schedule, exchange back. Start reading here.
 
-    q (b, n, h, d), k, v (b, n, g, d)           local rows, all heads
-      -> scatter_heads over ulysses             the ring rank's N rows, this rank's heads       one collective
-      -> stage 0: attention to own K/V          while the rows of stage 1 travel
-      -> stage 1, 2, ...: to received K/V       while the rows of the next stage travel         one collective a stage
+    q (b, n, h, d), k, v (b, n, g, d)         local rows, all heads
+      -> scatter_heads over ulysses           the ring rank's N rows, this rank's heads     one collective
+      -> stage 0: attention to own K/V        while the rows of stage 1 travel
+      -> stage 1, 2, ...: to received K/V     while the rows of the next stage travel       one a stage
       -> merged (out, lse), sinks once
-      -> gather_heads over ulysses              local rows, all heads                           one collective
+      -> gather_heads over ulysses            local rows, all heads                         one collective
     out (b, n, h, d)
 
 The backward walks the same stages, fetches K/V again, computes each block's gradients with the *global* out
@@ -16,7 +16,6 @@ out and lse of this rank's rows and heads, nothing that grows with R or U, and n
 Legend: b batch, n local rows, N rows of the ring rank, h query heads, g K/V heads, d head dim, U ulysses, R
 ring degree. Inside, tensors are rows-first, (N, b, heads, d), so that rows are slices; kernels see (b, heads,
 rows, d) views.
-
 Source: USP (Fang & Zhao 2024), algorithm 1; DeepSpeed-Ulysses; Ring-Attention.
 """
 
@@ -26,11 +25,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from seqmesh.engine.call import Plan, make_plan
+from seqmesh.engine.call import AttentionCall, Options, checked_call
 from seqmesh.engine.compiled import compiled_attention
 from seqmesh.engine.kernels import Kernel
 from seqmesh.engine.sharding import Schedule
-from seqmesh.engine.ulysses import attend, attend_backward, unit_last_stride
+from seqmesh.engine.ulysses import Saved, attend, attend_backward, unit_last_stride
 
 
 def attention(
@@ -45,7 +44,7 @@ def attention(
     *,
     head_chunks: int | None = None,
 ) -> Tensor:
-    """Exact attention over a sequence that is spread over the schedule's mesh.
+    """Exact attention over a sequence that is spread over a mesh.
 
     A collective: every rank of the mesh calls it.
 
@@ -60,28 +59,23 @@ def attention(
         sinks: (h,) one learned logit per head that joins the softmax's denominator, the same on every rank.
         kernel: "auto", the name of a kernel, or a Kernel.
         head_chunks: compute the heads in that many parts, one after the other, which divides the memory of
-            buffers; default: up to 4 on a ring alone, 8 where heads are exchanged, while the parts stay
-            large. Must be the same on every rank.
+            buffers; the same on every rank. Default: up to 4 on a ring alone, 8 where heads are exchanged,
+            while parts are large.
 
     Returns:
-        (b, n, h, d) in q's dtype; a query that the mask allows nothing is 0.
-
-    Gradients reach q, k, v and sinks, as if the losses of all ranks were summed. Like any replicated
-    parameter's, the gradient of `sinks` is this rank's part: sum it over the mesh (data-parallel wrappers
-    do). Differentiable once.
+        (b, n, h, d) in q's dtype; a query that the mask allows nothing is 0. Differentiable once in q, k, v
+        and sinks, as if the losses of all ranks were summed; the gradient of `sinks` is, like any replicated
+        parameter's, this rank's part: sum it over the mesh (data-parallel wrappers do).
 
     Raises:
         ValueError: before any communication, if the inputs do not fit the schedule or each other, or no
-            kernel supports them.
+            kernel does.
     """
     if torch.compiler.is_compiling():
-        return compiled_attention(
-            q, k, v, sinks, schedule, scale=scale, softcap=softcap, kernel=kernel, head_chunks=head_chunks
-        )
-    plan = make_plan(
-        q, k, v, sinks, schedule, scale=scale, softcap=softcap, kernel=kernel, head_chunks=head_chunks
-    )
-    out: Tensor = _Attention.apply(unit_last_stride(q), unit_last_stride(k), unit_last_stride(v), sinks, plan)
+        return compiled_attention(q, k, v, sinks, schedule, scale, softcap, kernel, head_chunks)
+    options = Options(scale=scale, softcap=softcap, kernel=kernel, head_chunks=head_chunks)
+    call = checked_call(q, k, v, sinks, schedule, options)
+    out: Tensor = _Attention.apply(unit_last_stride(q), unit_last_stride(k), unit_last_stride(v), sinks, call)
     return out
 
 
@@ -89,17 +83,17 @@ class _Attention(torch.autograd.Function):
     """`attend` and `attend_backward` (ulysses.py) as one differentiable operation."""
 
     @staticmethod
-    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan) -> Tensor:
-        out, saved = attend(q, k, v, sinks, plan)
-        ctx.plan, ctx.kv_shape = plan, k.shape
-        kept = (None,) * 4 if plan.schedule.mesh.ulysses_group is not None else (q, k, v, out)
-        ctx.save_for_backward(*kept, sinks, *saved)
+    def forward(
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: AttentionCall
+    ) -> Tensor:
+        out, saved = attend(q, k, v, sinks, call)
+        ctx.call = call
+        ctx.save_for_backward(sinks, *saved.tensors())
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None]:
-        q, k, v, out, sinks, *saved = ctx.saved_tensors
-        if q is None:  # heads were exchanged: the inputs were not kept, only the shape of k is still needed
-            q, k, v, out = (grad_out.new_empty(ctx.kv_shape, device="meta"),) * 4
-        return *attend_backward(grad_out, q, k, v, out, sinks, saved, ctx.plan), None
+        sinks, *tensors = ctx.saved_tensors
+        saved = Saved.of(tensors, ctx.call)
+        return *attend_backward(grad_out, sinks, saved, ctx.call), None

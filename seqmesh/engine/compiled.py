@@ -2,29 +2,65 @@
 recompile.
 
 Dynamo must not look into a schedule: it would unroll every stage and compile again for every batch. The
-operator takes the schedule as an int64 tensor instead (`Schedule.token`), decodes it when it runs, and caches
-what it decoded by its contents. The numbers are the eager ones, since the same two functions run inside.
+operator takes the schedule as a tensor instead (encoding.py), decodes it when it runs, and caches what it
+decoded by its contents. The numbers are the eager ones, since the same two functions run inside.
 
-Source: torch.library.custom_op: opaque to the compiler, differentiable through register_autograd.
+Legend: b batch, n local rows, N rows of the ring rank, h query heads, g K/V heads, d head dim.
+Source: torch.library.custom_op: opaque to the compiler, differentiable through register_autograd. An operator
+takes tensors, numbers, text and flat lists of them: that is why `Sizes` and `Names` are flattened and put
+together again. No state but the cache.
 """
 
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from seqmesh.engine.call import make_plan, plan_for
+from seqmesh.engine.call import Options, call_for, checked_call
+from seqmesh.engine.encoding import decode
 from seqmesh.engine.kernels import Kernel
 from seqmesh.engine.merge import accumulator_dtype
-from seqmesh.engine.sharding import Schedule, from_token
-from seqmesh.engine.ulysses import attend, attend_backward, unit_last_stride
+from seqmesh.engine.mesh import SequenceMesh
+from seqmesh.engine.sharding import Schedule
+from seqmesh.engine.ulysses import Saved, attend, attend_backward, unit_last_stride
 from seqmesh.schedule.heads import default_chunks, split_heads
 
-# Legend: b batch, n local rows, N rows of the ring rank, h query heads, g K/V heads, d head dim.
-# sizes = [ulysses, ulysses_rank, ring, k_len, rows N of the queries, rows N of the keys, do queries and keys
-# have the same rows]
-# names = "ulysses group|ring group|kernel", an empty name for no group
+
+class Sizes(NamedTuple):
+    """Numbers of a schedule that the shapes in a graph depend on; the degrees are fixed in it, the others may
+    vary.
+    """
+
+    ulysses: int
+    ulysses_rank: int
+    ring: int
+    k_len: int
+    q_rows: int
+    """N of the queries."""
+    kv_rows: int
+    """N of the keys."""
+    shares_rows: int
+    """1 if queries and keys lie on the same rows, else 0."""
+
+
+class Names(NamedTuple):
+    """Names that an operator resolves when it runs."""
+
+    ulysses_group: str
+    """"" for a ulysses degree of 1."""
+    ring_group: str
+    """"" for a ring degree of 1."""
+    kernel: str
+
+    def joined(self) -> str:
+        """As one text; no name holds a bar."""
+        return "|".join(self)
+
+    @staticmethod
+    def of(joined: str) -> "Names":
+        """The names of a `joined` text."""
+        return Names(*joined.split("|"))
 
 
 def compiled_attention(
@@ -33,7 +69,6 @@ def compiled_attention(
     v: Tensor,
     sinks: Tensor | None,
     schedule: Schedule,
-    *,
     scale: float | None,
     softcap: float | None,
     kernel: str | Kernel,
@@ -48,31 +83,52 @@ def compiled_attention(
     """
     if not isinstance(kernel, str):
         raise ValueError(
-            f"kernel={kernel!r} under torch.compile; pass the name of a kernel, or call attention outside the compiled region"
+            f"kernel={kernel!r} under torch.compile; pass the name of a kernel,"
+            " or call attention outside the compiled region"
         )
     mesh = schedule.mesh
-    sizes = [
-        mesh.ulysses,
-        mesh.ulysses_rank,
-        mesh.ring,
-        schedule.mask.k_len,
-        schedule.ring.q_rows,
-        schedule.ring.kv_rows,
-    ]
-    sizes.append(int(schedule.rows == schedule.kv_rows))
-    names = f"{mesh.ulysses_group or ''}|{mesh.ring_group or ''}|{kernel}"
-    out: Tensor = _forward_op(q, k, v, sinks, schedule.token, sizes, names, scale, softcap, head_chunks)[0]
+    sizes = Sizes(
+        ulysses=mesh.ulysses,
+        ulysses_rank=mesh.ulysses_rank,
+        ring=mesh.ring,
+        k_len=schedule.mask.k_len,
+        q_rows=schedule.ring.q_rows,
+        kv_rows=schedule.ring.kv_rows,
+        shares_rows=int(schedule.rows == schedule.kv_rows),
+    )
+    names = Names(mesh.ulysses_group or "", mesh.ring_group or "", kernel)
+    outputs = _forward_op(
+        q, k, v, sinks, schedule._encoded, list(sizes), names.joined(), scale, softcap, head_chunks
+    )
+    out: Tensor = outputs[0]
     return out
 
 
 @lru_cache(maxsize=64)
-def _decode(token: bytes, ulysses_group: str, ring_group: str) -> Schedule:
-    return from_token(token, ulysses_group or None, ring_group or None)
+def _schedule(encoded: bytes, ulysses_group: str, ring_group: str) -> Schedule:
+    """The schedule of an encoded one, on a mesh of these process groups (without its device mesh)."""
+    fields = decode(encoded)
+    mesh = SequenceMesh(
+        ulysses=fields.ulysses,
+        ring=fields.layout.ring,
+        ulysses_rank=fields.ulysses_rank,
+        ring_rank=fields.ring_rank,
+        ulysses_group=ulysses_group or None,
+        ring_group=ring_group or None,
+        device_mesh=None,
+    )
+    own_keys = fields.kv_layout is not fields.layout
+    kv_layout = fields.kv_layout if own_keys else None
+    return Schedule.build(fields.mask, mesh, fields.layout, kv_layout=kv_layout, stages=fields.stages)
 
 
-def _schedule_and_kernel(token: Tensor, names: str) -> tuple[Schedule, str]:
-    ulysses_group, ring_group, kernel = names.split("|")
-    return _decode(token.numpy().tobytes(), ulysses_group, ring_group), kernel
+def _resolve(
+    encoded: Tensor, joined_names: str, scale: float | None, softcap: float | None, head_chunks: int | None
+) -> tuple[Schedule, Options]:
+    """What the operator was given, as the eager functions take it."""
+    names = Names.of(joined_names)
+    schedule = _schedule(encoded.numpy().tobytes(), names.ulysses_group, names.ring_group)
+    return schedule, Options(scale=scale, softcap=softcap, kernel=names.kernel, head_chunks=head_chunks)
 
 
 @torch.library.custom_op("seqmesh::attention", mutates_args=())
@@ -81,21 +137,19 @@ def _forward_op(
     k: Tensor,
     v: Tensor,
     sinks: Tensor | None,
-    token: Tensor,
+    encoded: Tensor,
     sizes: list[int],
     names: str,
     scale: float | None,
     softcap: float | None,
     head_chunks: int | None,
 ) -> list[Tensor]:
-    """[out, what the backward needs...]"""
+    """[out, and what attention made for the backward: Saved.made()]"""
     del sizes  # for the fake implementation
-    schedule, kernel = _schedule_and_kernel(token, names)
-    plan = make_plan(
-        q, k, v, sinks, schedule, scale=scale, softcap=softcap, kernel=kernel, head_chunks=head_chunks
-    )
-    out, saved = attend(unit_last_stride(q), unit_last_stride(k), unit_last_stride(v), sinks, plan)
-    return [out, *(x.contiguous() for x in saved)]
+    schedule, options = _resolve(encoded, names, scale, softcap, head_chunks)
+    call = checked_call(q, k, v, sinks, schedule, options)
+    out, saved = attend(unit_last_stride(q), unit_last_stride(k), unit_last_stride(v), sinks, call)
+    return [out, *(x.contiguous() for x in saved.made())]
 
 
 @_forward_op.register_fake
@@ -104,55 +158,59 @@ def _forward_fake(
     k: Tensor,
     v: Tensor,
     sinks: Tensor | None,
-    token: Tensor,
+    encoded: Tensor,
     sizes: list[int],
     names: str,
     scale: float | None,
     softcap: float | None,
     head_chunks: int | None,
 ) -> list[Tensor]:
-    del v, sinks, token, names, scale, softcap
-    (b, _, h, d), g = q.shape, k.shape[2]
-    ulysses, me, ring = map(int, sizes[:3])  # fixed in a graph; the rest may be symbolic
-    k_len, rows, kv_rows, same_rows = sizes[3:]
+    """Shapes of what `_forward_op` returns."""
+    del v, sinks, encoded, names, scale, softcap
+    b, _, h, d = q.shape
+    g = k.shape[2]
+    size = Sizes(*sizes)
+    ulysses, ring, me = int(size.ulysses), int(size.ring), int(size.ulysses_rank)
+    if head_chunks is None:
+        head_chunks = default_chunks(ulysses, ring, size.k_len, b * g * d)
     outputs = [torch.empty_like(q, memory_format=torch.contiguous_format)]
-    chunks = default_chunks(ulysses, ring, k_len, b * g * d) if head_chunks is None else head_chunks
-    for shares in split_heads(int(h), int(g), ulysses, int(chunks)):
+    for shares in split_heads(int(h), int(g), ulysses, int(head_chunks)):
         mine = shares[me]
         if ulysses > 1:
-            widths = [(rows, mine.q + 2 * mine.kv)] if same_rows else [(rows, mine.q), (kv_rows, 2 * mine.kv)]
-            outputs += [q.new_empty((n, b, width, d)) for n, width in widths]
-            outputs.append(q.new_empty((rows, b, mine.q, d)))
-        outputs.append(q.new_empty((b, mine.q, rows), dtype=accumulator_dtype(q.dtype)))
+            if size.shares_rows:
+                outputs.append(q.new_empty((size.q_rows, b, mine.q + 2 * mine.kv, d)))
+            else:
+                outputs.append(q.new_empty((size.q_rows, b, mine.q, d)))
+                outputs.append(q.new_empty((size.kv_rows, b, 2 * mine.kv, d)))
+            outputs.append(q.new_empty((size.q_rows, b, mine.q, d)))
+        outputs.append(q.new_empty((b, mine.q, size.q_rows), dtype=accumulator_dtype(q.dtype)))
     return outputs
 
 
-def _setup(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
-    q, k, v, sinks, token, sizes, *ctx.options = inputs
-    ctx.kv_shape = k.shape
-    out, *saved = output
-    kept = (None,) * 4 if sizes[0] > 1 else (q, k, v, out)
-    ctx.save_for_backward(*kept, sinks, token, *saved)
+def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
+    """Keep `Saved.tensors()`: where no heads are exchanged, the call's own tensors come first."""
+    q, k, v, sinks, encoded, sizes, *ctx.options = inputs
+    ctx.kv_shape = list(k.shape)
+    out, *made = output
+    own = [q, k, v, out] if Sizes(*sizes).ulysses == 1 else []
+    ctx.save_for_backward(sinks, encoded, *own, *made)
 
 
 def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
-    q, k, v, out, sinks, token, *saved = ctx.saved_tensors
+    sinks, encoded, *saved = ctx.saved_tensors
     grad_out = grads[0]
     assert grad_out is not None
-    found = _backward_op(grad_out, q, k, v, out, sinks, saved, token, list(ctx.kv_shape), *ctx.options)
-    return *found[:3], found[3] if sinks is not None else None, *(None,) * 6
+    dq, dk, dv, *grad_sinks = _backward_op(grad_out, sinks, saved, encoded, ctx.kv_shape, *ctx.options)
+    no_grads = (None,) * 6  # encoded, sizes, names, scale, softcap, head_chunks
+    return dq, dk, dv, grad_sinks[0] if grad_sinks else None, *no_grads
 
 
 @torch.library.custom_op("seqmesh::attention_backward", mutates_args=())
 def _backward_op(
     grad_out: Tensor,
-    q: Tensor | None,
-    k: Tensor | None,
-    v: Tensor | None,
-    out: Tensor | None,
     sinks: Tensor | None,
     saved: list[Tensor],
-    token: Tensor,
+    encoded: Tensor,
     kv_shape: list[int],
     names: str,
     scale: float | None,
@@ -160,38 +218,31 @@ def _backward_op(
     head_chunks: int | None,
 ) -> list[Tensor]:
     """[dq, dk, dv], and dsinks if there are sinks."""
-    schedule, kernel = _schedule_and_kernel(token, names)
-    plan = plan_for(
-        grad_out, kv_shape[2], schedule, scale=scale, softcap=softcap, kernel=kernel, head_chunks=head_chunks
-    )
-    like_kv = grad_out.new_empty(kv_shape, device="meta")
-    q, k, v = (unit_last_stride(like_kv if x is None else x) for x in (q, k, v))
-    *grads, grad_sinks = attend_backward(
-        grad_out, q, k, v, like_kv if out is None else out, sinks, saved, plan
-    )
-    return [*(x.contiguous() for x in grads), *(() if grad_sinks is None else (grad_sinks,))]
+    schedule, options = _resolve(encoded, names, scale, softcap, head_chunks)
+    call = call_for(grad_out, kv_shape[2], schedule, options)
+    kept = Saved.of([unit_last_stride(x) for x in saved], call)
+    dq, dk, dv, grad_sinks = attend_backward(grad_out, sinks, kept, call)
+    grads = [dq.contiguous(), dk.contiguous(), dv.contiguous()]
+    return grads if grad_sinks is None else [*grads, grad_sinks]
 
 
 @_backward_op.register_fake
 def _backward_fake(
     grad_out: Tensor,
-    q: Tensor | None,
-    k: Tensor | None,
-    v: Tensor | None,
-    out: Tensor | None,
     sinks: Tensor | None,
     saved: list[Tensor],
-    token: Tensor,
+    encoded: Tensor,
     kv_shape: list[int],
     names: str,
     scale: float | None,
     softcap: float | None,
     head_chunks: int | None,
 ) -> list[Tensor]:
-    del q, k, v, out, saved, token, names, scale, softcap, head_chunks
+    """Shapes of what `_backward_op` returns."""
+    del saved, encoded, names, scale, softcap, head_chunks
     dq = torch.empty_like(grad_out, memory_format=torch.contiguous_format)
     grads = [dq, grad_out.new_empty(kv_shape), grad_out.new_empty(kv_shape)]
     return grads if sinks is None else [*grads, torch.empty_like(sinks)]
 
 
-_forward_op.register_autograd(_backward, setup_context=_setup)
+_forward_op.register_autograd(_backward, setup_context=_save)

@@ -1,25 +1,22 @@
-"""The one primitive by which everything moves: an asynchronous all-to-all with a size of its own for every
-pair of ranks.
+"""The one primitive by which everything moves: an all-to-all with a size of its own for every pair of ranks.
 
 Ulysses sends heads and receives rows; a ring stage sends rows and receives rows; each backward is the
 transpose. No send/recv pair can deadlock, nothing waits for a handshake, and the functional form is what
 torch.compile understands.
 
-    scatter_heads   (n, b, h, d) of every rank  ->  (n_0 + n_1 + ..., b, h_mine, d)       one message per peer: its heads
-    gather_heads    (N, b, h_mine, d)           ->  one (n, b, h_u, d) per peer           one message per peer: its rows
-    fetch_rows      K, V rows of the stage      ->  (received rows, b, 2 g, d)            K heads, then V heads
+    scatter_heads   (n, b, h, d) of every rank  ->  (n_0 + n_1 + ..., b, h_mine, d)    to a peer: its heads
+    gather_heads    (N, b, h_mine, d)           ->  one (n, b, h_u, d) per peer        to a peer: its rows
+    fetch_rows      K, V rows of the stage      ->  (received rows, b, 2 g, d)         K heads, then V heads
     return_rows     gradients of those rows     ->  added to the rows they came from, in fp32
 
 Tensors are rows-first: a rank's rows are then one slice of memory, so rows need no packing on the receiving
 side.
-Legend: n local rows, N rows of the ulysses group, b batch, h query heads, g K/V heads, d head dim, U ulysses
-degree.
 
+Legend: n local rows, N rows of the ulysses group, b batch, h query heads, g K/V heads, d head dim.
 Source: the paper's SP-Ulysses and SP-Ring communication.
 """
 
-from collections.abc import Sequence
-from itertools import accumulate
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -57,10 +54,10 @@ class Pending(NamedTuple):
 def start_exchange(
     send: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], group: str
 ) -> Pending:
-    """Start an all-to-all of a flat buffer: `send_sizes[p]` elements go to peer p, `receive_sizes[p]` come
-    from it.
+    """Start an all-to-all of a flat buffer.
 
-    Every rank of the group must call it, in the same order, also when it has nothing to send.
+    `send_sizes[p]` elements go to peer p, `receive_sizes[p]` come from it. Every rank of the group must call
+    it, in the same order, also when it has nothing to send.
     """
     received = torch.ops._c10d_functional.all_to_all_single(
         send, list(receive_sizes), list(send_sizes), group
@@ -73,6 +70,11 @@ class HeadSlices(NamedTuple):
 
     tensor: Tensor
     ranges: tuple[tuple[int, int], ...]
+
+    def width(self, ulysses_rank: int) -> int:
+        """Number of heads that a rank needs."""
+        start, stop = self.ranges[ulysses_rank]
+        return stop - start
 
 
 def scatter_heads(parts: Sequence[HeadSlices], rows: Sequence[int], ulysses_rank: int, group: str) -> Tensor:
@@ -89,18 +91,24 @@ def scatter_heads(parts: Sequence[HeadSlices], rows: Sequence[int], ulysses_rank
         (sum of rows, b, heads of this rank over all parts, d): the ring rank's rows in storage order.
     """
     n, b, _, d = parts[0].tensor.shape
-    widths = [sum(part.ranges[u][1] - part.ranges[u][0] for part in parts) for u in range(len(rows))]
-    send = parts[0].tensor.new_empty(n * b * d * sum(widths))
-    messages = send.split([n * b * d * width for width in widths])
-    for u, message in enumerate(messages):
-        into, first = message.view(n, b, widths[u], d), 0
-        for tensor, ranges in parts:
-            start, stop = ranges[u]
-            into[:, :, first : first + stop - start].copy_(tensor[:, :, start:stop])
-            first += stop - start
+    widths = [sum(part.width(u) for part in parts) for u in range(len(rows))]
+    send_sizes = [n * b * d * width for width in widths]
+    send = parts[0].tensor.new_empty(sum(send_sizes))
+    for u, message in enumerate(send.split(send_sizes)):
+        _pack_heads_(message.view(n, b, widths[u], d), parts, u)
     mine = widths[ulysses_rank]
-    pending = start_exchange(send, [n * b * d * w for w in widths], [r * b * d * mine for r in rows], group)
-    return pending.wait().view(sum(rows), b, mine, d)
+    receive_sizes = [count * b * d * mine for count in rows]
+    return start_exchange(send, send_sizes, receive_sizes, group).wait().view(sum(rows), b, mine, d)
+
+
+def _pack_heads_(message: Tensor, parts: Sequence[HeadSlices], ulysses_rank: int) -> None:
+    """Write the heads that a rank needs, part after part, into its message (n, b, heads, d)."""
+    first = 0
+    for part in parts:
+        start, stop = part.ranges[ulysses_rank]
+        width = stop - start
+        message[:, :, first : first + width].copy_(part.tensor[:, :, start:stop])
+        first += width
 
 
 def gather_heads(
@@ -120,17 +128,29 @@ def gather_heads(
     """
     _, b, mine, d = x.shape
     n = rows[ulysses_rank]
-    sizes = [n * b * d * width for width in widths]
-    pending = start_exchange(x.contiguous().view(-1), [r * b * d * mine for r in rows], sizes, group)
-    received = pending.wait(keep_sent=True).split(sizes)
-    return [part.view(n, b, width, d) for part, width in zip(received, widths, strict=True)]
+    send_sizes = [count * b * d * mine for count in rows]
+    receive_sizes = [n * b * d * width for width in widths]
+    pending = start_exchange(x.contiguous().view(-1), send_sizes, receive_sizes, group)
+    messages = pending.wait(keep_sent=True).split(receive_sizes)
+    return [message.view(n, b, width, d) for message, width in zip(messages, widths, strict=True)]
 
 
 def _sizes(transfers: Sequence[Transfer], ring: int, row: int) -> list[int]:
+    """Elements for, or from, every ring rank, of rows of `row` elements."""
     sizes = [0] * ring
     for transfer in transfers:
         sizes[transfer.peer] = transfer.rows * row
     return sizes
+
+
+def _runs(transfers: Sequence[Transfer]) -> Iterator[tuple[slice, slice]]:
+    """(rows of this rank's storage, their place in a buffer that holds all transfers) of every run."""
+    row = 0
+    for transfer in transfers:
+        for start, stop in transfer.runs:
+            length = stop - start
+            yield slice(start, stop), slice(row, row + length)
+            row += length
 
 
 def fetch_rows(
@@ -139,42 +159,37 @@ def fetch_rows(
     """Start one ring stage: send the rows that peers need, receive the rows that this rank needs.
 
     Args:
-        k: (N, b, g, d) this ring rank's keys; v: its values, of the same shape.
+        k: (N, b, g, d) this ring rank's keys.
+        v: its values, of the same shape.
         sends: local rows for each peer.
         receives: rows that come from each peer.
         ring: ring degree.
         group: the ring group.
     """
     _, b, g, d = k.shape
-    send = k.new_empty((sum(t.rows for t in sends), b, 2 * g, d))
-    row = 0
-    for transfer in sends:
-        for start, stop in transfer.runs:
-            into = send[row : row + stop - start]
-            into[:, :, :g].copy_(k[start:stop])
-            into[:, :, g:].copy_(v[start:stop])
-            row += stop - start
-    size = b * 2 * g * d
-    return start_exchange(send.view(-1), _sizes(sends, ring, size), _sizes(receives, ring, size), group)
+    send = k.new_empty((sum(transfer.rows for transfer in sends), b, 2 * g, d))
+    for stored, packed in _runs(sends):
+        send[packed, :, :g].copy_(k[stored])
+        send[packed, :, g:].copy_(v[stored])
+    row = b * 2 * g * d
+    return start_exchange(send.view(-1), _sizes(sends, ring, row), _sizes(receives, ring, row), group)
 
 
 def return_rows(
     grads: Tensor, sends: Sequence[Transfer], receives: Sequence[Transfer], ring: int, group: str
 ) -> Pending:
-    """Start the transpose of `fetch_rows`: the gradients (received rows, b, 2 g, d) of a stage travel to the
+    """Start the transpose of `fetch_rows`: gradients (received rows, b, 2 g, d) of a stage travel to the
     rows' owners.
     """
-    size = grads.shape[1:].numel()
-    return start_exchange(grads.reshape(-1), _sizes(receives, ring, size), _sizes(sends, ring, size), group)
+    row = grads.shape[1:].numel()
+    return start_exchange(grads.reshape(-1), _sizes(receives, ring, row), _sizes(sends, ring, row), group)
 
 
 def add_returned_rows_(grads: Tensor, returned: Tensor, sends: Sequence[Transfer]) -> None:
     """Add the gradients that came home to (N, b, 2 g, d) fp32 accumulators, run by run."""
-    part = returned.view(sum(transfer.rows for transfer in sends), *grads.shape[1:])
-    runs = [run for transfer in sends for run in transfer.runs]
-    starts = accumulate((stop - start for start, stop in runs), initial=0)
-    for (start, stop), row in zip(runs, starts, strict=False):
-        grads[start:stop] += part[row : row + stop - start]
+    came = returned.view(sum(transfer.rows for transfer in sends), *grads.shape[1:])
+    for stored, packed in _runs(sends):
+        grads[stored] += came[packed]
 
 
 class CountBytes(TorchDispatchMode):

@@ -1,11 +1,12 @@
-"""Online softmax: merge the attention of one more block into a running (out, lse).
+"""Online softmax: merge the attention of one more block into a running (out, lse); and sums of gradients by
+row.
 
     lse = log(e^lse_a + e^lse_b)        out = out_a e^(lse_a - lse) + out_b e^(lse_b - lse)
 
 An empty row is (0, -inf) and stays so: no NaN from inf - inf. The running pair is fp32 (fp64 for fp64
 inputs).
-Legend: b batch, h heads, n rows, d head dim. out (n, b, h, d), lse (b, h, n) natural log.
 
+Legend: b batch, h heads, n rows, d head dim. out (n, b, h, d), lse (b, h, n) natural log.
 Source: Milakov & Gimelshein 2018; Ring-Attention.
 """
 
@@ -21,10 +22,9 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
 
 
 def _weight(part: Tensor, total: Tensor) -> Tensor:
-    """e^(part - total), and 0 where the part is empty (there total may be -inf too): (b, h, n) -> (n, b, h,
-    1).
-    """
-    return torch.where(part == -torch.inf, 0.0, (part - total).exp()).permute(2, 0, 1).unsqueeze(-1)
+    """e^(part - total) of (b, h, n), as (n, b, h, 1): 0 where the part is empty, and total may be -inf."""
+    weight = torch.where(part == -torch.inf, 0.0, (part - total).exp())
+    return weight.permute(2, 0, 1).unsqueeze(-1)
 
 
 def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
@@ -37,7 +37,8 @@ def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> No
         block_lse: (b, h, n) its log-sum-exp.
     """
     total = torch.logaddexp(lse, block_lse)
-    out.mul_(_weight(lse, total)).addcmul_(block_out.to(out.dtype), _weight(block_lse, total))
+    out.mul_(_weight(lse, total))
+    out.addcmul_(block_out.to(out.dtype), _weight(block_lse, total))
     lse.copy_(total)
 
 
@@ -57,10 +58,8 @@ def apply_sinks_(out: Tensor, lse: Tensor, sinks: Tensor) -> None:
 class RunningAttention:
     """The merged (out, lse) of the blocks added so far, for n query rows.
 
-    Rows that nothing was added to are (0, -inf).
-
-    A first block that covers every row is taken as it is; rows that are touched for the first time are
-    copied, not merged.
+    Rows that nothing was added to are (0, -inf). A first block that covers every row is taken as it is; rows
+    that are touched for the first time are copied, not merged.
     """
 
     def __init__(self, q: Tensor) -> None:
@@ -70,25 +69,29 @@ class RunningAttention:
         self._out: Tensor | None = None
         self._lse: Tensor | None = None
 
-    def add(self, start: int, stop: int, out: Tensor, lse: Tensor) -> None:
-        """Merge the attention of rows [start, stop) to some more keys: out (b, h, rows, d), lse (b, h, rows)."""
+    def add(self, rows: slice, out: Tensor, lse: Tensor) -> None:
+        """Merge the attention of some rows to some more keys: out (b, h, rows, d), lse (b, h, rows)."""
         out = out.permute(2, 0, 1, 3)
-        fresh = self._touched.add(start, stop)
-        if self._out is None and stop - start == self._q.shape[0]:
-            self._out, self._lse = out, lse
+        is_fresh = self._touched.add(rows.start, rows.stop)
+        if self._out is None and rows.stop - rows.start == self._q.shape[0]:
+            self._out = out
+            self._lse = lse
             return
         running, running_lse = self._accumulators()
-        if fresh:
-            running[start:stop].copy_(out)
-            running_lse[:, :, start:stop].copy_(lse)
+        if is_fresh:
+            running[rows].copy_(out)
+            running_lse[:, :, rows].copy_(lse)
         else:
-            merge_(running[start:stop], running_lse[:, :, start:stop], out, lse)
+            merge_(running[rows], running_lse[:, :, rows], out, lse)
 
     def _accumulators(self) -> tuple[Tensor, Tensor]:
+        """The running pair in a dtype that adds up, made when it is first needed."""
         dtype = accumulator_dtype(self._q.dtype)
         if self._out is None or self._lse is None:
             n, b, h, _ = self._q.shape
             self._out = self._q.new_zeros(self._q.shape, dtype=dtype)
+            # Rows are its second dim in memory, as they are of out: a merge walks through both in the same
+            # order.
             self._lse = self._q.new_full((b, n, h), -torch.inf, dtype=dtype).transpose(1, 2)
         self._out = self._out.to(dtype)
         return self._out, self._lse
@@ -107,30 +110,32 @@ class RunningAttention:
 
 
 class RowSums:
-    """Sums of gradients by row, in fp32 (fp64 for fp64): rows that are touched for the first time are copied,
-    not added.
+    """Sums of gradients by row, in fp32 (fp64 for fp64).
+
+    Rows that are touched for the first time are copied, not added: most rows are touched once.
     """
 
     def __init__(self, shape: tuple[int, int, int, int], like: Tensor) -> None:
-        """For a (n, b, heads, d) gradient."""
+        """For a gradient of this shape (n, b, heads, d), on the device and for the dtype of `like`."""
         self._shape = shape
         self._like = like
         self._touched = _Rows()
         self._sums: Tensor | None = None
 
-    def add(self, start: int, stop: int, *parts: Tensor) -> None:
-        """Add (b, heads_i, rows, d) parts, whose heads follow one another, to rows [start, stop)."""
-        fresh = self._touched.add(start, stop)
-        if self._sums is None and len(parts) == 1 and stop - start == self._shape[0]:
+    def add(self, rows: slice, *parts: Tensor) -> None:
+        """Add (b, heads_i, rows, d) parts, whose heads follow one another, to some rows."""
+        is_fresh = self._touched.add(rows.start, rows.stop)
+        if self._sums is None and len(parts) == 1 and rows.stop - rows.start == self._shape[0]:
             self._sums = parts[0].permute(2, 0, 1, 3).to(accumulator_dtype(self._like.dtype))
             return
-        into, head = self.sums()[start:stop], 0
+        into = self.sums()[rows]
+        head = 0
         for part in parts:
-            rows = into[:, :, head : head + part.shape[1]]
-            if fresh:
-                rows.copy_(part.permute(2, 0, 1, 3))
+            heads = into[:, :, head : head + part.shape[1]]
+            if is_fresh:
+                heads.copy_(part.permute(2, 0, 1, 3))
             else:
-                rows.add_(part.permute(2, 0, 1, 3))
+                heads.add_(part.permute(2, 0, 1, 3))
             head += part.shape[1]
 
     def sums(self) -> Tensor:
@@ -141,8 +146,9 @@ class RowSums:
 
 
 class _Rows:
-    """Which rows were touched, as sorted disjoint ranges that grow together: thousands of strips cost a
-    bisection each.
+    """Which rows were touched, as sorted disjoint ranges that grow together.
+
+    A narrow band is thousands of strips: each costs two bisections here, not a walk.
     """
 
     def __init__(self) -> None:
@@ -152,17 +158,16 @@ class _Rows:
     def add(self, start: int, stop: int) -> bool:
         """Mark rows; True if none of them was marked before.
 
-        A partly marked range counts as marked: zeros merge exactly.
+        A partly marked range counts as marked: merging into zeros is exact, too.
         """
-        first, last = (
-            bisect_left(self._stops, start),
-            bisect_right(self._starts, stop),
-        )  # the ranges that meet or touch
-        fresh = all(
-            b <= start or stop <= a
-            for a, b in zip(self._starts[first:last], self._stops[first:last], strict=True)
-        )
+        # The ranges that meet [start, stop) or touch it.
+        first = bisect_left(self._stops, start)
+        last = bisect_right(self._starts, stop)
+        met = zip(self._starts[first:last], self._stops[first:last], strict=True)
+        is_fresh = all(their_stop <= start or stop <= their_start for their_start, their_stop in met)
         if first < last:
-            start, stop = min(start, self._starts[first]), max(stop, self._stops[last - 1])
-        self._starts[first:last], self._stops[first:last] = [start], [stop]
-        return fresh
+            start = min(start, self._starts[first])
+            stop = max(stop, self._stops[last - 1])
+        self._starts[first:last] = [start]
+        self._stops[first:last] = [stop]
+        return is_fresh

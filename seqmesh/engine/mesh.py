@@ -7,10 +7,13 @@ process.
     ring 2 x ulysses 3, 6 ranks          ulysses group: one row, all-to-all swaps sequence for heads
       ring 0:  0 1 2                     ring group: one column, K/V rows travel
       ring 1:  3 4 5
+
+Source: the order of the axes is the USP paper's best practice 7, ulysses on the faster links.
 """
 
 from dataclasses import dataclass
 from datetime import timedelta
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -48,7 +51,11 @@ class SequenceMesh:
 
     @staticmethod
     def build(
-        *, ulysses: int = 1, ring: int = 1, device_type: str | None = None, timeout: timedelta | None = None
+        *,
+        ulysses: int = 1,
+        ring: int = 1,
+        device_type: str | None = None,
+        timeout: timedelta | None = None,
     ) -> "SequenceMesh":
         """A mesh over the whole default process group, or the 1 x 1 mesh of a single process without one.
 
@@ -66,40 +73,13 @@ class SequenceMesh:
             raise ValueError(
                 f"ulysses={ulysses} x ring={ring}: a degree is at least 1; use 1 to leave an axis out"
             )
-        ready = dist.is_available() and dist.is_initialized()
-        world = dist.get_world_size() if ready else 1
-        if ulysses * ring != world:
-            rule = (
-                f"the default process group has {world} ranks"
-                if ready
-                else "no process group is initialised, which makes 1 rank"
-            )
-            raise ValueError(
-                f"ulysses={ulysses} x ring={ring} needs {ulysses * ring} ranks but {rule}; choose degrees whose product is {world},"
-                " or pass a slice of a larger mesh to SequenceMesh.from_device_mesh"
-            )
-        if not ready:
-            return SequenceMesh(
-                ulysses=1,
-                ring=1,
-                ulysses_rank=0,
-                ring_rank=0,
-                ulysses_group=None,
-                ring_group=None,
-                device_mesh=None,
-            )
-        device_type = device_type or ("cuda" if "nccl" in str(dist.get_backend()) else "cpu")
-        names = ("ring", "ulysses")
-        if timeout is None:
-            device_mesh = init_device_mesh(device_type, (ring, ulysses), mesh_dim_names=names)
-        else:
-            ranks = torch.arange(world).view(ring, ulysses)
-            groups = [
-                dist.new_subgroups_by_enumeration(lines.tolist(), timeout=timeout)[0]
-                for lines in (ranks.T, ranks)
-            ]
-            device_mesh = DeviceMesh.from_group(groups, device_type, mesh=ranks, mesh_dim_names=names)
-        return SequenceMesh.from_device_mesh(device_mesh)
+        is_ready = dist.is_available() and dist.is_initialized()
+        _check_world(ulysses, ring, dist.get_world_size() if is_ready else None)
+        if not is_ready:
+            return _single_process()
+        if device_type is None:
+            device_type = "cuda" if "nccl" in str(dist.get_backend()) else "cpu"
+        return SequenceMesh.from_device_mesh(_device_mesh(device_type, ulysses, ring, timeout))
 
     @staticmethod
     def from_device_mesh(
@@ -116,37 +96,96 @@ class SequenceMesh:
             ValueError: an axis that the mesh does not have, the same axis twice, or a ring axis inside the
                 ulysses axis.
         """
-        names = device_mesh.mesh_dim_names or ()
-        for axis in (ulysses, ring):
-            if axis is not None and axis not in names:
-                raise ValueError(
-                    f"the device mesh has axes {names}, none is called {axis!r}; name an axis of the mesh, or pass None"
-                )
-        if ulysses is not None and ring is not None:
-            if ulysses == ring:
-                raise ValueError(f"the axis {ulysses!r} cannot be ulysses and ring at once; name two axes")
-            if names.index(ring) > names.index(ulysses):
-                raise ValueError(
-                    f"axes {names}: {ring!r} must come before {ulysses!r}, which belongs on faster links; reorder them"
-                )
-
-        def axis_of(name: str | None) -> tuple[int, int, str | None]:
-            if name is None:
-                return 1, 0, None
-            size = device_mesh.size(names.index(name))
-            return (
-                size,
-                device_mesh.get_local_rank(name),
-                device_mesh.get_group(name).group_name if size > 1 else None,
-            )
-
-        (u_size, u_rank, u_group), (r_size, r_rank, r_group) = axis_of(ulysses), axis_of(ring)
+        _check_axes(device_mesh, ulysses, ring)
+        inner = _Axis.of(device_mesh, ulysses)
+        outer = _Axis.of(device_mesh, ring)
         return SequenceMesh(
-            ulysses=u_size,
-            ring=r_size,
-            ulysses_rank=u_rank,
-            ring_rank=r_rank,
-            ulysses_group=u_group,
-            ring_group=r_group,
+            ulysses=inner.size,
+            ring=outer.size,
+            ulysses_rank=inner.rank,
+            ring_rank=outer.rank,
+            ulysses_group=inner.group,
+            ring_group=outer.group,
             device_mesh=device_mesh,
         )
+
+
+def _check_world(ulysses: int, ring: int, world: int | None) -> None:
+    """Raise ValueError unless the degrees use every rank; `world` is None without a process group."""
+    ranks = 1 if world is None else world
+    if ulysses * ring != ranks:
+        if world is None:
+            rule = "no process group is initialised, which makes 1 rank"
+        else:
+            rule = f"the default process group has {world} ranks"
+        raise ValueError(
+            f"ulysses={ulysses} x ring={ring} needs {ulysses * ring} ranks but {rule};"
+            f" choose degrees whose product is {ranks},"
+            " or pass a slice of a larger mesh to SequenceMesh.from_device_mesh"
+        )
+
+
+def _single_process() -> SequenceMesh:
+    return SequenceMesh(
+        ulysses=1,
+        ring=1,
+        ulysses_rank=0,
+        ring_rank=0,
+        ulysses_group=None,
+        ring_group=None,
+        device_mesh=None,
+    )
+
+
+def _device_mesh(device_type: str, ulysses: int, ring: int, timeout: timedelta | None) -> DeviceMesh:
+    """The ring x ulysses mesh of all ranks."""
+    names = ("ring", "ulysses")
+    if timeout is None:
+        return init_device_mesh(device_type, (ring, ulysses), mesh_dim_names=names)
+    # init_device_mesh takes no time-out, so the groups are made by hand: a column each for ring, a row each
+    # for ulysses.
+    ranks = torch.arange(ring * ulysses).view(ring, ulysses)
+    groups = []
+    for lines in (ranks.T, ranks):
+        mine, _ = dist.new_subgroups_by_enumeration(lines.tolist(), timeout=timeout)
+        groups.append(mine)
+    return DeviceMesh.from_group(groups, device_type, mesh=ranks, mesh_dim_names=names)
+
+
+def _check_axes(device_mesh: DeviceMesh, ulysses: str | None, ring: str | None) -> None:
+    names = device_mesh.mesh_dim_names or ()
+    for axis in (ulysses, ring):
+        if axis is not None and axis not in names:
+            raise ValueError(
+                f"the device mesh has axes {names}, none is called {axis!r};"
+                " name an axis of the mesh, or pass None"
+            )
+    if ulysses is None or ring is None:
+        return
+    if ulysses == ring:
+        raise ValueError(f"the axis {ulysses!r} cannot be ulysses and ring at once; name two axes")
+    if names.index(ring) > names.index(ulysses):
+        raise ValueError(
+            f"axes {names}: {ring!r} must come before {ulysses!r}, which belongs on faster links;"
+            " reorder them"
+        )
+
+
+class _Axis(NamedTuple):
+    """One axis of a device mesh, as this rank sees it."""
+
+    size: int
+    rank: int
+    group: str | None
+    """None for a size of 1: nothing is exchanged along it."""
+
+    @staticmethod
+    def of(device_mesh: DeviceMesh, name: str | None) -> "_Axis":
+        """The axis of this name; of size 1 without one."""
+        if name is None:
+            return _Axis(1, 0, None)
+        names = device_mesh.mesh_dim_names
+        assert names is not None
+        size = device_mesh.size(names.index(name))
+        group = device_mesh.get_group(name).group_name if size > 1 else None
+        return _Axis(size, device_mesh.get_local_rank(name), group)

@@ -1,138 +1,215 @@
-"""The ring: walk over the stages of a schedule, next stage's rows in flight, and merge; and the same walk for
-the gradients.
+"""The ring: walk over the stages of a schedule, the next stage's rows in flight, and merge; the same for
+gradients.
 
     forward     stage 0: own K/V   | stage 1: received rows       | stage 2 ...
                 fetch 1 in flight  | fetch 2 in flight            |
-    backward    the same fetches; each stage's partial dK/dV travel home while the next stage computes
+    backward    the same walk; each stage's partial dK/dV travel home while the next stage computes
 
 Own rows never travel. All ranks issue the same collectives in the same order, whether or not they have
 anything to send.
+
 Legend: N rows of the ring rank, b batch, h query heads and g K/V heads of this rank, d head dim. Tensors are
 rows-first, (N, b, heads, d), so that rows are slices; kernels see (b, heads, rows, d) views.
-
 Source: Ring-Attention (Liu et al. 2023); sending partial gradients straight home and accumulating there in
 fp32 is ours.
 """
 
+from collections.abc import Iterator
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
-from seqmesh.engine.call import Plan
+from seqmesh.engine.call import AttentionCall
 from seqmesh.engine.exchange import Pending, add_returned_rows_, fetch_rows, return_rows
+from seqmesh.engine.kernels import Tile
 from seqmesh.engine.merge import RowSums, RunningAttention, accumulator_dtype
-from seqmesh.masks import Band
+from seqmesh.schedule import Stage
 from seqmesh.schedule.heads import HeadShare
-from seqmesh.schedule.ring import Stage
+
+
+class Arrived(NamedTuple):
+    """A stage, and the keys and values that its blocks index."""
+
+    stage: Stage
+    keys: Tensor
+    """(received rows, b, g, d); at stage 0 this rank's own rows."""
+    values: Tensor
 
 
 def ring_forward(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, plan: Plan, share: HeadShare
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: AttentionCall, share: HeadShare
 ) -> tuple[Tensor, Tensor]:
     """Attention of this rank's rows and heads to all keys: (N, b, h, d), lse (b, h, N)."""
-    running, stages = RunningAttention(q), plan.schedule.ring.stages
-    keys, values, coming = k, v, _fetch(k, v, plan, 1)
-    for number, stage in enumerate(stages):
-        if coming is not None and number:
-            keys, values = _arrived(coming, stage, k)
-            coming = None  # frees what was sent before the next buffers are made
-            coming = _fetch(k, v, plan, number + 1)
-        for tile in _tiles(stage, plan):
-            rows, cols = slice(tile.q_start, tile.q_stop), slice(tile.k_start, tile.k_stop)
-            running.add(
-                tile.q_start, tile.q_stop, *_forward(q[rows], keys[cols], values[cols], tile, plan, share)
-            )
+    running = RunningAttention(q)
+    for stage, keys, values in _walk(k, v, call):
+        for tile in _tiles(stage, call):
+            rows, columns = _slices(tile)
+            # Not kept in variables: a tile's output must not live on while the next one is computed.
+            running.add(rows, *_tile_forward(q[rows], keys[columns], values[columns], tile, call, share))
+        del keys, values  # the walk frees them before it makes the next buffers
     return running.finish(sinks)
 
 
 def ring_backward(
-    grad_out: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, plan: Plan, share: HeadShare
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    call: AttentionCall,
+    share: HeadShare,
 ) -> tuple[Tensor, Tensor]:
     """dq (N, b, h, d) and dkv (N, b, 2 g, d), the keys' heads first, in the inputs' dtype."""
-    stages, mesh = plan.schedule.ring.stages, plan.schedule.mesh
-    n_kv, b, g, d = k.shape
-    dq, home = RowSums((q.shape[0], b, q.shape[2], d), q), RowSums((n_kv, b, 2 * g, d), k)
-    keys, values, coming = k, v, _fetch(k, v, plan, 1)
-    going: tuple[Pending, Stage] | None = None
-    for number, stage in enumerate(stages):
-        if coming is not None and number:
-            keys, values = _arrived(coming, stage, k)
-            coming = None  # frees what was sent before the next buffers are made
-            coming = _fetch(k, v, plan, number + 1)
-        dkv = RowSums((stage.rows_received, b, 2 * g, d), k) if number else home
-        for tile in _tiles(stage, plan):
-            rows, cols = slice(tile.q_start, tile.q_stop), slice(tile.k_start, tile.k_stop)
-            tensors = (grad_out[rows], q[rows], keys[cols], values[cols], out[rows])
-            tile_dq, tile_dk, tile_dv = _backward(tensors, lse[:, :, rows], tile, plan, share)
-            dq.add(tile.q_start, tile.q_stop, tile_dq)
-            dkv.add(tile.k_start, tile.k_stop, tile_dk, tile_dv)
-        if going is not None:
-            add_returned_rows_(home.sums(), going[0].wait(), going[1].sends)
-            going = None
-        if number:
-            assert mesh.ring_group is not None
-            partial = dkv.sums().to(k.dtype)
-            going = return_rows(partial, stage.sends, stage.receives, mesh.ring, mesh.ring_group), stage
-    if going is not None:
-        add_returned_rows_(home.sums(), going[0].wait(), going[1].sends)
-    return dq.sums().to(q.dtype), home.sums().to(k.dtype)
+    _, b, g, d = k.shape
+    dq = RowSums((q.shape[0], b, q.shape[2], d), q)
+    home = _Home(k, call)
+    for stage, keys, values in _walk(k, v, call):
+        is_own = stage is call.schedule.ring.stages[0]
+        dkv = home.grads if is_own else RowSums((stage.rows_received, b, 2 * g, d), k)
+        for tile in _tiles(stage, call):
+            rows, columns = _slices(tile)
+            tensors = (grad_out[rows], q[rows], keys[columns], values[columns], out[rows])
+            tile_dq, tile_dk, tile_dv = _tile_backward(tensors, lse[:, :, rows], tile, call, share)
+            dq.add(rows, tile_dq)
+            dkv.add(columns, tile_dk, tile_dv)
+        home.receive()
+        if not is_own:
+            home.send(dkv.sums().to(k.dtype), stage)
+        del keys, values  # the walk frees them before it makes the next buffers
+    home.receive()
+    return dq.sums().to(q.dtype), home.grads.sums().to(k.dtype)
 
 
-def _fetch(k: Tensor, v: Tensor, plan: Plan, number: int) -> Pending | None:
-    """Start the exchange of a stage, if there is such a stage."""
-    stages, mesh = plan.schedule.ring.stages, plan.schedule.mesh
-    if number >= len(stages):
-        return None
+def _walk(k: Tensor, v: Tensor, call: AttentionCall) -> Iterator[Arrived]:
+    """Every stage of this rank with its keys and values, the exchange of the next stage's rows in flight.
+
+    What it yields lives until the next stage's rows have arrived, if whoever walks lets go of it: two
+    buffers, of what is computed on and of what is under way, never three.
+    """
+    own, *hops = call.schedule.ring.stages
+    coming = _fetch(k, v, hops[0], call) if hops else None
+    yield Arrived(own, k, v)
+    for number, stage in enumerate(hops, start=1):
+        assert coming is not None
+        arrived = _arrived(coming, stage, k)
+        coming = None  # frees what was sent, before the next buffers are made
+        if number < len(hops):
+            coming = _fetch(k, v, hops[number], call)
+        yield arrived
+
+
+def _fetch(k: Tensor, v: Tensor, stage: Stage, call: AttentionCall) -> Pending:
+    """Start the exchange of a stage's rows."""
+    mesh = call.schedule.mesh
     assert mesh.ring_group is not None
-    return fetch_rows(k, v, stages[number].sends, stages[number].receives, mesh.ring, mesh.ring_group)
+    return fetch_rows(k, v, stage.sends, stage.receives, mesh.ring, mesh.ring_group)
 
 
-def _arrived(coming: Pending, stage: Stage, k: Tensor) -> tuple[Tensor, Tensor]:
-    """The keys and values (received rows, b, g, d) of a stage."""
+def _arrived(coming: Pending, stage: Stage, k: Tensor) -> Arrived:
+    """Wait for the rows of a stage."""
     _, b, g, d = k.shape
     received = coming.wait().view(stage.rows_received, b, 2 * g, d)
-    return received[:, :, :g], received[:, :, g:]
+    return Arrived(stage, received[:, :, :g], received[:, :, g:])
 
 
-def _tiles(stage: Stage, plan: Plan) -> list[Band]:
-    return [tile for block in stage.blocks for tile in plan.kernel.tiles(block)]
+class _Home:
+    """Gradients of this rank's own K/V rows: what it computes itself, and the parts that peers send home, in
+    fp32.
+
+    At most one part is under way: it is sent after a stage, and travels while the next one computes.
+    """
+
+    def __init__(self, k: Tensor, call: AttentionCall) -> None:
+        rows, b, g, d = k.shape
+        self.grads = RowSums((rows, b, 2 * g, d), k)
+        self._mesh = call.schedule.mesh
+        self._under_way: tuple[Pending, Stage] | None = None
+
+    def send(self, partial: Tensor, stage: Stage) -> None:
+        """Send the gradients (received rows, b, 2 g, d) of a stage's rows to their owners; ours start to
+        come.
+        """
+        mesh = self._mesh
+        assert mesh.ring_group is not None
+        pending = return_rows(partial, stage.sends, stage.receives, mesh.ring, mesh.ring_group)
+        self._under_way = pending, stage
+
+    def receive(self) -> None:
+        """Add what has been under way, if anything is."""
+        if self._under_way is not None:
+            pending, stage = self._under_way
+            add_returned_rows_(self.grads.sums(), pending.wait(), stage.sends)
+            self._under_way = None
+
+
+def _tiles(stage: Stage, call: AttentionCall) -> Iterator[Tile]:
+    for block in stage.blocks:
+        yield from call.kernel.tiles(block)
+
+
+def _slices(tile: Tile) -> tuple[slice, slice]:
+    """Query rows and key rows of a tile."""
+    band = tile.band
+    return slice(band.q_start, band.q_stop), slice(band.k_start, band.k_stop)
 
 
 def _heads_first(x: Tensor) -> Tensor:
     return x.permute(1, 2, 0, 3)  # (rows, b, heads, d) -> (b, heads, rows, d)
 
 
-def _forward(
-    q: Tensor, k: Tensor, v: Tensor, tile: Band, plan: Plan, share: HeadShare
+def _tile_forward(
+    q: Tensor, k: Tensor, v: Tensor, tile: Tile, call: AttentionCall, share: HeadShare
 ) -> tuple[Tensor, Tensor]:
     """The kernel on one tile: (b, h, rows, d) and (b, h, rows).
 
-    One call per group of equally used K/V heads: mostly one.
+    One call per group of equally used K/V heads: one in all, unless query heads are split unevenly.
     """
     q, k, v = _heads_first(q), _heads_first(k), _heads_first(v)
-    parts = [
-        plan.kernel.forward(q[:, g.q_start : g.q_stop], k[:, kv], v[:, kv], tile, plan.scale, plan.softcap)
-        for g in share.groups
-        for kv in (slice(g.kv_start, g.kv_stop),)
-    ]
+    if not share.groups:  # this rank holds no head of the chunk
+        return q, q.new_zeros(q.shape[:3], dtype=accumulator_dtype(q.dtype))
+    parts = []
+    for group in share.groups:
+        heads = slice(group.q_start, group.q_stop)
+        kv = slice(group.kv_start, group.kv_stop)
+        parts.append(call.kernel.forward(q[:, heads], k[:, kv], v[:, kv], tile, call.logits))
     if len(parts) == 1:
         return parts[0]
-    if not parts:
-        return q, q.new_zeros(q.shape[:3], dtype=accumulator_dtype(q.dtype))
     return torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 1)
 
 
-def _backward(
-    tensors: tuple[Tensor, ...], lse: Tensor, tile: Band, plan: Plan, share: HeadShare
-) -> list[Tensor]:
-    """The kernel's gradients on one tile: dq (b, h, rows, d), dk, dv (b, g, rows, d)."""
+def _tile_backward(
+    tensors: tuple[Tensor, ...], lse: Tensor, tile: Tile, call: AttentionCall, share: HeadShare
+) -> tuple[Tensor, ...]:
+    """The kernel's gradients on one tile: dq (b, h, rows, d), dk, dv (b, g, rows, d).
+
+    Args:
+        tensors: grad_out, q, k, v and out, rows-first.
+        lse: (b, h, rows).
+        tile: which pairs.
+        call: kernel and logits.
+        share: this rank's heads.
+    """
     grad_out, q, k, v, out = map(_heads_first, tensors)
+    if not share.groups:
+        return q, k, v
     parts = []
-    for g in share.groups:
-        heads, kv = slice(g.q_start, g.q_stop), slice(g.kv_start, g.kv_stop)
-        inputs = (grad_out[:, heads], q[:, heads], k[:, kv], v[:, kv], out[:, heads], lse[:, heads])
-        parts.append(plan.kernel.backward(*inputs, tile, plan.scale, plan.softcap))
+    for group in share.groups:
+        heads = slice(group.q_start, group.q_stop)
+        kv = slice(group.kv_start, group.kv_stop)
+        parts.append(
+            call.kernel.backward(
+                grad_out[:, heads],
+                q[:, heads],
+                k[:, kv],
+                v[:, kv],
+                out[:, heads],
+                lse[:, heads],
+                tile,
+                call.logits,
+            )
+        )
     if len(parts) == 1:
-        return list(parts[0])
-    if not parts:
-        return [q, k, v]
-    return [torch.cat(gradients, 1) for gradients in zip(*parts, strict=True)]
+        return parts[0]
+    return tuple(torch.cat(gradients, 1) for gradients in zip(*parts, strict=True))

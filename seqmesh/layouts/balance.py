@@ -4,7 +4,7 @@ Long-tailed documents are where fixed layouts lose: on 1M tokens of log-normal d
 busiest rank of zigzag computes 3 to 6 times the mean. `balanced` deals out whole segments and cuts only the
 ones that it has to (filling.py), so that every rank has equal tokens and, to half a percent, equal area.
 
-    documents     A A A A A A A A A A A A A A A A A A A A|B B B B B B|C C C|D D|E     busiest rank's area / mean
+    documents     A A A A A A A A A A A A A A A A A A A A|B B B B B B|C C C|D D|E     busiest area / mean
     contiguous    0 0 0 0 0 0 0 0 1 1 1 1 1 1 1 1 2 2 2 2 2 2 2 2 3 3 3 3 3 3 3 3     1.66
     zigzag        0 0 0 0 1 1 1 1 2 2 2 2 3 3 3 3 3 3 3 3 2 2 2 2 1 1 1 1 0 0 0 0     2.19
     balanced      0 0 0 0 0 0 1 1 1 2 2 3 3 3 2 2 1 1 0 0 2 3 3 3 3 3 2 2 2 1 1 1     1.05
@@ -77,8 +77,11 @@ def balanced(mask: Mask, ring: int, *, pairs_per_row: float = DEFAULT_PAIRS_PER_
         how = best.layout.reason
     else:
         how = f"same as {best.layout.name}, which costs no more"
-    load_of_busiest = f"the busiest rank computes {best.area / mean:.3f}x the mean area, none receives more than {best.rows} rows"
-    return Layout(best.layout.s, best.layout.ranks, "balanced", f"{how}: {load_of_busiest}")
+    reason = (
+        f"{how}: the busiest rank computes {best.area / mean:.3f}x the mean area,"
+        f" none receives more than {best.rows} rows"
+    )
+    return Layout(best.layout.s, best.layout.ranks, "balanced", reason)
 
 
 def best_layout(mask: Mask, ring: int, pairs_per_row: float) -> Measured:
@@ -103,8 +106,10 @@ def _check(mask: Mask, ring: int, pairs_per_row: float) -> None:
     check_degrees(mask.q_len, ring)
     if mask.q_len != mask.k_len:
         raise ValueError(
-            f"a mask of {mask.q_len} queries x {mask.k_len} keys, but a rank holds the queries and the keys of the same tokens;"
-            " use a mask of equally many queries and keys, or lay out each side by itself (layouts.contiguous)"
+            f"a mask of {mask.q_len} queries x {mask.k_len} keys,"
+            " but a rank holds the queries and the keys of the same tokens;"
+            " use a mask of equally many queries and keys,"
+            " or lay out each side by itself (layouts.contiguous)"
         )
     if not 0 <= pairs_per_row < inf:
         raise ValueError(

@@ -1,6 +1,6 @@
 """Which layout to take: by its name, or `auto`, the simplest that is as good as the best one known.
 
-    contiguous -> zigzag -> balanced        from the simplest; each is taken if its busiest rank costs no more than 2% above the best
+    contiguous -> zigzag -> balanced    the first whose busiest rank costs no more than 2% above the best
 
 Trade-off: the cost is of the busiest rank alone, pairs computed and rows received; latency of many small
 exchanges is not in it.

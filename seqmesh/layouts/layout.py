@@ -66,7 +66,8 @@ class Layout:
             tokens = span.tokens if span.stride else range(0)
             if span.count < 0 or span.stride < 1 or span.start < 0 or tokens[-1] >= self.s:
                 raise ValueError(
-                    f"{span} leaves the sequence of {self.s} tokens; use count >= 0, stride >= 1 and positions inside it"
+                    f"{span} leaves the sequence of {self.s} tokens;"
+                    " use count >= 0, stride >= 1 and positions inside it"
                 )
             held[tokens.start : tokens[-1] + 1 : tokens.step] = b"\1" * span.count
             total += span.count

@@ -4,7 +4,7 @@
     keys they see      |==========================|              causal: everything up to the last row
     received                     |==============|               keys seen, less rows held
 
-Trade-off: a span with a stride is measured token by token; the layouts that `balance` compares have none.
+Trade-off: a span with a stride is measured token by token; the layouts that `balanced` compares have none.
 """
 
 from collections.abc import Iterable
@@ -29,12 +29,15 @@ def area(mask: Mask, spans: Iterable[Span]) -> int:
 
 
 def rows(mask: Mask, spans: Iterable[Span]) -> int:
-    """K/V rows received by the rank that holds these spans: distinct keys that its queries may see and that
-    it does not hold.
+    """K/V rows received by the rank that holds these spans.
+
+    They are the distinct keys that its queries may see and that it does not hold.
     """
     held = sorted(_runs(spans))
-    seen = sorted(keys for start, stop in held for keys in _keys_seen(mask, start, stop))
-    return _outside(seen, held)
+    seen: list[tuple[int, int]] = []
+    for start, stop in held:
+        seen += _keys_seen(mask, start, stop)
+    return _outside(sorted(seen), held)
 
 
 def _runs(spans: Iterable[Span]) -> list[tuple[int, int]]:
@@ -55,8 +58,11 @@ def _keys_seen(mask: Mask, start: int, stop: int) -> list[tuple[int, int]]:
 
 
 def _outside(seen: list[tuple[int, int]], held: list[tuple[int, int]]) -> int:
-    """Positions in the union of `seen` and in no run of `held`; both sorted, `held` disjoint."""
-    count, reach, at = 0, 0, 0
+    """Positions in the union of `seen` and in no run of `held`; both sorted, `held` disjoint.
+
+    One sweep: `start` is the first position not yet counted, `at` the first held run that ends after it.
+    """
+    count = reach = at = 0
     for first, stop in seen:
         start = max(first, reach)
         reach = max(reach, stop)

@@ -1,12 +1,11 @@
-"""Segments of a mask: stretches of tokens that share no pair with the rest, and pieces of them with a wanted
-size and area.
+"""Segments of a mask: stretches of tokens that share no pair with the rest.
 
 Packed documents are one segment each; a causal mask or a window is one segment in all. Ranks that hold
-different segments exchange nothing, so `balance` deals in segments and cuts as few as it can.
+different segments exchange nothing, so `balanced` deals in segments and cuts as few as it can.
 
-    area of a row         /|   /|      .-----
-                         / |  / |   __/              where it never falls (or never rises), a piece with a wanted number of
-    tokens           document  window  prefix-LM     tokens *and* a wanted area is found by bisection
+    area of a row         /|   /|      .-----       where it never falls (or never rises), a piece with
+                         / |  / |   __/             a wanted number of tokens *and* a wanted area is
+    tokens           document  window  prefix-LM    found by bisection
 
 Trade-off: a mask whose row area rises and then falls is cut there into two segments, which do exchange rows:
 exact, more traffic.
@@ -16,6 +15,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from math import inf
+from typing import NamedTuple
 
 from seqmesh.masks import Band, Mask
 
@@ -23,65 +23,102 @@ Run = tuple[int, int]
 """The tokens start <= i < stop."""
 
 
+class _Knot(NamedTuple):
+    """A row at which the course of the area per row changes; up to the next knot it is a straight line."""
+
+    row: int
+    area: int
+    """Of all rows before it."""
+    height: int
+    """Area of the row."""
+    slope: int
+    """By how much each later row has more area than the one before it."""
+
+
+class _Change(NamedTuple):
+    """What a band adds to the course at a row."""
+
+    row: int
+    step: int
+    """To the area per row."""
+    slope_step: int
+    """To its slope."""
+
+
 class RowArea:
-    """Area of the rows of some bands, kept where its course changes: (row, area before it, area of the row,
-    slope from it on).
-    """
+    """Area of the rows of some bands: a piecewise straight line, kept by its knots."""
 
     def __init__(self, start: int, bands: list[Band]) -> None:
-        self._rows, self._knots = [start], [(start, 0, 0, 0)]
-        for row, step, slope_step in sorted(change for band in bands for change in _changes(band)):
-            knot_row, _, height, slope = self._knots[-1]
-            rows = row - knot_row
-            knot = (row, self.before(row), height + slope * rows + step, slope + slope_step)
+        self._rows = [start]
+        self._knots = [_Knot(start, 0, 0, 0)]
+        for change in sorted(change for band in bands for change in _changes(band)):
+            last = self._knots[-1]
+            rows = change.row - last.row
+            knot = _Knot(
+                row=change.row,
+                area=self.before(change.row),
+                height=last.height + last.slope * rows + change.step,
+                slope=last.slope + change.slope_step,
+            )
             if rows:
                 self._knots.append(knot)
-                self._rows.append(row)
-            else:
+                self._rows.append(change.row)
+            else:  # several changes at one row are one knot
                 self._knots[-1] = knot
 
     def before(self, row: int) -> int:
         """Area of all rows before this one."""
-        knot_row, area, height, slope = (
-            self._knots[bisect_right(self._rows, row) - 1] if len(self._rows) > 1 else self._knots[0]
-        )
-        rows = row - knot_row
-        return area + height * rows + slope * (rows * (rows - 1) // 2)
+        knot = self._knots[0]
+        if len(self._rows) > 1:
+            knot = self._knots[bisect_right(self._rows, row) - 1]
+        rows = row - knot.row
+        return knot.area + knot.height * rows + knot.slope * (rows * (rows - 1) // 2)
 
     def turns(self, stop: int) -> Iterator[int]:
-        """Rows before `stop` at which a falling area per row starts to rise, or a rising one to fall."""
-        direction = 0
-        for (row, _, height, slope), (next_row, _, next_height, _) in pairwise(
-            [*self._knots, (stop, 0, 0, 0)]
-        ):
-            if next_row - row > 1 and slope:
-                if slope * direction < 0:
-                    yield row
-                direction = slope
-            step = next_height - height - slope * (next_row - row - 1) if next_row < stop else 0
-            if step * direction < 0:
-                yield next_row
+        """Rows before `stop` at which a falling area per row starts to rise, or a rising one to fall.
+
+        Between two knots the area changes by the slope, and at a knot it may jump: both count as a course, up
+        or down.
+        """
+        direction = 0  # of the course so far: positive up, negative down, 0 level
+        for knot, after in pairwise([*self._knots, _Knot(stop, 0, 0, 0)]):
+            rows = after.row - knot.row
+            if rows > 1 and knot.slope:
+                if knot.slope * direction < 0:
+                    yield knot.row
+                direction = knot.slope
+            if after.row < stop:
+                jump = after.height - knot.height - knot.slope * (rows - 1)
+            else:
+                jump = 0
+            if jump * direction < 0:
+                yield after.row
                 direction = 0
             else:
-                direction = direction or step
+                direction = direction or jump
 
 
-def _changes(band: Band) -> Iterator[tuple[int, int, int]]:
-    """(row, step of the area per row, step of its slope) where a trimmed band begins, bends and ends."""
+def _changes(band: Band) -> Iterator[_Change]:
+    """Where the area per row of a trimmed band begins, bends and ends.
+
+    A lower bound lets each row see one key more until it sees the last one; an upper bound takes one key from
+    each row as soon as the first one is out of reach.
+    """
     q_start, q_stop, k_start, k_stop, lo, hi = band
     rising_until = q_start if lo is None else min(q_stop, max(q_start, k_stop + lo - 1))
     falling_from = q_stop if hi is None else min(q_stop, max(q_start, k_start + hi))
-    height = (k_stop if lo is None else min(k_stop, q_start - lo + 1)) - (
-        k_start if hi is None else max(k_start, q_start - hi)
-    )
-    yield q_start, height, 0
+    first_key = k_start if hi is None else max(k_start, q_start - hi)
+    last_key = k_stop if lo is None else min(k_stop, q_start - lo + 1)
+    height = last_key - first_key
+    yield _Change(q_start, height, 0)
     if rising_until > q_start:
-        yield q_start, 0, 1
-        yield rising_until, 0, -1
+        yield _Change(q_start, 0, 1)
+        yield _Change(rising_until, 0, -1)
     if falling_from < q_stop:
-        yield falling_from, 0, -1
-        yield q_stop, 0, 1
-    yield q_stop, -(height + (rising_until - q_start) - (q_stop - falling_from)), 0
+        yield _Change(falling_from, 0, -1)
+        yield _Change(q_stop, 0, 1)
+    final_height = height + (rising_until - q_start) - (q_stop - falling_from)
+    yield _Change(q_stop, -final_height, 0)
 
 
 class Segment:
@@ -98,10 +135,19 @@ class Segment:
         row_area: RowArea | None = None,
         area: int | None = None,
     ) -> None:
-        self.start, self.head, self.tail = start, 0, stop - start
-        self._bands, self._row_area = bands, row_area
+        """The segment of some bands; `row_area` and `area` if they are known, as they take time to find."""
+        self.start = start
+        self.head = 0
+        """Place of the first token not yet given out."""
+        self.tail = stop - start
+        """Place after the last one."""
         self.area = sum(band.area for band in bands) if area is None else area
-        self._hole, self._hole_tokens, self._hole_area = stop - start, 0, 0
+        """Of the tokens not yet given out."""
+        self._bands = bands
+        self._row_area = row_area
+        self._hole = stop - start
+        self._hole_tokens = 0
+        self._hole_area = 0
 
     @property
     def tokens(self) -> int:
@@ -148,27 +194,33 @@ class Segment:
         if first == stop:
             return []
         area = self.area_between(first, stop) if stop - first < self.tokens else self.area
-        runs = [(self.start + first, self.start + min(stop, self._hole))] if first < self._hole else []
-        if stop > self._hole:
-            runs.append(
-                (
-                    self.start + max(first, self._hole) + self._hole_tokens,
-                    self.start + stop + self._hole_tokens,
-                )
-            )
+        runs = self._runs(first, stop)
         if first == self.head:
             self.head = stop
         else:
             if stop < self.tail:
                 assert not self.has_hole
-                self._hole, self._hole_tokens, self._hole_area = first, stop - first, area
+                self._hole = first
+                self._hole_tokens = stop - first
+                self._hole_area = area
             self.tail -= stop - first
         self.area -= area
         return runs
 
+    def _runs(self, first: int, stop: int) -> list[Run]:
+        """The tokens between two places: one run, or two around the hole."""
+        runs = []
+        if first < self._hole:
+            runs.append((self.start + first, self.start + min(stop, self._hole)))
+        if stop > self._hole:
+            after_hole = self.start + self._hole_tokens
+            runs.append((after_hole + max(first, self._hole), after_hole + stop))
+        return runs
+
     def split_ends(self, tokens: int, area: float, tolerance: float) -> int:
-        """Of a piece of `tokens` from both ends, how many from the tail bring its area closest to `area`;
-        all, if within tolerance.
+        """Of a piece of `tokens` from both ends, how many from the tail bring its area closest to `area`.
+
+        All of them, if that is within tolerance: one run instead of two.
         """
         if abs(self.area_of_ends(0, tokens) - area) <= tolerance:
             return tokens
@@ -176,49 +228,54 @@ class Segment:
 
     def find_piece(self, tokens: int, area: float) -> int:
         """Where the consecutive piece of `tokens` begins whose area is closest to `area`."""
-        return nearest(
-            lambda first: self.area_between(first, first + tokens), self.head, self.tail - tokens, area
-        )
+        last = self.tail - tokens
+        return nearest(lambda first: self.area_between(first, first + tokens), self.head, last, area)
 
 
 def nearest(function: Callable[[int], float], low: int, high: int, target: float) -> int:
-    """The integer in [low, high] where a monotone function is closest to target, by interpolation and
-    bisection in turn.
+    """The integer in [low, high] where a monotone function is closest to target.
+
+    Interpolation and bisection in turn: the first is quick on the near-parabolas of areas, the second cannot
+    get stuck.
     """
-    at_low, at_high = function(low) - target, function(high) - target
-    if at_low == 0 or at_low * at_high > 0:
+    at_low = function(low) - target
+    at_high = function(high) - target
+    if at_low == 0 or at_low * at_high > 0:  # found, or the target lies outside
         return low if abs(at_low) <= abs(at_high) else high
-    interpolate = True
+    interpolates = True
     while high - low > 1:
-        guess = (
-            int(low + (high - low) * (at_low / (at_low - at_high)))
-            if interpolate and abs(at_low) < inf
-            else (low + high) // 2
-        )
+        if interpolates and abs(at_low) < inf:
+            guess = int(low + (high - low) * (at_low / (at_low - at_high)))
+        else:
+            guess = (low + high) // 2
         guess = min(max(guess, low + 1), high - 1)
         at_guess = function(guess) - target
         if at_guess * at_low > 0:
-            low, at_low = guess, at_guess
+            low = guess
+            at_low = at_guess
         else:
-            high, at_high = guess, at_guess
-        interpolate = not interpolate
+            high = guess
+            at_high = at_guess
+        interpolates = not interpolates
     return low if abs(at_low) <= abs(at_high) else high
 
 
 def segments(mask: Mask) -> list[Segment]:
-    """The segments of a mask of equally many queries and keys, in order; tokens that no band touches are
-    segments of no area.
+    """The segments of a mask of equally many queries and keys, in order.
+
+    Tokens that no band touches are segments of no area.
     """
     found: list[Segment] = []
-    reach, together = 0, list[Band]()
-    start = 0
-    for band in sorted(mask.bands, key=lambda b: min(b.q_start, b.k_start)):
+    start = reach = 0  # of the bands that belong together so far
+    together: list[Band] = []
+    for band in sorted(mask.bands, key=lambda band: min(band.q_start, band.k_start)):
         first = min(band.q_start, band.k_start)
-        if first >= reach:
+        if first >= reach:  # it touches nothing that was before
             found.extend(_monotone(start, reach, together))
             if first > reach:
                 found.append(Segment(reach, first, []))
-            start, together = first, []
+            start = first
+            together = []
         together.append(band)
         reach = max(reach, band.q_stop, band.k_stop)
     found.extend(_monotone(start, reach, together))
@@ -231,9 +288,8 @@ def _monotone(start: int, stop: int, bands: list[Band]) -> Iterator[Segment]:
     """The tokens [start, stop) that some bands connect, cut where the area per row turns."""
     if not bands:
         return
-    if (
-        len(bands) == 1 and bands[0].hi is None and bands[0].q_stop == stop
-    ):  # never falls: causal and full documents
+    never_falls = len(bands) == 1 and bands[0].hi is None and bands[0].q_stop == stop
+    if never_falls:  # causal and full documents: nearly all segments there are, without the cost of a RowArea
         yield Segment(start, stop, bands)
         return
     rows = RowArea(start, bands)

@@ -67,22 +67,22 @@ class HeadShare:
 
 def _share(q_start: int, q_stop: int, per_kv: int) -> HeadShare:
     """The share of query heads [q_start, q_stop), where `per_kv` consecutive query heads use one K/V head."""
-    if q_start == q_stop:
-        return HeadShare(
-            q_start=q_start, q_stop=q_stop, kv_start=q_start // per_kv, kv_stop=q_start // per_kv, groups=()
-        )
-    kv_start, kv_stop = q_start // per_kv, (q_stop - 1) // per_kv + 1
+    kv_start = q_start // per_kv
+    kv_stop = kv_start if q_start == q_stop else (q_stop - 1) // per_kv + 1
     groups: list[HeadGroup] = []
     for kv in range(kv_start, kv_stop):
-        first, last = max(q_start, kv * per_kv) - q_start, min(q_stop, (kv + 1) * per_kv) - q_start
-        previous = groups[-1] if groups else None
-        if previous and (previous.q_stop - previous.q_start) == (last - first) * (
-            previous.kv_stop - previous.kv_start
-        ):
-            groups[-1] = previous._replace(q_stop=last, kv_stop=kv + 1 - kv_start)
+        first = max(q_start, kv * per_kv) - q_start
+        last = min(q_stop, (kv + 1) * per_kv) - q_start
+        if groups and _serves_equally_many(groups[-1], last - first):
+            groups[-1] = groups[-1]._replace(q_stop=last, kv_stop=kv + 1 - kv_start)
         else:
             groups.append(HeadGroup(first, last, kv - kv_start, kv + 1 - kv_start))
     return HeadShare(q_start=q_start, q_stop=q_stop, kv_start=kv_start, kv_stop=kv_stop, groups=tuple(groups))
+
+
+def _serves_equally_many(group: HeadGroup, queries: int) -> bool:
+    """Whether each K/V head of a group serves so many query heads."""
+    return group.q_stop - group.q_start == queries * (group.kv_stop - group.kv_start)
 
 
 @lru_cache(maxsize=64)
@@ -105,7 +105,8 @@ def split_heads(
     """
     if heads < 1 or kv_heads < 1 or heads % kv_heads:
         raise ValueError(
-            f"{heads} query heads with {kv_heads} K/V heads: each K/V head must serve equally many query heads; use a divisor of {heads}"
+            f"{heads} query heads with {kv_heads} K/V heads:"
+            f" each K/V head must serve equally many query heads; use a divisor of {heads}"
         )
     if ulysses > heads:
         raise ValueError(
@@ -115,8 +116,7 @@ def split_heads(
     if chunks < 1:
         raise ValueError(f"head_chunks={chunks}: use at least 1")
     per_kv = heads // kv_heads
-    cut = split_evenly(heads, ulysses)
-    whole = [_share(start, stop, per_kv) for start, stop in pairwise(cut)]
+    whole = [_share(start, stop, per_kv) for start, stop in pairwise(split_evenly(heads, ulysses))]
     chunks = min(chunks, max(share.kv for share in whole))
     return tuple(tuple(_part(share, chunk, chunks, per_kv) for share in whole) for chunk in range(chunks))
 
@@ -124,23 +124,29 @@ def split_heads(
 def _part(share: HeadShare, chunk: int, chunks: int, per_kv: int) -> HeadShare:
     """One of `chunks` parts of a share, cut between its K/V heads; it may be empty."""
     cut = split_evenly(share.kv, chunks)
-    first, last = share.kv_start + cut[chunk], share.kv_start + cut[chunk + 1]
-    q_start, q_stop = max(share.q_start, first * per_kv), min(share.q_stop, last * per_kv)
-    return _share(
-        min(q_start, share.q_stop),
-        max(q_start, q_stop) if first < last else min(q_start, share.q_stop),
-        per_kv,
-    )
+    first_kv = share.kv_start + cut[chunk]
+    last_kv = share.kv_start + cut[chunk + 1]
+    # The outermost K/V heads may serve queries of a neighbouring rank as well: those are not of this share.
+    q_start = min(max(share.q_start, first_kv * per_kv), share.q_stop)
+    q_stop = min(share.q_stop, last_kv * per_kv)
+    if first_kv == last_kv:
+        return _share(q_start, q_start, per_kv)
+    return _share(q_start, q_stop, per_kv)
 
 
 def default_chunks(ulysses: int, ring: int, k_len: int, elements_per_token: int) -> int:
     """Head chunks when the caller names none.
 
     From global sizes only: every rank must come to the same number.
+
+    Args:
+        ulysses: ulysses degree.
+        ring: ring degree.
+        k_len: keys of the whole sequence.
+        elements_per_token: batch x K/V heads x head dim.
     """
+    if ulysses * ring == 1:
+        return 1
     most = MOST_HEAD_CHUNKS_EXCHANGED if ulysses > 1 else MOST_HEAD_CHUNKS
-    return (
-        1
-        if ulysses * ring == 1
-        else max(1, min(most, k_len * elements_per_token // (ulysses * ring) // CHUNK_ELEMENTS))
-    )
+    elements_per_rank = k_len * elements_per_token // (ulysses * ring)
+    return max(1, min(most, elements_per_rank // CHUNK_ELEMENTS))

@@ -138,49 +138,55 @@ def _storage(layout: Layout, rank: int) -> Iterator[tuple[int, Span]]:
 
 
 def _to_storage(band: Band, q: Span, k: Span) -> Iterator[Band]:
-    """The pairs of a global band between two spans, as trimmed bands over indices into those spans.
-
-    With a common stride t, i - j = (q.start - k.start) + t (a - b): still a band. Spans of different strides
-    have no such form, so the wider-strided one is taken token by token: always right, and slow only for
-    layouts that mix strides.
-    """
-    stride = q.stride if q.count > 1 else k.stride
+    """The pairs of a global band between two spans, as trimmed bands over indices into those spans."""
     if q.count > 1 and k.count > 1 and q.stride != k.stride:
-        if q.stride > k.stride:
-            yield from (
-                piece.shift(a, 0)
-                for a, i in enumerate(q.tokens)
-                for piece in _to_storage(band, Span(i, 1), k)
-            )
-        else:
-            yield from (
-                piece.shift(0, b)
-                for b, j in enumerate(k.tokens)
-                for piece in _to_storage(band, q, Span(j, 1))
-            )
+        yield from _token_by_token(band, q, k)
         return
+    # Both strides are t (a span of one token has any): with i = q.start + t a and j = k.start + t b,
+    # i - j = (q.start - k.start) + t (a - b) is still a band, whose bounds are rounded inwards.
+    stride = q.stride if q.count > 1 else k.stride
     offset = q.start - k.start
     piece = Band(
-        max(0, -((q.start - band.q_start) // stride)),
-        min(q.count, -((q.start - band.q_stop) // stride)),
-        max(0, -((k.start - band.k_start) // stride)),
-        min(k.count, -((k.start - band.k_stop) // stride)),
-        None if band.lo is None else -((offset - band.lo) // stride),
+        max(0, _ceil_div(band.q_start - q.start, stride)),
+        min(q.count, _ceil_div(band.q_stop - q.start, stride)),
+        max(0, _ceil_div(band.k_start - k.start, stride)),
+        min(k.count, _ceil_div(band.k_stop - k.start, stride)),
+        None if band.lo is None else _ceil_div(band.lo - offset, stride),
         None if band.hi is None else (band.hi - offset) // stride,
     ).trim()
     if piece is not None:
         yield piece
 
 
+def _token_by_token(band: Band, q: Span, k: Span) -> Iterator[Band]:
+    """The same for spans of different strides: the wider-strided one is taken apart.
+
+    Always right, and slow only for layouts that mix strides.
+    """
+    if q.stride > k.stride:
+        for a, i in enumerate(q.tokens):
+            for piece in _to_storage(band, Span(i, 1), k):
+                yield piece.shift(a, 0)
+    else:
+        for b, j in enumerate(k.tokens):
+            for piece in _to_storage(band, q, Span(j, 1)):
+                yield piece.shift(0, b)
+
+
+def _ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
 def _pieces_of_queries(
     mask: Mask, q_layout: Layout, kv_layout: Layout, rank: int
 ) -> Iterator[tuple[int, Band]]:
-    """(owner of the keys, band from this rank's query storage to the owner's K/V storage), for all pairs of
-    this rank's queries.
+    """All pairs of this rank's queries: (owner of the keys, band from query storage to the owner's K/V
+    storage).
     """
     owners = _owners(kv_layout)
     for q_offset, q in _storage(q_layout, rank):
-        start, stop = q.start, q.tokens[-1] + 1
+        start = q.start
+        stop = q.tokens[-1] + 1
         for band in mask.by_query.meeting(start, stop):
             clipped = band.within(start, stop, 0, mask.k_len)
             if clipped is None:
@@ -191,10 +197,11 @@ def _pieces_of_queries(
 
 
 def _pieces_of_keys(mask: Mask, q_layout: Layout, kv_layout: Layout, rank: int) -> Iterator[tuple[int, Band]]:
-    """The transpose: (owner of the queries, band from the owner's query storage to this rank's K/V storage)."""
+    """The transpose: (owner of the queries, band from the owner's query storage to our K/V storage)."""
     owners = _owners(q_layout)
     for k_offset, k in _storage(kv_layout, rank):
-        start, stop = k.start, k.tokens[-1] + 1
+        start = k.start
+        stop = k.tokens[-1] + 1
         for band in mask.by_key.meeting(start, stop):
             clipped = band.within(0, mask.q_len, start, stop)
             if clipped is None:
@@ -216,8 +223,8 @@ def _union(pieces: Iterable[Band]) -> Runs:
 
 
 def _into_buffer(pieces: Iterable[Band], runs: Runs, base: int) -> Iterator[Band]:
-    """Move the keys of bands from the sender's storage to the place of its runs in the receive buffer, which
-    starts at `base`.
+    """Move the keys of bands from the sender's storage to where its runs lie in the receive buffer, from
+    `base` on.
     """
     starts = [start for start, _ in runs]
     places = list(accumulate((stop - start for start, stop in runs), initial=base))
@@ -240,6 +247,7 @@ def _merge(a: Band, b: Band) -> Band | None:
     for lo in {a.lo, b.lo}:
         for hi in {a.hi, b.hi}:
             union = Band(*hull, lo, hi)
+            # As many pairs as both together, and all of theirs: then it has no others.
             if union.area == area and a.intersect(union) == a and b.intersect(union) == b:
                 return union.trim()
     return None
@@ -247,38 +255,20 @@ def _merge(a: Band, b: Band) -> Band | None:
 
 def coalesce(blocks: Iterable[Band]) -> tuple[Band, ...]:
     """Fewer blocks with the same pairs: neighbours whose union is a band become that band."""
-    merged = list(blocks)
-    for order in ((2, 0), (0, 2)):
-        merged.sort(key=lambda block, order=order: (block[order[0]], block[order[1]]))  # type: ignore[misc]
-        stack: list[Band] = []
-        for block in merged:
-            grown = block
-            while stack and (union := _merge(stack[-1], grown)) is not None:
-                stack.pop()
-                grown = union
-            stack.append(grown)
-        merged = stack
-    return tuple(merged)
+    merged = _coalesce_neighbours(sorted(blocks, key=lambda block: (block.k_start, block.q_start)))
+    return _coalesce_neighbours(sorted(merged, key=lambda block: (block.q_start, block.k_start)))
 
 
-def _check(mask: Mask, q_layout: Layout, kv_layout: Layout, ring_rank: int, stages: int | None) -> None:
-    for what, layout, length in (("query", q_layout, mask.q_len), ("key", kv_layout, mask.k_len)):
-        if layout.s != length:
-            raise ValueError(
-                f"the {what} layout holds {layout.s} tokens but the mask has {length}; build the layout for {length} tokens"
-            )
-    if q_layout.ring != kv_layout.ring:
-        raise ValueError(
-            f"a query layout for ring={q_layout.ring} with a key layout for ring={kv_layout.ring}; use one ring degree"
-        )
-    if not 0 <= ring_rank < q_layout.ring:
-        raise ValueError(
-            f"ring_rank={ring_rank} of a layout for ring={q_layout.ring}; use 0 <= ring_rank < ring"
-        )
-    if stages is not None and not 1 <= stages <= max(1, q_layout.ring - 1):
-        raise ValueError(
-            f"stages={stages} for ring={q_layout.ring}; use 1 (all-gather) to {max(1, q_layout.ring - 1)} (ring)"
-        )
+def _coalesce_neighbours(blocks: Iterable[Band]) -> tuple[Band, ...]:
+    """One pass over sorted blocks; what has grown is tried against the one before it again."""
+    stack: list[Band] = []
+    for block in blocks:
+        grown = block
+        while stack and (union := _merge(stack[-1], grown)) is not None:
+            stack.pop()
+            grown = union
+        stack.append(grown)
+    return tuple(stack)
 
 
 def ring_schedule(
@@ -294,7 +284,7 @@ def ring_schedule(
         ring_rank: whose schedule.
         stages: exchanges to spread the R - 1 hops over: R - 1 (default) is a ring, 1 an all-gather, anything
             between is legal. More stages hide more traffic behind compute and hold fewer received rows; fewer
-            stages save latency.
+            save latency.
 
     Raises:
         ValueError: a layout of another length or ring degree, a rank outside the ring, or more stages than
@@ -302,29 +292,72 @@ def ring_schedule(
     """
     _check(mask, q_layout, kv_layout, ring_rank, stages)
     ring = q_layout.ring
-    wanted, asked = defaultdict(list), defaultdict(list)
-    for owner, piece in _pieces_of_queries(mask, q_layout, kv_layout, ring_rank):
-        wanted[owner].append(piece)
+    wanted = _by_rank(_pieces_of_queries(mask, q_layout, kv_layout, ring_rank))
+    found = [Stage(blocks=coalesce(wanted.get(ring_rank, ())))]
     if ring > 1:
-        for owner, piece in _pieces_of_keys(mask, q_layout, kv_layout, ring_rank):
-            asked[owner].append(piece)
-    plan = [Stage(blocks=coalesce(wanted[ring_rank]))]
-    hops = split_evenly(ring - 1, (stages or ring - 1) if ring > 1 else 1)
-    for first, last in pairwise(hops):
-        # Hop t brings rows from t ranks before and sends to t ranks after: every rank sends and receives at
-        # every hop.
-        sources = sorted((ring_rank - 1 - hop) % ring for hop in range(first, last))
-        targets = sorted((ring_rank + 1 + hop) % ring for hop in range(first, last))
-        receives, blocks, base = [], list[Band](), 0
-        for source in sources:
-            if source in wanted:
-                transfer = Transfer(source, _union(wanted[source]))
-                blocks += _into_buffer(wanted[source], transfer.runs, base)
-                receives.append(transfer)
-                base += transfer.rows
-        sends = tuple(Transfer(target, _union(asked[target])) for target in targets if target in asked)
-        plan.append(Stage(sends=sends, receives=tuple(receives), blocks=coalesce(blocks)))
-    if ring == 1:
-        plan = plan[:1]
-    q_rows, kv_rows = q_layout.counts[ring_rank], kv_layout.counts[ring_rank]
-    return RingSchedule(ring_rank=ring_rank, ring=ring, q_rows=q_rows, kv_rows=kv_rows, stages=tuple(plan))
+        asked = _by_rank(_pieces_of_keys(mask, q_layout, kv_layout, ring_rank))
+        for first, last in pairwise(split_evenly(ring - 1, stages or ring - 1)):
+            # Hop t brings rows from t ranks before and sends to t ranks after: all send and receive at every
+            # hop.
+            distances = range(first + 1, last + 1)
+            sources = sorted((ring_rank - distance) % ring for distance in distances)
+            targets = sorted((ring_rank + distance) % ring for distance in distances)
+            found.append(_stage(sources, targets, wanted, asked))
+    return RingSchedule(
+        ring_rank=ring_rank,
+        ring=ring,
+        q_rows=q_layout.counts[ring_rank],
+        kv_rows=kv_layout.counts[ring_rank],
+        stages=tuple(found),
+    )
+
+
+def _check(mask: Mask, q_layout: Layout, kv_layout: Layout, ring_rank: int, stages: int | None) -> None:
+    for what, layout, length in (("query", q_layout, mask.q_len), ("key", kv_layout, mask.k_len)):
+        if layout.s != length:
+            raise ValueError(
+                f"the {what} layout holds {layout.s} tokens but the mask has {length};"
+                f" build the layout for {length} tokens"
+            )
+    if q_layout.ring != kv_layout.ring:
+        raise ValueError(
+            f"a query layout for ring={q_layout.ring} with a key layout for ring={kv_layout.ring};"
+            " use one ring degree"
+        )
+    if not 0 <= ring_rank < q_layout.ring:
+        raise ValueError(
+            f"ring_rank={ring_rank} of a layout for ring={q_layout.ring}; use 0 <= ring_rank < ring"
+        )
+    most = max(1, q_layout.ring - 1)
+    if stages is not None and not 1 <= stages <= most:
+        raise ValueError(f"stages={stages} for ring={q_layout.ring}; use 1 (all-gather) to {most} (ring)")
+
+
+def _by_rank(pieces: Iterable[tuple[int, Band]]) -> dict[int, list[Band]]:
+    """Bands by the rank at their other end."""
+    found: dict[int, list[Band]] = defaultdict(list)
+    for rank, piece in pieces:
+        found[rank].append(piece)
+    return dict(found)
+
+
+def _stage(
+    sources: Iterable[int],
+    targets: Iterable[int],
+    wanted: dict[int, list[Band]],
+    asked: dict[int, list[Band]],
+) -> Stage:
+    """One exchange: the rows that `sources` have for us and that we have for `targets`, and the blocks of the
+    former.
+    """
+    receives: list[Transfer] = []
+    blocks: list[Band] = []
+    row = 0  # of the receive buffer
+    for source in sources:
+        if source in wanted:
+            transfer = Transfer(source, _union(wanted[source]))
+            blocks += _into_buffer(wanted[source], transfer.runs, row)
+            receives.append(transfer)
+            row += transfer.rows
+    sends = tuple(Transfer(target, _union(asked[target])) for target in targets if target in asked)
+    return Stage(sends=sends, receives=tuple(receives), blocks=coalesce(blocks))

@@ -10,6 +10,7 @@ for Ulysses).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from seqmesh.schedule.heads import HeadShare
 
@@ -62,29 +63,38 @@ def attention_traffic(
     heads = heads_traffic(rows=rows, kv_rows=kv_rows, shares=shares, ulysses_rank=ulysses_rank)
     ring = rows_traffic(rows_sent=rows_sent, rows_received=rows_received, kv_heads=shares[ulysses_rank].kv)
     return Traffic(
-        heads_forward=heads[0] * row_head_bytes,
-        heads_backward=heads[1] * row_head_bytes,
-        rows_forward=ring[0] * row_head_bytes,
-        rows_backward=ring[1] * row_head_bytes,
+        heads_forward=heads.forward * row_head_bytes,
+        heads_backward=heads.backward * row_head_bytes,
+        rows_forward=ring.forward * row_head_bytes,
+        rows_backward=ring.backward * row_head_bytes,
     )
+
+
+class Sent(NamedTuple):
+    """Rows x heads that one rank sends."""
+
+    forward: int
+    backward: int
 
 
 def heads_traffic(
     *, rows: Sequence[int], kv_rows: Sequence[int], shares: Sequence[HeadShare], ulysses_rank: int
-) -> tuple[int, int]:
-    """Rows x heads that one rank sends to its ulysses group, forward and backward; arguments as of
-    `attention_traffic`.
-    """
-    me, mine = ulysses_rank, shares[ulysses_rank]
+) -> Sent:
+    """What one rank sends to its ulysses group; arguments as of `attention_traffic`."""
+    me = ulysses_rank
+    mine = shares[me]
     others = [u for u in range(len(shares)) if u != me]
-    out = sum(rows[u] * mine.q for u in others)  # heads of mine for the rows of others
-    kv_back = sum(kv_rows[u] * 2 * mine.kv for u in others)
-    q = sum(rows[me] * shares[u].q for u in others)  # rows of mine for the heads of others
+    # Rows of mine for the heads of others ...
+    q = sum(rows[me] * shares[u].q for u in others)
     kv = sum(kv_rows[me] * 2 * shares[u].kv for u in others)
-    return q + kv + out, q + out + kv_back
+    # ... and heads of mine for the rows of others, on the way back.
+    out = sum(rows[u] * mine.q for u in others)
+    kv_back = sum(kv_rows[u] * 2 * mine.kv for u in others)
+    return Sent(forward=q + kv + out, backward=q + out + kv_back)
 
 
-def rows_traffic(*, rows_sent: int, rows_received: int, kv_heads: int) -> tuple[int, int]:
-    """Rows x heads that one rank of so many K/V heads sends to its ring group, forward and backward."""
-    fetch, bring_home = rows_sent * 2 * kv_heads, rows_received * 2 * kv_heads
-    return fetch, fetch + bring_home
+def rows_traffic(*, rows_sent: int, rows_received: int, kv_heads: int) -> Sent:
+    """What one rank of so many K/V heads sends to its ring group."""
+    fetch = rows_sent * 2 * kv_heads
+    bring_home = rows_received * 2 * kv_heads
+    return Sent(forward=fetch, backward=fetch + bring_home)

@@ -5,8 +5,8 @@ It computes full blocks and square causal blocks (its `is_causal` is aligned to 
 cut by tiles.py; an upper triangle is a causal one with the order of queries and keys reversed; slivers go
 with a small dense mask.
 
-Fact sheet: fp64, fp32, bf16, fp16; grouped queries natively; no softcap, no empty block (it would kill the
-process), a fully masked row would return lse 0: tiles have none.
+Fact sheet: fp64, fp32, bf16, fp16; grouped queries natively; no softcap. An empty block would kill the
+process, and a fully masked row would return lse 0: tiles have neither.
 Source: aten::_scaled_dot_product_flash_attention_for_cpu and its backward, PyTorch 2.11 and later.
 """
 
@@ -15,8 +15,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from seqmesh.engine.kernels import Problem
-from seqmesh.engine.kernels.tiles import Shape, cut
+from seqmesh.engine.kernels.kernel import Logits, Problem
+from seqmesh.engine.kernels.tiles import Tile, TileShape, cut
 from seqmesh.masks import Band
 
 
@@ -35,21 +35,25 @@ class CpuFlash:
             return "it has no softcap"
         return None
 
-    def tiles(self, block: Band) -> Sequence[Band]:
+    def tiles(self, block: Band) -> Sequence[Tile]:
         """Full, square causal, reversed causal and small masked pieces."""
-        return tuple(tile.band for tile in cut(block))
+        return cut(block)
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float, softcap: float | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, logits: Logits) -> tuple[Tensor, Tensor]:
         """See Kernel.forward."""
-        assert softcap is None
-        shape, mask = _how(band, q)
-        q, k, v = (_oriented(x, shape) for x in (q, k, v))
+        assert logits.softcap is None
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, mask is None and shape is not Shape.FULL, attn_mask=mask, scale=scale
+            _oriented(q, tile),
+            _oriented(k, tile),
+            _oriented(v, tile),
+            0.0,
+            _is_causal(tile),
+            attn_mask=_dense_mask(tile, q),
+            scale=logits.scale,
         )
-        return (out.flip(2), lse.flip(2)) if shape is Shape.REVERSED else (out, lse)
+        if tile.shape is TileShape.REVERSED:
+            return out.flip(2), lse.flip(2)
+        return out, lse
 
     def backward(
         self,
@@ -59,47 +63,46 @@ class CpuFlash:
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        band: Band,
-        scale: float,
-        softcap: float | None,
+        tile: Tile,
+        logits: Logits,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See Kernel.backward."""
-        assert softcap is None
-        shape, mask = _how(band, q)
-        turn = shape is Shape.REVERSED
-        grad_out, q, k, v, out = (_oriented(x, shape) for x in (grad_out, q, k, v, out))
-        lse = lse.flip(2) if turn else lse
-        grads: tuple[Tensor, Tensor, Tensor] = (
-            torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-                grad_out,
-                q,
-                k,
-                v,
-                out.to(q.dtype),
-                lse,
-                0.0,
-                mask is None and shape is not Shape.FULL,
-                attn_mask=mask,
-                scale=scale,
-            )
+        assert logits.softcap is None
+        is_reversed = tile.shape is TileShape.REVERSED
+        dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            _oriented(grad_out, tile),
+            _oriented(q, tile),
+            _oriented(k, tile),
+            _oriented(v, tile),
+            _oriented(out, tile).to(q.dtype),
+            lse.flip(2) if is_reversed else lse,
+            0.0,
+            _is_causal(tile),
+            attn_mask=_dense_mask(tile, q),
+            scale=logits.scale,
         )
-        dq, dk, dv = (x.flip(2) for x in grads) if turn else grads
+        if is_reversed:
+            return dq.flip(2), dk.flip(2), dv.flip(2)
         return dq, dk, dv
 
 
-def _oriented(x: Tensor, shape: Shape) -> Tensor:
+def _is_causal(tile: Tile) -> bool:
+    return tile.shape in (TileShape.CAUSAL, TileShape.REVERSED)
+
+
+def _oriented(x: Tensor, tile: Tile) -> Tensor:
     """(b, heads, rows, d) with compact heads, rows reversed if the tile asks for it.
 
     The kernel is slower on heads with gaps.
     """
-    return x.flip(2) if shape is Shape.REVERSED else x.contiguous()
+    return x.flip(2) if tile.shape is TileShape.REVERSED else x.contiguous()
 
 
-def _how(band: Band, q: Tensor) -> tuple[Shape, Tensor | None]:
-    """The shape of a tile, and its additive mask (nq, nk) if it needs one."""
-    (tile,) = cut(band)
-    if tile.shape is not Shape.MASKED:
-        return tile.shape, None
+def _dense_mask(tile: Tile, q: Tensor) -> Tensor | None:
+    """(nq, nk) additive mask of a MASKED tile, None for the others."""
+    if tile.shape is not TileShape.MASKED:
+        return None
+    band = tile.band
     i = torch.arange(band.q_start, band.q_stop, device=q.device)[:, None]
     difference = i - torch.arange(band.k_start, band.k_stop, device=q.device)
     mask = torch.zeros(difference.shape, dtype=q.dtype, device=q.device)
@@ -107,4 +110,4 @@ def _how(band: Band, q: Tensor) -> tuple[Shape, Tensor | None]:
         mask = mask.masked_fill(difference < band.lo, -torch.inf)
     if band.hi is not None:
         mask = mask.masked_fill(difference > band.hi, -torch.inf)
-    return tile.shape, mask
+    return mask

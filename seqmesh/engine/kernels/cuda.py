@@ -17,7 +17,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from seqmesh.engine.kernels import Problem
+from seqmesh.engine.kernels.kernel import Logits, Problem
+from seqmesh.engine.kernels.tiles import Tile, TileShape
 from seqmesh.masks import Band
 
 
@@ -38,17 +39,15 @@ class CudaFlash:
             return "it has no softcap"
         return None
 
-    def tiles(self, block: Band) -> Sequence[Band]:
+    def tiles(self, block: Band) -> Sequence[Tile]:
         """Every trimmed band is one window."""
         trimmed = block.trim()
-        return () if trimmed is None else (trimmed,)
+        return () if trimmed is None else (Tile(trimmed, TileShape.BAND),)
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float, softcap: float | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, logits: Logits) -> tuple[Tensor, Tensor]:
         """See Kernel.forward."""
-        assert softcap is None
-        left, right = window(band)
+        assert logits.softcap is None
+        left, right = window(tile.band)
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             *_rows_second(q, k, v),
             None,
@@ -58,7 +57,7 @@ class CudaFlash:
             0.0,
             False,
             False,
-            scale=scale,
+            scale=logits.scale,
             window_size_left=left,
             window_size_right=right,
         )
@@ -72,13 +71,12 @@ class CudaFlash:
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        band: Band,
-        scale: float,
-        softcap: float | None,
+        tile: Tile,
+        logits: Logits,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See Kernel.backward."""
-        assert softcap is None
-        left, right = window(band)
+        assert logits.softcap is None
+        left, right = window(tile.band)
         # Without dropout the random state is not read, but the op wants tensors there.
         no_state = torch.zeros(2, dtype=torch.int64, device=q.device)
         dq, dk, dv = torch.ops.aten._flash_attention_backward(
@@ -92,7 +90,7 @@ class CudaFlash:
             False,
             no_state,
             no_state,
-            scale=scale,
+            scale=logits.scale,
             window_size_left=left,
             window_size_right=right,
         )

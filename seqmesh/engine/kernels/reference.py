@@ -3,11 +3,14 @@
 The oracle, and the last resort.
 
     S = scale q k^T, softcapped;  lse = log sum e^S;  P = e^(S - lse);  out = P v
-    dS = P (dout v^T - rowsum(dout out)), through the softcap;  dq = scale dS k;  dk = scale dS^T q;  dv = P^T dout
+    dS = P (dout v^T - rowsum(dout out)), through the softcap
+    dq = scale dS k;  dk = scale dS^T q;  dv = P^T dout
 
 Queries are taken a few rows at a time, so memory stays bounded however long the block is. Half-precision
 inputs are computed in fp32 and stay fp32, for the merge.
 
+Legend: b batch, h query heads, g K/V heads, r query heads of a K/V head (h = g r), q and k rows of a step, d
+head dim.
 Trade-off: several times slower than a flash kernel, and exact in fp64.
 """
 
@@ -16,7 +19,8 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from seqmesh.engine.kernels import Problem
+from seqmesh.engine.kernels.kernel import Logits, Problem
+from seqmesh.engine.kernels.tiles import Tile, TileShape
 from seqmesh.engine.merge import accumulator_dtype
 from seqmesh.masks import Band
 
@@ -35,26 +39,26 @@ class Reference:
             return f"dtype {problem.dtype} is not a float64, float32, bfloat16 or float16"
         return None
 
-    def tiles(self, block: Band) -> Sequence[Band]:
+    def tiles(self, block: Band) -> Sequence[Tile]:
         """Every band is native."""
-        return (block,)
+        return (Tile(block, TileShape.BAND),)
 
-    def forward(
-        self, q: Tensor, k: Tensor, v: Tensor, band: Band, scale: float, softcap: float | None
-    ) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, logits: Logits) -> tuple[Tensor, Tensor]:
         """See Kernel.forward."""
         dtype = accumulator_dtype(q.dtype)
-        out, lse = torch.empty_like(q, dtype=dtype), q.new_empty(q.shape[:3], dtype=dtype)
+        out = torch.empty_like(q, dtype=dtype)
+        lse = q.new_empty(q.shape[:3], dtype=dtype)
         with torch.autocast(q.device.type, enabled=False):
-            heads_of_kv, k, v = k.shape[1], k.to(dtype), v.to(dtype)
-            for start, stop in _steps(q, k):
-                logits, _ = _logits(
-                    _group(q[:, :, start:stop].to(dtype), heads_of_kv), k, band, start, scale, softcap
-                )
-                step_lse = logits.logsumexp(-1)
-                weights = _softmax(logits, step_lse)
-                out[:, :, start:stop] = torch.einsum("bgrqk,bgkd->bgrqd", weights, v).flatten(1, 2)
-                lse[:, :, start:stop] = step_lse.flatten(1, 2)
+            kv_heads = k.shape[1]
+            k = k.to(dtype)
+            v = v.to(dtype)
+            for rows in _steps(q, k):
+                step_q = _group(q[:, :, rows].to(dtype), kv_heads)
+                scores, _ = _scores(step_q, k, tile.band, rows.start, logits)
+                step_lse = scores.logsumexp(-1)
+                weights = _softmax(scores, step_lse)
+                out[:, :, rows] = torch.einsum("bgrqk,bgkd->bgrqd", weights, v).flatten(1, 2)
+                lse[:, :, rows] = step_lse.flatten(1, 2)
         return out, lse
 
     def backward(
@@ -65,56 +69,59 @@ class Reference:
         v: Tensor,
         out: Tensor,
         lse: Tensor,
-        band: Band,
-        scale: float,
-        softcap: float | None,
+        tile: Tile,
+        logits: Logits,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See Kernel.backward."""
         dtype = accumulator_dtype(q.dtype)
         with torch.autocast(q.device.type, enabled=False):
-            g, k, v = k.shape[1], k.to(dtype), v.to(dtype)
-            dq, dk, dv = torch.empty_like(q, dtype=dtype), torch.zeros_like(k), torch.zeros_like(v)
-            for start, stop in _steps(q, k):
-                rows = slice(start, stop)
-                step_q, step_grad = (
-                    _group(q[:, :, rows].to(dtype), g),
-                    _group(grad_out[:, :, rows].to(dtype), g),
+            kv_heads = k.shape[1]
+            k = k.to(dtype)
+            v = v.to(dtype)
+            dq = torch.empty_like(q, dtype=dtype)
+            dk = torch.zeros_like(k)
+            dv = torch.zeros_like(v)
+            for rows in _steps(q, k):
+                step_q, step_grad, step_out = (
+                    _group(x[:, :, rows].to(dtype), kv_heads) for x in (q, grad_out, out)
                 )
-                logits, slope = _logits(step_q, k, band, start, scale, softcap)
-                weights = _softmax(logits, _group(lse[:, :, rows], g))
-                delta = (step_grad * _group(out[:, :, rows].to(dtype), g)).sum(-1, keepdim=True)
-                grad_logits = (
-                    weights * (torch.einsum("bgrqd,bgkd->bgrqk", step_grad, v) - delta) * slope * scale
-                )
-                dq[:, :, rows] = torch.einsum("bgrqk,bgkd->bgrqd", grad_logits, k).flatten(1, 2)
-                dk += torch.einsum("bgrqk,bgrqd->bgkd", grad_logits, step_q)
+                scores, slope = _scores(step_q, k, tile.band, rows.start, logits)
+                weights = _softmax(scores, _group(lse[:, :, rows], kv_heads))
+                delta = (step_grad * step_out).sum(-1, keepdim=True)
+                grad_weights = torch.einsum("bgrqd,bgkd->bgrqk", step_grad, v)
+                grad_scores = weights * (grad_weights - delta) * slope * logits.scale
+                dq[:, :, rows] = torch.einsum("bgrqk,bgkd->bgrqd", grad_scores, k).flatten(1, 2)
+                dk += torch.einsum("bgrqk,bgrqd->bgkd", grad_scores, step_q)
                 dv += torch.einsum("bgrqk,bgrqd->bgkd", weights, step_grad)
         return dq, dk, dv
 
 
-def _steps(q: Tensor, k: Tensor) -> Iterator[tuple[int, int]]:
+def _steps(q: Tensor, k: Tensor) -> Iterator[slice]:
+    """Ranges of query rows with SCORES_PER_STEP logits, or one row each."""
     b, h, n, _ = q.shape
     rows = max(1, SCORES_PER_STEP // max(1, b * h * k.shape[2]))
     for start in range(0, n, rows):
-        yield start, min(n, start + rows)
+        yield slice(start, min(n, start + rows))
 
 
 def _group(x: Tensor, kv_heads: int) -> Tensor:
-    """(b, h, n, ...) -> (b, g, h/g, n, ...)"""
+    """(b, h, n, ...) -> (b, g, r, n, ...)"""
     grouped: Tensor = x.unflatten(1, (kv_heads, -1))
     return grouped
 
 
-def _logits(
-    q: Tensor, k: Tensor, band: Band, start: int, scale: float, softcap: float | None
-) -> tuple[Tensor, Tensor | float]:
+def _scores(q: Tensor, k: Tensor, band: Band, start: int, logits: Logits) -> tuple[Tensor, Tensor | float]:
     """Masked logits (b, g, r, q, k) of query rows from `start`, and the slope of the softcap at each."""
-    logits, slope = torch.einsum("bgrqd,bgkd->bgrqk", q, k) * scale, 1.0
-    if softcap is not None:
-        bent = (logits / softcap).tanh()
-        logits, slope = bent * softcap, 1 - bent.square()  # type: ignore[assignment]
+    scores = torch.einsum("bgrqd,bgkd->bgrqk", q, k) * logits.scale
+    slope: Tensor | float = 1.0
+    if logits.softcap is not None:
+        bent = (scores / logits.softcap).tanh()
+        scores = bent * logits.softcap
+        slope = 1 - bent.square()
     allowed = _allowed(band, start, q.shape[3], k.shape[2], q.device)
-    return (logits if allowed is None else logits.masked_fill(~allowed, -torch.inf)), slope
+    if allowed is not None:
+        scores = scores.masked_fill(~allowed, -torch.inf)
+    return scores, slope
 
 
 def _allowed(band: Band, start: int, rows: int, keys: int, device: torch.device) -> Tensor | None:
@@ -131,6 +138,7 @@ def _allowed(band: Band, start: int, rows: int, keys: int, device: torch.device)
     return allowed
 
 
-def _softmax(logits: Tensor, lse: Tensor) -> Tensor:
-    """e^(logits - lse), and 0 in a row without keys (lse = -inf)."""
-    return (logits - torch.where(lse == -torch.inf, 0.0, lse).unsqueeze(-1)).exp()
+def _softmax(scores: Tensor, lse: Tensor) -> Tensor:
+    """e^(scores - lse), and 0 in a row without keys, whose lse is -inf: there the scores are -inf too."""
+    finite = torch.where(lse == -torch.inf, 0.0, lse)
+    return (scores - finite.unsqueeze(-1)).exp()

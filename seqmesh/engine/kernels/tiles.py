@@ -1,4 +1,4 @@
-"""Cut any band into tiles that a kernel with only "full" and "square causal" can compute.
+"""Cut any band into tiles that a kernel with only "full" and "square causal" can compute. Pure: no torch.
 
 A trimmed band has at most two diagonal edges. With one, it is a full part, a square causal part and a full
 part. An upper edge is the same picture turned by 180 degrees: a causal square with the order of queries and
@@ -14,6 +14,7 @@ Bands with few pairs, and strips of narrow bands, are left as one *masked* tile:
 mask beats many calls on slivers.
 """
 
+from collections.abc import Iterator
 from enum import Enum
 from functools import lru_cache
 from typing import NamedTuple
@@ -26,86 +27,97 @@ STRIP_ROWS = 128
 """A band narrower than this many diagonals is cut in strips of this many rows, each with a dense mask."""
 
 
-class Shape(Enum):
+class TileShape(Enum):
     """What a tile asks of the kernel."""
 
     FULL = "full"
     CAUSAL = "square, key <= query"
     REVERSED = "square, key >= query: causal with both orders reversed"
     MASKED = "a small dense mask"
+    BAND = "whatever the band's bounds say, which the kernel takes as they are"
 
 
 class Tile(NamedTuple):
-    """A part of a band: its pairs (`band.lo` and `band.hi` matter for MASKED) and its shape."""
+    """A part of a block that a kernel computes in one call: its pairs, and the shape that they have."""
 
     band: Band
-    shape: Shape
+    """For FULL, CAUSAL and REVERSED the shape says what `lo` and `hi` say; kernels need not look."""
+    shape: TileShape
 
 
 @lru_cache(maxsize=4096)
 def cut(band: Band) -> tuple[Tile, ...]:
-    """Disjoint tiles with exactly the pairs of a band."""
+    """Disjoint tiles with exactly the pairs of a band; no tile is a BAND."""
     trimmed = band.trim()
     return () if trimmed is None else tuple(_cut(trimmed))
 
 
-def _cut(band: Band) -> list[Tile]:
-    q_start, q_stop, k_start, k_stop, lo, hi = band
-    if lo is None and hi is None:
-        return [Tile(band, Shape.FULL)]
-    if (q_stop - q_start) * (k_stop - k_start) <= MASKED_PAIRS and not _is_square_causal(band):
-        return [Tile(band, Shape.MASKED)]
-    if hi is None:
-        return _one_edge(band)
-    if lo is None:
-        return [_turn_tile(tile, band) for tile in _one_edge(_turn(band, band))]
-    return _two_edges(band)
+def _cut(band: Band) -> Iterator[Tile]:
+    """The tiles of a trimmed band."""
+    if band.lo is None and band.hi is None:
+        yield Tile(band, TileShape.FULL)
+    elif _sides(band) <= MASKED_PAIRS and not _is_square_causal(band):
+        yield Tile(band, TileShape.MASKED)
+    elif band.hi is None:
+        yield from _one_edge(band)
+    elif band.lo is None:
+        for tile in _one_edge(_turn(band, band)):
+            yield _turn_tile(tile, band)
+    else:
+        yield from _two_edges(band)
+
+
+def _sides(band: Band) -> int:
+    """Pairs of the rectangle."""
+    return (band.q_stop - band.q_start) * (band.k_stop - band.k_start)
 
 
 def _is_square_causal(band: Band) -> bool:
-    square = band.q_stop - band.q_start == band.k_stop - band.k_start
-    return square and band.hi is None and band.lo == band.q_start - band.k_start
+    is_square = band.q_stop - band.q_start == band.k_stop - band.k_start
+    return is_square and band.hi is None and band.lo == band.q_start - band.k_start
 
 
-def _one_edge(band: Band) -> list[Tile]:
+def _one_edge(band: Band) -> Iterator[Tile]:
     """Full columns left of the diagonal, the causal square, full rows below it."""
     q_start, q_stop, k_start, k_stop, lo, _ = band
     assert lo is not None
-    first = q_start - lo  # the diagonal starts at column `first` of the first row
-    side = k_stop - first
-    tiles = []
-    if first > k_start:
-        tiles.append(Tile(Band(q_start, q_start + side, k_start, first), Shape.FULL))
-    tiles.append(Tile(Band(q_start, q_start + side, first, k_stop, lo), Shape.CAUSAL))
-    if q_start + side < q_stop:
-        tiles.append(Tile(Band(q_start + side, q_stop, k_start, k_stop), Shape.FULL))
-    return tiles
+    diagonal = q_start - lo  # the column at which the first row ends
+    side = k_stop - diagonal
+    below = q_start + side
+    if diagonal > k_start:
+        yield Tile(Band(q_start, below, k_start, diagonal), TileShape.FULL)
+    yield Tile(Band(q_start, below, diagonal, k_stop, lo), TileShape.CAUSAL)
+    if below < q_stop:
+        yield Tile(Band(below, q_stop, k_start, k_stop), TileShape.FULL)
 
 
-def _two_edges(band: Band) -> list[Tile]:
+def _two_edges(band: Band) -> Iterator[Tile]:
+    """Strips of rows, each cut at the column where the upper edge has ended and the lower one begins."""
     q_start, q_stop, k_start, k_stop, lo, hi = band
     assert lo is not None
     assert hi is not None
     width = hi - lo + 1
-    tiles: list[Tile] = []
-    for start in range(q_start, q_stop, max(width, STRIP_ROWS)):
-        stop = min(q_stop, start + max(width, STRIP_ROWS))
+    height = max(width, STRIP_ROWS)
+    for start in range(q_start, q_stop, height):
+        stop = min(q_stop, start + height)
         if width < STRIP_ROWS:
-            strips = [band.within(start, stop, k_start, k_stop)]
-        else:  # at column start - lo the upper edge has ended and the lower edge begins
-            strips = [
-                band.within(start, stop, k_start, start - lo),
-                band.within(start, stop, start - lo, k_stop),
-            ]
-        for strip in strips:
-            if strip is not None:
-                tiles += _cut(strip) if strip.lo is None or strip.hi is None else [Tile(strip, Shape.MASKED)]
-    return tiles
+            parts = [band.within(start, stop, k_start, k_stop)]
+        else:
+            middle = start - lo
+            parts = [band.within(start, stop, k_start, middle), band.within(start, stop, middle, k_stop)]
+        for part in parts:
+            if part is None:
+                continue
+            if part.lo is None or part.hi is None:
+                yield from _cut(part)
+            else:
+                yield Tile(part, TileShape.MASKED)
 
 
 def _turn(band: Band, frame: Band) -> Band:
     """The band turned by 180 degrees inside the rectangle of `frame`."""
-    q, k = frame.q_start + frame.q_stop - 1, frame.k_start + frame.k_stop - 1
+    q = frame.q_start + frame.q_stop - 1
+    k = frame.k_start + frame.k_stop - 1
     return Band(
         q - band.q_stop + 1,
         q - band.q_start + 1,
@@ -117,4 +129,5 @@ def _turn(band: Band, frame: Band) -> Band:
 
 
 def _turn_tile(tile: Tile, frame: Band) -> Tile:
-    return Tile(_turn(tile.band, frame), Shape.REVERSED if tile.shape is Shape.CAUSAL else tile.shape)
+    turned = TileShape.REVERSED if tile.shape is TileShape.CAUSAL else tile.shape
+    return Tile(_turn(tile.band, frame), turned)

@@ -1,6 +1,4 @@
-"""What the planner says is sent is what is sent: predicted bytes against bytes counted at the collectives of
-real ranks.
-"""
+"""What the planner says is sent is what is sent, counted at the collectives of real ranks."""
 
 import pytest
 import torch
@@ -10,13 +8,15 @@ import seqmesh
 from seqmesh import masks
 from seqmesh.engine.exchange import CountBytes
 from seqmesh.masks import Mask
-from seqmesh.planner.cost.attention import Shape, price_attention
+from seqmesh.planner.cost.attention import AttentionShape, attention_cost
 from seqmesh.planner.cost.network import place
 from seqmesh.planner.cost.ring_load import ring_load
-from seqmesh.planner.cost.step import Pricer
+from seqmesh.planner.cost.step import CostModel
 from seqmesh.planner.inputs.hardware import Cluster, load_gpu
-from seqmesh.planner.inputs.job import Job, Numerics, Point
+from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.models import ModelShape
+from seqmesh.planner.inputs.numerics import Numerics
+from seqmesh.planner.inputs.point import Point
 from seqmesh.planner.one_attention import attention_model
 from seqmesh.train.config import Config, DataConfig, MeshConfig
 from seqmesh.train.data import Corpus, batches
@@ -57,11 +57,13 @@ def predicted(ulysses: int, ring: int, mask: Mask, call: tuple[str, int, int, in
         cluster=Cluster(gpu=load_gpu("a800-sxm"), nodes=1, gpus_per_node=8),
         seq_len=S,
     )
-    shape = Shape(heads=heads, kv_heads=kv_heads, head_dim=dim, batch=batch, ulysses=ulysses, element=4)
+    shape = AttentionShape(
+        heads=heads, kv_heads=kv_heads, head_dim=dim, batch=batch, ulysses=ulysses, element=4
+    )
     groups = [
         place(("ulysses", "ring"), (ulysses, ring), frozenset((axis,)), 8) for axis in ("ulysses", "ring")
     ]
-    cost = price_attention(job, ring_load(mask, layout, ring, 256.0)[0], shape, *groups)
+    cost = attention_cost(job, ring_load(mask, layout, ring, 256.0)[0], shape, *groups)
     return (
         cost.forward.heads_bytes + cost.forward.rows_bytes,
         cost.backward.heads_bytes + cost.backward.rows_bytes,
@@ -96,9 +98,15 @@ def test_predicted_bytes_of_a_step_equal_those_of_a_real_training_step(
 ) -> None:
     m = CONFIG.model
     shape = ModelShape(
-        name="recipe", layers=m.layers, hidden=m.hidden, heads=m.heads, kv_heads=m.kv_heads, head_dim=m.head_dim,
-        intermediate=m.intermediate, vocabulary=384,
-    )  # fmt: skip
+        name="recipe",
+        layers=m.layers,
+        hidden=m.hidden,
+        heads=m.heads,
+        kv_heads=m.kv_heads,
+        head_dim=m.head_dim,
+        intermediate=m.intermediate,
+        vocabulary=384,
+    )
     batch = next(batches(CORPUS, seq_len=1024, sequences=1, seed=CONFIG.train.seed))
     documents = tuple(band.q_stop - band.q_start for band in batch.mask.bands)
     cluster = Cluster(gpu=load_gpu("a800-sxm"), nodes=1, gpus_per_node=mesh[0] * mesh[1])
@@ -109,14 +117,14 @@ def test_predicted_bytes_of_a_step_equal_those_of_a_real_training_step(
         documents=documents,
         numerics=Numerics(element=4, gradient=4, optimizer=8),
     )
-    pricer, point = Pricer(job), Point(ulysses=mesh[0], ring=mesh[1], zero=0)
-    cost = pricer.attention(point)
+    costs, point = CostModel(job), Point(ulysses=mesh[0], ring=mesh[1], zero=0)
+    cost = costs.attention(point)
     attention = m.layers * sum(one.heads_bytes + one.rows_bytes for one in (cost.forward, cost.backward))
     assert attention == ranks.run(point.sp, trained, *mesh)[0]
     gradients = (
         2 * 4 * shape.parameters * (point.sp - 1) // point.sp
     )  # what an all-reduce sends from each rank, in reduce-scatter + all-gather
-    assert sum(pricer.price(point).bytes_per_step.values()) == pytest.approx(
+    assert sum(costs.estimate(point).bytes_per_step.values()) == pytest.approx(
         attention / point.sp + gradients, abs=4
     )
 
@@ -126,11 +134,11 @@ def test_checkpointing_sends_the_forward_twice() -> None:
     model = ModelShape(
         name="m", layers=4, hidden=512, heads=8, kv_heads=4, head_dim=64, intermediate=1024, vocabulary=1000
     )
-    pricer = Pricer(Job(model=model, cluster=cluster, seq_len=65536))
+    costs = CostModel(Job(model=model, cluster=cluster, seq_len=65536))
     point = Point(ulysses=4, ring=4)
-    cost = pricer.attention(point).forward
+    cost = costs.attention(point).forward
     once, twice = (
-        sum(pricer.price(point.but(checkpointing=c)).bytes_per_step.values()) for c in ("none", "full")
+        sum(costs.estimate(point.but(checkpointing=c)).bytes_per_step.values()) for c in ("none", "full")
     )
     assert twice - once == pytest.approx(4 * (cost.heads_bytes + cost.rows_bytes) / 16, abs=4)
 

@@ -1,5 +1,6 @@
-"""`seqmesh plan` as its users see it: JSON, text, files, and every kind of wrong input in one line with exit
-code 2.
+"""`seqmesh plan` as its users see it: JSON, text, files.
+
+Wrong input of every kind is one line and exit code 2.
 """
 
 import json
@@ -11,43 +12,25 @@ from typing import Any
 import pytest
 
 from seqmesh import cli
-from seqmesh.planner.inputs.job import KEYS
+from seqmesh.planner.inputs.point import KEYS
 
-JOB = (
-    "--model",
-    "llama3-8b",
-    "--gpu",
-    "a800-sxm",
-    "--nodes",
-    "2",
-    "--gpus-per-node",
-    "8",
-    "--seq-len",
-    "208K",
-    "--global-batch",
-    "1",
-)
+JOB = [
+    "--model", "llama3-8b", "--gpu", "a800-sxm", "--nodes", "2", "--gpus-per-node", "8",
+    "--seq-len", "208K", "--global-batch", "1",
+]  # fmt: skip
 HEADLINE = "tp=8,ulysses=1,ring=2,dp=1,pp=1,zero=1,checkpointing=none,offload=none,tiling=none,micro_batch=1"
-KERNEL = (
-    "--kernel",
-    "--heads",
-    "32",
-    "--kv-heads",
-    "8",
-    "--head-dim",
-    "128",
-    "--gpu",
-    "l20",
-    "--gpus-per-node",
-    "8",
-)
+KERNEL = [
+    "--kernel", "--heads", "32", "--kv-heads", "8", "--head-dim", "128",
+    "--gpu", "l20", "--gpus-per-node", "8",
+]  # fmt: skip
 
 
 class Run:
     """`seqmesh plan` in this process."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self._monkeypatch, self._capsys = monkeypatch, capsys
+        self._monkeypatch = monkeypatch
+        self._capsys = capsys
 
     def __call__(self, *arguments: str) -> tuple[int, str, str]:
         self._monkeypatch.setattr(sys, "argv", ["seqmesh", "plan", *arguments])
@@ -70,8 +53,9 @@ def plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) ->
 def test_json_has_the_promised_keys_best_first(plan: Run) -> None:
     candidates = plan.json(*JOB)["candidates"]
     promised = {
-        *KEYS, "fits", "step_seconds", "step_seconds_lower", "step_seconds_upper", "tokens_per_second", "tflops_per_gpu", "mfu_causal",
-        "mfu_noncausal", "memory_bytes", "capacity_bytes", "bytes_per_step", "bound_by", "reasons",
+        *KEYS, "fits", "step_seconds", "step_seconds_lower", "step_seconds_upper", "tokens_per_second",
+        "tflops_per_gpu", "mfu_causal", "mfu_noncausal", "memory_bytes", "capacity_bytes", "bytes_per_step",
+        "bound_by", "reasons",
     }  # fmt: skip
     assert len(candidates) == 5
     for one in candidates:
@@ -168,23 +152,18 @@ def test_the_traced_memory_of_the_trainers_step_is_shown_beside_the_predicted_on
     plan: Run, tmp_path: Path
 ) -> None:
     config = {
-        "model_type": "llama", "hidden_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2,
-        "intermediate_size": 256, "vocab_size": 500, "tie_word_embeddings": False,
-    }  # fmt: skip
+        "model_type": "llama",
+        "hidden_size": 128,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "intermediate_size": 256,
+        "vocab_size": 500,
+        "tie_word_embeddings": False,
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    arguments = (
-        "--model",
-        str(tmp_path),
-        "--gpu",
-        "l20",
-        "--gpus-per-node",
-        "4",
-        "--seq-len",
-        "8K",
-        "--pin",
-        "ulysses=2",
-        "--trace-memory",
-    )
+    options = "--gpu l20 --gpus-per-node 4 --seq-len 8K --pin ulysses=2 --trace-memory"
+    arguments = ("--model", str(tmp_path), *options.split())
     found = plan.json(*arguments)
     assert (found["ulysses"], found["ring"]) == (2, 2)
     assert found["predicted_over_traced"] == pytest.approx(1, abs=0.01)
@@ -242,9 +221,15 @@ def test_packed_documents_are_balanced_unless_zigzag_is_asked_for(plan: Run) -> 
 
 def test_a_hugging_face_config_and_hardware_of_ones_own(plan: Run, tmp_path: Path) -> None:
     config = {
-        "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8,
-        "intermediate_size": 14336, "vocab_size": 128256, "tie_word_embeddings": False,
-    }  # fmt: skip
+        "model_type": "llama",
+        "hidden_size": 4096,
+        "num_hidden_layers": 32,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "intermediate_size": 14336,
+        "vocab_size": 128256,
+        "tie_word_embeddings": False,
+    }
     (tmp_path / "config.json").write_text(json.dumps(config))
     (tmp_path / "mine.toml").write_text(
         '[gpu.mine]\nlike = "a800-sxm"\n[cluster.lab]\ngpu = "mine"\nnodes = 2\ngpus_per_node = 8\n'
@@ -265,7 +250,8 @@ def test_a_hugging_face_config_and_hardware_of_ones_own(plan: Run, tmp_path: Pat
 def test_names_that_look_like_markup_are_shown_as_they_are(plan: Run, tmp_path: Path) -> None:
     file = tmp_path / "lab.toml"
     file.write_text(
-        '[gpu."[/bold]"]\nlike = "a800-sxm"\nsource = "[red]"\n[model."a[v2]"]\nlayers = 4\nhidden = 512\nheads = 8\nkv_heads = 8\n'
+        '[gpu."[/bold]"]\nlike = "a800-sxm"\nsource = "[red]"\n'
+        '[model."a[v2]"]\nlayers = 4\nhidden = 512\nheads = 8\nkv_heads = 8\n'
         "head_dim = 64\nintermediate = 1024\nvocabulary = 1000\n"
     )
     code, out, _ = plan("--model", "a[v2]", "--gpu", "[/bold]", "--hardware", str(file), "--explain")
@@ -299,7 +285,9 @@ def test_fp32_is_priced_by_the_fp32_rate(plan: Run, tmp_path: Path) -> None:
     assert fp32["tflops_per_gpu"] < 67 < bf16["tflops_per_gpu"]
     measured = tmp_path / "cpu.toml"
     measured.write_text(
-        '[gpu.cpu]\nlike = "l20"\n[gpu.new]\ntflops = 100\nmemory_gb = 8\nmemory_tb_per_s = 1\npcie_gb_per_s = 1\nnetwork_gb_per_s = 1\n'
+        '[gpu.cpu]\nlike = "l20"\n'
+        "[gpu.new]\ntflops = 100\nmemory_gb = 8\nmemory_tb_per_s = 1\n"
+        "pcie_gb_per_s = 1\nnetwork_gb_per_s = 1\n"
     )
     code, _, error = plan(
         "--model", "llama3.2-1b", "--gpu", "new", "--hardware", str(measured), "--precision", "fp32"
@@ -311,7 +299,8 @@ def test_fp32_is_priced_by_the_fp32_rate(plan: Run, tmp_path: Path) -> None:
 def test_a_measured_profile_overrides_rates_and_assumptions(plan: Run, tmp_path: Path) -> None:
     profile = tmp_path / "measured.toml"
     profile.write_text(
-        '[gpu.a800-sxm]\nlike = "a800-sxm"\nmeasured = true\n[gpu.a800-sxm.assumptions]\nattention_backward = 0.26\n'
+        '[gpu.a800-sxm]\nlike = "a800-sxm"\nmeasured = true\n'
+        "[gpu.a800-sxm.assumptions]\nattention_backward = 0.26\n"
     )
     slow = plan.json(*JOB, "--pin", HEADLINE, "--profile", str(profile))["candidates"][0]
     assert slow["step_seconds"] > 1.5 * plan.json(*JOB, "--pin", HEADLINE)["candidates"][0]["step_seconds"]
@@ -393,11 +382,13 @@ def test_planning_a_thousand_gpus_imports_no_torch() -> None:
     program = """
 import sys
 from seqmesh import cli
-sys.argv = "seqmesh plan --model llama3-70b --gpu h100-sxm --nodes 128 --seq-len 128K --global-batch 256 --json".split()
+asked = "--model llama3-70b --gpu h100-sxm --nodes 128 --seq-len 128K --global-batch 256 --json"
+sys.argv = ["seqmesh", "plan", *asked.split()]
 try:
     cli.main()
 except SystemExit as stop:
-    print(stop.code, [m for m in sys.modules if m.split(".")[0] in ("torch", "transformers", "numpy")], file=sys.stderr)
+    slow = ("torch", "transformers", "numpy")
+    print(stop.code, [m for m in sys.modules if m.split(".")[0] in slow], file=sys.stderr)
 """
     done = subprocess.run(
         [sys.executable, "-c", program], capture_output=True, text=True, timeout=120, check=True

@@ -10,11 +10,14 @@ import pytest
 
 from seqmesh import layouts, masks
 from seqmesh.layouts import load
-from seqmesh.planner.cost.step import Pricer
+from seqmesh.planner.cost.attention import Loads
+from seqmesh.planner.cost.fused_memory import FusedMemory
 from seqmesh.planner.inputs.hardware import Cluster, load_gpu
-from seqmesh.planner.inputs.job import Job, Point
+from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.models import ModelShape, known_models, load_model
-from seqmesh.planner.paper.compare import PRINTED, Comparison, as_record, compare, render
+from seqmesh.planner.inputs.point import Point
+from seqmesh.planner.paper.compare import PRINTED, Comparison, compare
+from seqmesh.planner.paper.compare_text import as_record, render
 from seqmesh.planner.paper.symbols import cost, shown, symbol
 from seqmesh.planner.paper.table2 import methods, mixed
 from seqmesh.planner.paper.table2_numbers import activations_per_token
@@ -117,20 +120,27 @@ def test_corrected_costs_count_groups_and_the_rings_whole_backward() -> None:
 def test_expert_parallelism_is_derived_from_its_four_exchanges() -> None:
     row = cells(llama3(), "EP (derived)")
     assert list(row.values()) == [
-        "all-reduce", "5.00d²", "4 all-to-all", "(4k/N)·bsLd", "bs / experts", "Pₐ+Gₐ+(Pₑ+Gₑ)/N", "6Pₐ+6Pₑ/N", "A/N",
-    ]  # fmt: skip
+        "all-reduce",
+        "5.00d²",
+        "4 all-to-all",
+        "(4k/N)·bsLd",
+        "bs / experts",
+        "Pₐ+Gₐ+(Pₑ+Gₑ)/N",
+        "6Pₐ+6Pₑ/N",
+        "A/N",
+    ]
     (numbers,) = [row.numbers for row in llama3().rows if row.name == "EP (derived)"]
     assert numbers is not None
     assert numbers.activation_elements == 4 * 2 * 8 * 8192 * 4096 // 8
-    assert (
-        numbers.states_elements == 2 * load_model("llama3-8b").layer_parameters
-    )  # one expert a rank: as much as the dense layer
+    # One expert a rank: as much as the dense layer.
+    assert numbers.states_elements == 2 * load_model("llama3-8b").layer_parameters
 
 
 @pytest.mark.parametrize(("ulysses", "ring"), [(1, 8), (2, 4), (4, 2), (8, 1)])
 def test_seqmesh_rows_are_what_the_schedule_sends(ulysses: int, ring: int) -> None:
-    """Traffic counts what really leaves a rank: (R-1)/R of the ring's part and (U-1)/U of Ulysses' part of
-    the table's figure.
+    """Traffic counts what really leaves a rank, the table whole parts.
+
+    That is (R-1)/R of the ring's part and (U-1)/U of Ulysses' part of the table's figure.
     """
     model, s = load_model("llama3-8b"), 8192
     layout = layouts.zigzag(s, ring)
@@ -180,10 +190,8 @@ def test_ulysses_beyond_the_kv_heads_moves_the_copies_too() -> None:
 def test_activations_are_those_of_the_memory_model(name: str) -> None:
     model = load_model(name)
     job = Job(model=model, cluster=Cluster(gpu=load_gpu("a800-sxm"), nodes=1, gpus_per_node=1), seq_len=1024)
-    (norms, attention), inside = activations_per_token(model)
-    assert sum(Pricer(job).memory.layer_activations(Point()).values()) == 2 * 1024 * (
-        norms + attention + inside
-    )
+    of_a_layer = FusedMemory(job, Loads(job)).layer_activations(Point())
+    assert sum(of_a_layer.values()) == 2 * 1024 * sum(activations_per_token(model))
 
 
 def test_numbers_are_the_formulas_at_the_models_sizes() -> None:

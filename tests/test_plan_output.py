@@ -12,14 +12,18 @@ from typing import Any
 
 import pytest
 
-from seqmesh.planner.cost.step import Pricer
+from seqmesh.planner.cost.step import CostModel
 from seqmesh.planner.inputs.assumptions import Assumptions
 from seqmesh.planner.inputs.hardware import Cluster, load_gpu
-from seqmesh.planner.inputs.job import Job, Numerics, Point, violations
+from seqmesh.planner.inputs.job import Job
+from seqmesh.planner.inputs.legality import violations
 from seqmesh.planner.inputs.models import load_model
+from seqmesh.planner.inputs.numerics import Numerics
+from seqmesh.planner.inputs.point import Point
 from seqmesh.planner.output.emit import emit
 from seqmesh.planner.output.plot import OTHER, label, parts, plot
-from seqmesh.planner.output.timeline import MOST_EVENTS, ring_stages, timeline
+from seqmesh.planner.output.stage_times import stage_times
+from seqmesh.planner.output.timeline import MOST_EVENTS, timeline
 from seqmesh.train.recipe import load
 
 
@@ -141,7 +145,7 @@ def drawn(trace: dict[str, Any]) -> list[dict[str, Any]]:
 
 
 def sums(trace: dict[str, Any], of: str) -> dict[str, float]:
-    """Seconds by piece, of single events and of those that stand for many micro-batches."""
+    """Seconds by term, of single events and of those that stand for many micro-batches."""
     total: Counter[str] = Counter()
     for event in drawn(trace):
         given = event["args"][of]
@@ -152,16 +156,18 @@ def sums(trace: dict[str, Any], of: str) -> dict[str, float]:
 @pytest.mark.parametrize(("asked", "point"), POINTS, ids=IDS)
 def test_a_timeline_ends_at_the_estimate_and_adds_up_to_its_pieces(asked: Job, point: Point) -> None:
     assert not list(violations(asked, point))
-    pricer = Pricer(asked)
-    price, trace = pricer.price(point), timeline(pricer, point)
+    costs = CostModel(asked)
+    estimate, trace = costs.estimate(point), timeline(costs, point)
     events = drawn(trace)
     assert min(event["ts"] for event in events) == 0
-    assert max(event["ts"] + event["dur"] for event in events) == pytest.approx(price.seconds * 1e6, rel=1e-6)
+    assert max(event["ts"] + event["dur"] for event in events) == pytest.approx(
+        estimate.seconds * 1e6, rel=1e-6
+    )
     assert sums(trace, "seconds") == pytest.approx(
-        {piece.name: piece.seconds for piece in price.pieces}, rel=1e-6
+        {term.name: term.seconds for term in estimate.terms}, rel=1e-6
     )
     assert sums(trace, "exposed_seconds") == pytest.approx(
-        {piece.name: piece.exposed for piece in price.pieces}, rel=1e-6, abs=1e-9
+        {term.name: term.exposed for term in estimate.terms}, rel=1e-6, abs=1e-9
     )
     for event in events:
         if not isinstance(event["args"]["seconds"], dict):
@@ -170,7 +176,7 @@ def test_a_timeline_ends_at_the_estimate_and_adds_up_to_its_pieces(asked: Job, p
 
 @pytest.mark.parametrize(("asked", "point"), POINTS, ids=IDS)
 def test_a_timelines_rows_are_named_and_their_events_do_not_overlap(asked: Job, point: Point) -> None:
-    trace = json.loads(json.dumps(timeline(Pricer(asked), point), allow_nan=False))
+    trace = json.loads(json.dumps(timeline(CostModel(asked), point), allow_nan=False))
     rows: dict[tuple[int, int], list[dict[str, Any]]] = {}
     for event in drawn(trace):
         rows.setdefault((event["pid"], event["tid"]), []).append(event)
@@ -182,7 +188,7 @@ def test_a_timelines_rows_are_named_and_their_events_do_not_overlap(asked: Job, 
 
 
 def test_a_fetch_runs_beside_the_stage_before_its_own() -> None:
-    events = drawn(timeline(Pricer(job()), Point(ulysses=4, ring=4)))
+    events = drawn(timeline(CostModel(job()), Point(ulysses=4, ring=4)))
     at = {"micro_batch": 0, "layer": 3, "direction": "forward"}
     layer = [event for event in events if at.items() <= event["args"].items()]
     kernels = {event["args"]["stage"]: event for event in layer if event["name"] == "attention kernel"}
@@ -196,9 +202,9 @@ def test_a_fetch_runs_beside_the_stage_before_its_own() -> None:
 
 @pytest.mark.parametrize(("ulysses", "ring"), [(1, 16), (2, 8), (8, 2), (16, 1)])
 def test_ring_stages_add_up_to_the_attention_that_was_priced(ulysses: int, ring: int) -> None:
-    pricer, point = Pricer(job()), Point(ulysses=ulysses, ring=ring)
-    cost = pricer.attention(point)
-    for stages, one in zip(ring_stages(pricer, point), (cost.forward, cost.backward), strict=True):
+    costs, point = CostModel(job()), Point(ulysses=ulysses, ring=ring)
+    cost, times = costs.attention(point), stage_times(costs, point)
+    for stages, one in ((times.forward, cost.forward), (times.backward, cost.backward)):
         assert len(stages) == ring
         assert sum(stage.kernel for stage in stages) == pytest.approx(one.kernel)
         assert sum(stage.merge for stage in stages) == pytest.approx(one.merge)
@@ -207,7 +213,7 @@ def test_ring_stages_add_up_to_the_attention_that_was_priced(ulysses: int, ring:
 
 
 def test_many_micro_batches_become_one_event() -> None:
-    trace = timeline(Pricer(job("gpt2-xl", "l20", nodes=1, seq_len=4096, batch=512)), Point(dp=8, zero=0))
+    trace = timeline(CostModel(job("gpt2-xl", "l20", nodes=1, seq_len=4096, batch=512)), Point(dp=8, zero=0))
     (rest,) = [event for event in drawn(trace) if event["name"].endswith("more micro-batches, alike")]
     shown = {event["args"]["micro_batch"] for event in drawn(trace) if "micro_batch" in event["args"]}
     assert rest["name"].startswith(f"{64 - len(shown)} ")
@@ -215,8 +221,9 @@ def test_many_micro_batches_become_one_event() -> None:
 
 
 def test_an_exchange_that_finds_nothing_to_hide_behind_stays_within_the_step() -> None:
-    """Where a share is hidden by assumption on a network too slow for that, the row is compressed; its args
-    keep the truth.
+    """A row is compressed where a share is hidden by assumption on a network too slow for that.
+
+    Its args keep the truth.
     """
     slow = replace(load_gpu("h100-sxm"), scale_up_bytes_per_s=1e9)
     asked = replace(
@@ -224,19 +231,19 @@ def test_an_exchange_that_finds_nothing_to_hide_behind_stays_within_the_step() -
         cluster=Cluster(gpu=slow, nodes=1, gpus_per_node=8),
         assumptions=Assumptions(tp_exposed=0.0),
     )
-    pricer, point = Pricer(asked), Point(tp=8, zero=0)
-    price, trace = pricer.price(point), timeline(pricer, point)
+    costs, point = CostModel(asked), Point(tp=8, zero=0)
+    estimate, trace = costs.estimate(point), timeline(costs, point)
     end = max(event["ts"] + event["dur"] for event in drawn(trace))
-    assert end == pytest.approx(price.seconds * 1e6, rel=1e-6)
-    assert sums(trace, "seconds")["tensor parallel exchange"] == pytest.approx(price.lower)
+    assert end == pytest.approx(estimate.seconds * 1e6, rel=1e-6)
+    assert sums(trace, "seconds")["tensor parallel exchange"] == pytest.approx(estimate.lower)
 
 
 def test_a_picture_is_drawn_of_points_that_fit_and_that_do_not(tmp_path: Path) -> None:
     asked = job(seq_len=208 * 1024)
-    pricer = Pricer(asked)
-    prices = [pricer.price(Point(ulysses=8, ring=2, zero=zero)) for zero in (3, 1)]
-    assert [price.fits for price in prices] == [True, False]
-    plot(prices, asked.capacity, tmp_path / "plan.svg", "costs $x and y$")
+    costs = CostModel(asked)
+    estimates = [costs.estimate(Point(ulysses=8, ring=2, zero=zero)) for zero in (3, 1)]
+    assert [estimate.fits for estimate in estimates] == [True, False]
+    plot(estimates, asked.capacity, tmp_path / "plan.svg", "costs $x and y$")
     svg = (tmp_path / "plan.svg").read_text()
     for written in (
         "costs $x and y$",
@@ -248,7 +255,7 @@ def test_a_picture_is_drawn_of_points_that_fit_and_that_do_not(tmp_path: Path) -
     ):
         assert f"<!-- {written} -->" in svg
     assert "<pattern" in svg  # hatched
-    plot(prices[:1], asked.capacity, tmp_path / "plan.png", "one")
+    plot(estimates[:1], asked.capacity, tmp_path / "plan.png", "one")
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
 
 
@@ -271,6 +278,6 @@ def test_small_parts_are_drawn_together_and_nothing_is_lost() -> None:
 def test_a_picture_that_cannot_be_drawn_is_refused(
     count: int, name: str, message: str, tmp_path: Path
 ) -> None:
-    price = Pricer(job()).price(POINT)
+    estimate = CostModel(job()).estimate(POINT)
     with pytest.raises(ValueError, match=message):
-        plot([price] * count, 80 * 2**30, tmp_path / name, "none")
+        plot([estimate] * count, 80 * 2**30, tmp_path / name, "none")

@@ -1,20 +1,22 @@
-"""The planner against what was published: rankings, absolute figures with one constant a table, fit and
-out-of-memory outcomes.
+"""The planner against what was published: rankings, absolute figures with one constant a table, memory.
+
+Memory: what fitted, and what ran out of it.
 """
 
 import pytest
 
-from seqmesh.planner.cost.estimate import Price
-from seqmesh.planner.cost.step import Pricer
+from seqmesh.planner.cost.step import CostModel
 from seqmesh.planner.inputs.hardware import Cluster, load_gpu
-from seqmesh.planner.inputs.job import Job, Point
+from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.models import load_model
+from seqmesh.planner.inputs.point import Point
 from seqmesh.planner.paper.published import (
     HEADLINE,
     Agreement,
+    Outcome,
     agreements,
+    estimate_row,
     memory_outcomes,
-    price_row,
     spearman,
 )
 
@@ -37,17 +39,15 @@ def test_absolute_figures_are_within_10_percent_after_one_constant_a_table(
 ) -> None:
     fitted, checked = table.errors()
     with capsys.disabled():
-        print(
-            f"\n{table.name}: constant {table.constant:.3f}, mean error {fitted:.1%} fitted, {checked:.1%} checked"
-        )
+        errors = f"mean error {fitted:.1%} fitted, {checked:.1%} checked"
+        print(f"\n{table.name}: constant {table.constant:.3f}, {errors}")
     assert checked <= 0.10
     assert 0.85 <= table.constant <= 1.15  # the constants before any fit are not far off either
 
 
-@pytest.mark.parametrize("outcome", memory_outcomes(), ids=lambda outcome: outcome[0])
-def test_every_reported_fit_and_out_of_memory_is_predicted(outcome: tuple[str, bool, Price]) -> None:
-    _, fitted, price = outcome
-    assert price.fits == fitted
+@pytest.mark.parametrize("outcome", memory_outcomes(), ids=lambda outcome: outcome.setup)
+def test_every_reported_fit_and_out_of_memory_is_predicted(outcome: Outcome) -> None:
+    assert outcome.estimate.fits == outcome.fitted
 
 
 def test_outcomes_are_also_right_by_the_papers_own_formula_without_overhead() -> None:
@@ -55,10 +55,10 @@ def test_outcomes_are_also_right_by_the_papers_own_formula_without_overhead() ->
 
     The planner's categories contain exactly these.
     """
-    price = price_row(HEADLINE)
+    estimate = estimate_row(HEADLINE)
     model, n = load_model("llama3-8b"), 208 * 1024
     states = model.parameters / 8 * (6 + 12 / 2)
-    kept = price.memory.categories
+    kept = estimate.memory.categories
     assert sum(kept[name] for name in ("parameters", "gradients", "optimizer")) == pytest.approx(
         states, rel=1e-6
     )
@@ -70,9 +70,9 @@ def test_outcomes_are_also_right_by_the_papers_own_formula_without_overhead() ->
 
 
 def test_the_headline_is_within_5_percent_of_the_papers_figure() -> None:
-    assert price_row(HEADLINE).tflops_per_gpu == pytest.approx(147.26, rel=0.05)
-    assert price_row(HEADLINE).mfu_causal == pytest.approx(0.47, abs=0.02)
-    assert price_row(HEADLINE).mfu_noncausal == pytest.approx(
+    assert estimate_row(HEADLINE).tflops_per_gpu == pytest.approx(147.26, rel=0.05)
+    assert estimate_row(HEADLINE).mfu_causal == pytest.approx(0.47, abs=0.02)
+    assert estimate_row(HEADLINE).mfu_noncausal == pytest.approx(
         0.86, abs=0.05
     )  # the first version's 86%: the same run, counted non-causally
 
@@ -88,6 +88,6 @@ def test_states_take_the_bytes_of_the_zero_stage(zero: int, per_parameter: float
     """Gradients in fp32: Megatron's 6 + 12/N at stage 1; with bf16 gradients 16, 4 + 12/N, 2 + 14/N, 16/N."""
     model = load_model("llama3-8b")
     job = Job(model=model, cluster=Cluster(gpu=load_gpu("h100-sxm"), nodes=1, gpus_per_node=4), seq_len=8192)
-    kept = Pricer(job).price(Point(ulysses=4, zero=zero)).memory.categories
+    kept = CostModel(job).estimate(Point(ulysses=4, zero=zero)).memory.categories
     states = sum(kept[name] for name in ("parameters", "gradients", "optimizer"))
     assert states == pytest.approx(model.parameters * per_parameter, rel=1e-6)

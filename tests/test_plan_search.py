@@ -2,21 +2,27 @@
 
 from dataclasses import asdict
 from itertools import product
+from math import prod
 
 import pytest
 
 from seqmesh import layouts, masks
+from seqmesh.planner.candidates import Pins, divisors, mesh_of, meshes
 from seqmesh.planner.cost.attention import head_rate
-from seqmesh.planner.cost.estimate import Price
+from seqmesh.planner.cost.estimate import StepEstimate
 from seqmesh.planner.cost.ring_load import ZIGZAG_ROWS
-from seqmesh.planner.cost.step import Pricer
+from seqmesh.planner.cost.step import CostModel
 from seqmesh.planner.inputs.assumptions import Assumptions
 from seqmesh.planner.inputs.hardware import Cluster, load_gpu
-from seqmesh.planner.inputs.job import AXES, CHECKPOINTING, OFFLOAD, TILING, Job, Point, violations
+from seqmesh.planner.inputs.job import Job
+from seqmesh.planner.inputs.legality import violations
 from seqmesh.planner.inputs.models import ModelShape, load_model
+from seqmesh.planner.inputs.point import AXES, CHECKPOINTING, OFFLOAD, TILING, Point
 from seqmesh.planner.longest import longest
-from seqmesh.planner.reasons import rests_on, shortfall, why_not
-from seqmesh.planner.search import Pins, divisors, mesh_of, meshes, search
+from seqmesh.planner.reasons import why_not
+from seqmesh.planner.remedies import shortfall
+from seqmesh.planner.search import search
+from seqmesh.planner.sensitivity import sensitivities
 
 SMALL = ModelShape(
     name="small", layers=6, hidden=768, heads=12, kv_heads=6, head_dim=64, intermediate=2048, vocabulary=32000
@@ -36,23 +42,23 @@ def job(
     return Job(model=model, cluster=cluster, seq_len=seq_len, global_batch=batch, memory_limit=limit)
 
 
-def brute_force(pricer: Pricer, pins: Pins) -> list[Price]:
+def brute_force(costs: CostModel, pins: Pins) -> list[StepEstimate]:
     """Every legal point that fits, priced one by one, the fastest first."""
-    gpus, found = pricer.job.cluster.gpus, []
-    degrees = product(divisors(gpus), repeat=5)
-    for tp, ulysses, ring, dp, pp in degrees:
-        if tp * ulysses * ring * dp * pp != gpus:
+    gpus = costs.job.cluster.gpus
+    degrees = ("tp", "ulysses", "ring", "dp", "pp")
+    knobs = ("zero", "checkpointing", "offload", "tiling", "micro_batch")
+    values = (range(4), CHECKPOINTING, OFFLOAD, TILING, divisors(costs.job.global_batch))
+    found = []
+    for mesh in product(divisors(gpus), repeat=5):
+        if prod(mesh) != gpus:
             continue
-        for knobs in product(range(4), CHECKPOINTING, OFFLOAD, TILING, divisors(pricer.job.global_batch)):
-            zero, checkpointing, offload, tiling, micro_batch = knobs
-            point = Point(
-                tp=tp, ulysses=ulysses, ring=ring, dp=dp, pp=pp, zero=zero, checkpointing=checkpointing, offload=offload, tiling=tiling,
-                micro_batch=micro_batch,
-            )  # fmt: skip
+        for chosen in product(*values):
+            named = zip((*degrees, *knobs), (*mesh, *chosen), strict=True)
+            point = Point(**dict(named))
             pinned = all(getattr(point, key) == value for key, value in pins.items())
-            if pinned and not any(violations(pricer.job, point)) and pricer.memory.of(point).fits(pricer.job):
-                found.append(pricer.price(point))
-    return sorted(found, key=lambda price: price.seconds)
+            if pinned and not any(violations(costs.job, point)) and costs.memory.of(point).fits(costs.job):
+                found.append(costs.estimate(point))
+    return sorted(found, key=lambda estimate: estimate.seconds)
 
 
 @pytest.mark.parametrize("limit", [80 << 30, 6 << 30, 3 << 30, 2 << 30], ids=lambda n: f"{n >> 30} GiB")
@@ -60,26 +66,28 @@ def brute_force(pricer: Pricer, pins: Pins) -> list[Price]:
     "pins", [{}, {"tp": 2}, {"zero": 0}, {"checkpointing": "full"}, {"micro_batch": 2, "ring": 2}], ids=str
 )
 def test_the_search_finds_what_brute_force_finds(limit: int, pins: Pins) -> None:
-    pricer = Pricer(job(limit=limit))
-    expected = brute_force(pricer, pins)
-    found = search(pricer, pins, top=3)
+    costs = CostModel(job(limit=limit))
+    expected = brute_force(costs, pins)
+    found = search(costs, pins, top=3)
     assert bool(found.best) == bool(expected)
     if expected:
         assert found.best[0].seconds == pytest.approx(expected[0].seconds, rel=1e-9)
-        meshes = list(dict.fromkeys(mesh_of(price.point) for price in expected))
+        meshes = list(dict.fromkeys(mesh_of(estimate.point) for estimate in expected))
         times = {mesh: min(p.seconds for p in expected if mesh_of(p.point) == mesh) for mesh in meshes[:3]}
-        assert [price.seconds for price in found.best] == pytest.approx(sorted(times.values()), rel=1e-9)
+        assert [estimate.seconds for estimate in found.best] == pytest.approx(
+            sorted(times.values()), rel=1e-9
+        )
     else:
-        assert found.misfits
-        assert all(not price.fits for price in found.misfits)
+        assert found.infeasible
+        assert all(not estimate.fits for estimate in found.infeasible)
 
 
 def test_six_gpus_and_odd_lengths_are_planned_too() -> None:
-    found = search(Pricer(job(each=6, seq_len=10_007, batch=1)), {})
+    found = search(CostModel(job(each=6, seq_len=10_007, batch=1)), {})
     assert found.best
-    assert {price.point.gpus for price in found.best} == {6}
+    assert {estimate.point.gpus for estimate in found.best} == {6}
     assert all(
-        price.point.tp == 1 for price in found.best
+        estimate.point.tp == 1 for estimate in found.best
     )  # 10,007 is a prime: TP's sequence parallelism cannot divide it
 
 
@@ -92,7 +100,7 @@ def test_the_estimate_lies_between_its_bounds_on_every_mesh(
     cluster = Cluster(gpu=load_gpu(gpu), nodes=nodes, gpus_per_node=each)
     assumed = Assumptions(tp_exposed=0.1, gradient_overlap=0.9, prefetch=1.0)
     for assumptions in (Assumptions(), assumed):
-        pricer = Pricer(
+        costs = CostModel(
             Job(
                 model=load_model("llama3-8b"),
                 cluster=cluster,
@@ -101,18 +109,18 @@ def test_the_estimate_lies_between_its_bounds_on_every_mesh(
                 assumptions=assumptions,
             )
         )
-        for point in meshes(pricer.job, {}):
-            if not any(violations(pricer.job, point)):
-                price = pricer.price(point)
-                assert price.lower * (1 - 1e-12) <= price.seconds <= price.upper * (1 + 1e-12)
+        for point in meshes(costs.job, {}):
+            if not any(violations(costs.job, point)):
+                estimate = costs.estimate(point)
+                assert estimate.lower * (1 - 1e-12) <= estimate.seconds <= estimate.upper * (1 + 1e-12)
 
 
 def test_every_point_found_is_legal_and_within_memory() -> None:
-    pricer = Pricer(job(load_model("llama3-8b"), nodes=8, each=8, seq_len=131072, batch=32))
-    for price in search(pricer, {}, top=20).best:
-        assert not list(violations(pricer.job, price.point))
-        assert price.memory.total == sum(price.memory.categories.values()) <= pricer.job.capacity
-        assert price.lower <= price.seconds <= price.upper
+    costs = CostModel(job(load_model("llama3-8b"), nodes=8, each=8, seq_len=131072, batch=32))
+    for estimate in search(costs, {}, top=20).best:
+        assert not list(violations(costs.job, estimate.point))
+        assert estimate.memory.total == sum(estimate.memory.categories.values()) <= costs.job.capacity
+        assert estimate.lower <= estimate.seconds <= estimate.upper
 
 
 @pytest.mark.parametrize(
@@ -130,54 +138,54 @@ def test_every_point_found_is_legal_and_within_memory() -> None:
 )
 def test_pins_that_contradict_each_other_name_the_rule(pins: Pins, rule: str) -> None:
     with pytest.raises(ValueError, match=r"no legal mesh with") as error:
-        search(Pricer(job()), pins)
+        search(CostModel(job()), pins)
     assert rule in str(error.value)
     assert "\n" not in str(error.value)
 
 
 def test_the_longest_sequence_fits_and_a_longer_one_does_not() -> None:
     one = job(load_model("llama3-8b"), each=8, batch=1)
-    length = longest(Pricer(one), {})
-    assert search(Pricer(job(load_model("llama3-8b"), each=8, batch=1, seq_len=length)), {}, top=1).best
+    length = longest(CostModel(one), {})
+    assert search(CostModel(job(load_model("llama3-8b"), each=8, batch=1, seq_len=length)), {}, top=1).best
     assert not search(
-        Pricer(job(load_model("llama3-8b"), each=8, batch=1, seq_len=length + length // 64)), {}, top=1
+        CostModel(job(load_model("llama3-8b"), each=8, batch=1, seq_len=length + length // 64)), {}, top=1
     ).best
-    assert longest(Pricer(one), {"checkpointing": "none"}) < length
-    assert longest(Pricer(job(load_model("llama3-405b"), each=8, batch=1)), {}) == 0
+    assert longest(CostModel(one), {"checkpointing": "none"}) < length
+    assert longest(CostModel(job(load_model("llama3-405b"), each=8, batch=1)), {}) == 0
 
 
 def test_a_misfit_names_its_shortfall_and_what_would_fit() -> None:
-    pricer = Pricer(job(load_model("llama2-7b"), each=8, seq_len=65536, batch=1))
+    costs = CostModel(job(load_model("llama2-7b"), each=8, seq_len=65536, batch=1))
     point = Point(ulysses=8, zero=1)
-    price = pricer.price(point)
-    assert not price.fits
-    said = shortfall(pricer, price, asdict(point))
+    estimate = costs.estimate(point)
+    assert not estimate.fits
+    said = shortfall(costs, estimate, asdict(point))
     assert (
         "3.75 GB too much; zero=2 would make it fit" in said
     )  # the cheapest: tiling the loss is not enough, the rest takes longer
     assert "too much; tp=2 would make it fit" in shortfall(
-        pricer, price, {"zero": 1, "tp": 1, "tiling": "none", "checkpointing": "none", "ring": 1, "pp": 1}
+        costs, estimate, {"zero": 1, "tp": 1, "tiling": "none", "checkpointing": "none", "ring": 1, "pp": 1}
     )
 
 
 def test_reasons_compare_with_other_points_and_assumptions() -> None:
-    pricer = Pricer(job(load_model("llama3-8b"), nodes=2, each=8, seq_len=65536, batch=1))
-    best = search(pricer, {}).best
+    costs = CostModel(job(load_model("llama3-8b"), nodes=2, each=8, seq_len=65536, batch=1))
+    best = search(costs, {}).best
     assert "slower" in why_not(best[0], best[1])
-    rests = {one.name: one for one in rests_on(pricer, best, {})}
-    assert next(iter(rests)) == "attention_backward"  # most of the time of a long causal sequence
-    (_, slower, _), (_, faster, _) = rests["attention_backward"].cases
-    assert slower > 0 > faster
-    assert rests["gradient_overlap"].cases[0][1] < 0
+    found = {one.name: one for one in sensitivities(costs, best, {})}
+    assert next(iter(found)) == "attention_backward"  # most of the time of a long causal sequence
+    lower_rate, higher_rate = found["attention_backward"].trials
+    assert lower_rate.change > 0 > higher_rate.change
+    assert found["gradient_overlap"].trials[0].change < 0
 
 
 def test_an_assumption_that_changes_the_winner_is_found() -> None:
     """At 208K the best point leaves 1 GB: with three times the overhead another one wins."""
-    pricer = Pricer(job(load_model("llama3-8b"), nodes=2, each=8, seq_len=208 * 1024, batch=1))
-    (overhead,) = (one for one in rests_on(pricer, search(pricer, {}).best, {}) if one.name == "overhead")
-    ((value, _, winner),) = overhead.cases
-    other = pricer.with_assumption("overhead", value)
-    assert winner == search(other, {}).best[0].point
+    costs = CostModel(job(load_model("llama3-8b"), nodes=2, each=8, seq_len=208 * 1024, batch=1))
+    (overhead,) = (one for one in sensitivities(costs, search(costs, {}).best, {}) if one.name == "overhead")
+    (trial,) = overhead.trials
+    other = costs.with_assumption("overhead", trial.value)
+    assert trial.winner == search(other, {}).best[0].point
 
 
 def test_attention_runs_faster_on_longer_blocks_and_wider_heads() -> None:
@@ -186,7 +194,7 @@ def test_attention_runs_faster_on_longer_blocks_and_wider_heads() -> None:
     kernels = []
     for ring in (1, 2, 4, 8):  # the same pairs in smaller blocks
         one = job(load_model("llama3-8b"), each=8, seq_len=8192, batch=1)
-        kernels.append(ring * Pricer(one).attention(Point(ring=ring, dp=8 // ring)).forward.kernel)
+        kernels.append(ring * CostModel(one).attention(Point(ring=ring, dp=8 // ring)).forward.kernel)
     assert kernels == sorted(kernels)
 
 
@@ -194,8 +202,8 @@ def test_faster_links_inside_is_no_slower_than_the_reverse_order() -> None:
     """Best practice 7."""
     one = job(load_model("llama3-8b"), nodes=2, each=8, seq_len=65536, batch=1)
     for point in (Point(ulysses=8, ring=2), Point(ulysses=4, ring=4), Point(tp=4, ulysses=2, ring=2)):
-        pricer = Pricer(one)
-        assert pricer.seconds(point) <= pricer.with_axes(tuple(reversed(AXES))).seconds(point) * (1 + 1e-9)
+        costs = CostModel(one)
+        assert costs.seconds(point) <= costs.with_axes(tuple(reversed(AXES))).seconds(point) * (1 + 1e-9)
 
 
 def test_auto_is_zigzag_for_long_causal_shares_as_the_planner_takes_it_to_be() -> None:

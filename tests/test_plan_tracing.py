@@ -1,5 +1,4 @@
-"""The memory trace against memory that was allocated, on one rank and on four, and the formula against the
-trace.
+"""The memory trace against memory that was allocated, and the formula against the trace.
 
 Tolerances: a trace cannot see one operator's own buffers. Those of the flash kernel's backward are 1 MiB of
 logits a thread and a copy of a tile's queries; others are a few KB. The formula leaves out a few KB of
@@ -141,8 +140,9 @@ def moments_of(model: ModelShape, seq_len: int, ulysses: int, ring: int) -> tupl
 
 
 def assert_predicted(traced: TracedMemory, moments: list[Moment]) -> None:
-    """The peak, by kind, and the peaks of backward and update; the forward's is near the backward's and never
-    higher.
+    """The peak, by kind, and the peaks of backward and update.
+
+    The forward's is near the backward's and never higher.
     """
     peak = max(moments, key=lambda moment: moment.total)
     after = [moment.name for moment in moments].index("embedding") + 1

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from seqmesh import layouts, masks
 from seqmesh.picture import draw_mesh, draw_schedule
-from seqmesh.planner.cost.step import Pricer
+from seqmesh.planner.cost.step import CostModel
 from seqmesh.planner.inputs.hardware import Cluster, load_gpu
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.models import load_model
@@ -30,7 +30,7 @@ def make(folder: Path) -> None:
     cluster = Cluster(gpu=load_gpu("a800-sxm"), nodes=2, gpus_per_node=8)
     job = Job(model=load_model("llama3-8b"), cluster=cluster, seq_len=208 * 1024)
     title = "llama3-8b, 208K tokens, global batch 1, 2 x 8 a800-sxm"
-    plot(search(Pricer(job), pins={}).best, job.capacity, folder / "plan.png", title)
+    plot(search(CostModel(job), pins={}).best, job.capacity, folder / "plan.png", title)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """`seqmesh plan`: a model, a cluster and a batch -> time and memory of every way to spread the work.
 
-No torch.
+No torch, but for trainer/tracing.py.
 
 Reading order:
-    command.py -> request.py -> job.py          what is asked: a Job (models.py, hardware.py, assumptions.py, data/) and pins
-    search.py -> cost.py -> price.py            every legal Point, priced
-    ring_load.py, attention.py, compute.py, network.py     time and bytes, from the schedules that run
-    memory.py, trainer_memory.py                bytes at the peak: of a plan, of `seqmesh train` as it stands (tracing.py traces it)
-    reasons.py, report.py, records.py           why, as text, as JSON; plot.py, timeline.py, emit.py: as files
-    kernel.py, compare.py, longest.py           other questions: one attention, the paper's Table 2, the longest sequence
-    published.py                                the paper's measured tables beside the predictions
+    inputs/      what is asked: a Job (model, cluster, sequence, stack), a Point (one way to run it), pins
+    command.py   the command's modes; flags.py has its options
+    search.py    candidates.py gives every point, cost/step.py estimates it, the best few remain
+    cost/        time and bytes from the schedules that run, and memory at the peak
+    trainer/     memory of `seqmesh train` as it stands: a formula, and a trace of its real step
+    reasons.py   why the best is best; remedies.py: what would fit; sensitivity.py: what the answer rests on
+    output/      text, JSON, picture, timeline, recipe
+    paper/       the paper's Table 2 for a model, and its measured tables beside the predictions
+
+Other questions: longest.py, the longest sequence; one_attention.py, one attention alone.
 """

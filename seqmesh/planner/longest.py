@@ -8,35 +8,47 @@ from dataclasses import replace
 from itertools import cycle
 from math import lcm
 
-from seqmesh.planner.cost.step import Pricer
+from seqmesh.planner.candidates import Pins
+from seqmesh.planner.cost.step import CostModel
+from seqmesh.planner.inputs.documents import MOST_DOCUMENTS, fill
 from seqmesh.planner.inputs.job import LARGEST, Job
-from seqmesh.planner.inputs.request import MOST_DOCUMENTS, fill
 from seqmesh.planner.inputs.units import format_tokens
-from seqmesh.planner.search import Pins, fits_at_all
+from seqmesh.planner.search import fits_at_all
 
 GRAIN = 256
 """One over the share of the length to which it is found."""
 LARGEST_STEP = 16384
-"""Steps that are multiples of the number of GPUs as well, so that tensor parallelism can divide them, if they
-are no larger.
+"""The largest step of lengths.
+
+Steps are multiples of the number of GPUs too, so that tensor parallelism can divide them, if that makes them
+no larger.
 """
 
 
-def longest(pricer: Pricer, pins: Pins) -> int:
+def longest(costs: CostModel, pins: Pins) -> int:
     """Tokens of the longest sequence that fits, to 1/256 and to steps of 1024 tokens; 0 if none does.
 
     Documents are left out: one causal sequence needs every row that they need.
     """
-    step = lcm(1024, pricer.job.cluster.gpus)
-    step = step if step <= LARGEST_STEP else 1024
-    if not _fits(pricer.job, step, pins):
+    job = costs.job
+    step = lcm(1024, job.cluster.gpus)
+    if step > LARGEST_STEP:
+        step = 1024
+
+    def fits(steps: int) -> bool:
+        return fits_at_all(CostModel(replace(job, seq_len=steps * step, documents=())), pins)
+
+    if not fits(1):
         return 0
-    low, high = 1, 2
-    while high * step < LARGEST and _fits(pricer.job, high * step, pins):
+    low, high = 1, 2  # steps that fit, and steps that do not, or are not tried yet
+    while high * step < LARGEST and fits(high):
         low, high = high, 2 * high
     while high - low > max(1, low // GRAIN):
         middle = (low + high) // 2
-        low, high = (middle, high) if _fits(pricer.job, middle * step, pins) else (low, middle)
+        if fits(middle):
+            low = middle
+        else:
+            high = middle
     return low * step
 
 
@@ -50,11 +62,8 @@ def at_length(job: Job, seq_len: int) -> Job:
     """
     if job.documents and len(job.documents) * seq_len > MOST_DOCUMENTS * job.seq_len:
         raise ValueError(
-            f"{format_tokens(seq_len)} tokens fit, but would be more than {MOST_DOCUMENTS} documents; use longer ones, or --seq-len"
+            f"{format_tokens(seq_len)} tokens fit, but would be more than {MOST_DOCUMENTS} documents;"
+            " use longer ones, or --seq-len"
         )
     documents = fill(seq_len, cycle(job.documents), "--documents") if job.documents else ()
     return replace(job, seq_len=seq_len, documents=documents)
-
-
-def _fits(job: Job, seq_len: int, pins: Pins) -> bool:
-    return fits_at_all(Pricer(replace(job, seq_len=seq_len, documents=())), pins)

@@ -1,19 +1,19 @@
-"""`seqmesh plan --kernel`: which ulysses x ring split is fastest for ONE attention forward (the setting of
-the paper's Table 3).
+"""`seqmesh plan --kernel`: which ulysses x ring split is fastest for ONE attention forward.
+
+This is the setting of the paper's Table 3.
 
     seconds = kernel + merges and launches + exchange of heads + what no compute hides of the exchange of rows
 """
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from seqmesh.planner.cost.attention import Loads, Pass, Shape, price_attention
+from seqmesh.planner.candidates import Pins, divisors
+from seqmesh.planner.cost.attention import AttentionShape, Loads, Pass, attention_cost
 from seqmesh.planner.cost.estimate import COMPUTE
-from seqmesh.planner.cost.network import Network, add_bytes, place
+from seqmesh.planner.cost.network import Group, Network, add_bytes, place
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.models import ModelShape
-from seqmesh.planner.search import divisors
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -36,7 +36,7 @@ class Split:
     @property
     def seconds(self) -> float:
         """Of one forward."""
-        return self.parts.kernel + self.parts.merge + self.parts.heads + self.parts.rows_exposed
+        return self.parts.seconds
 
     @property
     def bound_by(self) -> str:
@@ -63,7 +63,7 @@ def attention_model(heads: int, kv_heads: int, head_dim: int) -> ModelShape:
     )
 
 
-def splits(job: Job, pins: Mapping[str, int | str]) -> list[Split]:
+def splits(job: Job, pins: Pins) -> list[Split]:
     """Every legal split of one attention over all GPUs of the job, the fastest first.
 
     Raises:
@@ -73,15 +73,13 @@ def splits(job: Job, pins: Mapping[str, int | str]) -> list[Split]:
     for key, value in pins.items():
         if key not in ("ulysses", "ring") and value not in (1, "none"):
             raise ValueError(f"--pin {key}={value} has no meaning with --kernel; pin ulysses or ring")
-    loads, found = Loads(job), []
+    loads = Loads(job)
+    found = []
     for ulysses in divisors(gpus):
         ring = gpus // ulysses
-        if (
-            ulysses <= heads
-            and ring <= job.seq_len
-            and pins.get("ulysses", ulysses) == ulysses
-            and pins.get("ring", ring) == ring
-        ):
+        legal = ulysses <= heads and ring <= job.seq_len
+        pinned = pins.get("ulysses", ulysses) == ulysses and pins.get("ring", ring) == ring
+        if legal and pinned:
             found.append(_split(job, loads, ulysses, ring))
     if not found:
         asked = ", ".join(f"{key}={value}" for key, value in pins.items()) or f"{gpus} GPUs"
@@ -93,20 +91,19 @@ def splits(job: Job, pins: Mapping[str, int | str]) -> list[Split]:
 
 
 def _split(job: Job, loads: Loads, ulysses: int, ring: int) -> Split:
-    axes = tuple(axis for axis in job.axes if axis in ("ulysses", "ring"))
-    degrees = tuple({"ulysses": ulysses, "ring": ring}[axis] for axis in axes)
-    u_group, r_group = (
-        place(axes, degrees, frozenset((axis,)), job.cluster.gpus_per_node) for axis in ("ulysses", "ring")
-    )
     m, network, load = job.model, Network(job.cluster, job.assumptions), loads(ring)
-    shape = Shape.of(job, batch=job.global_batch, ulysses=ulysses)
-    parts = price_attention(job, load, shape, u_group, r_group).forward
+    ulysses_group = _group(job, "ulysses", ulysses, ring)
+    ring_group = _group(job, "ring", ulysses, ring)
+    shape = AttentionShape.of(job, batch=job.global_batch, ulysses=ulysses)
+    parts = attention_cost(job, load, shape, ulysses_group, ring_group).forward
     links = {COMPUTE: parts.kernel + parts.merge}
-    for group, seconds in ((u_group, parts.heads), (r_group, parts.rows_exposed)):
-        links[network.reach(group)] = links.get(network.reach(group), 0.0) + seconds
+    for group, seconds in ((ulysses_group, parts.heads), (ring_group, parts.rows_exposed)):
+        link = network.reach(group)
+        links[link] = links.get(link, 0.0) + seconds
+    ranks = ulysses * ring
     sent = (
-        network.spread_bytes(u_group.off_node, parts.heads_bytes / (ulysses * ring)),
-        network.spread_bytes(load.off_node(r_group.per_node), parts.rows_bytes / (ulysses * ring)),
+        network.spread_bytes(ulysses_group.off_node, parts.heads_bytes / ranks),
+        network.spread_bytes(load.off_node(ring_group.per_node), parts.rows_bytes / ranks),
     )
     return Split(
         ulysses=ulysses,
@@ -118,6 +115,14 @@ def _split(job: Job, loads: Loads, ulysses: int, ring: int) -> Split:
         imbalance=load.imbalance,
         flops=4.0 * m.heads * m.head_dim * job.mask.area * job.global_batch,
     )
+
+
+def _group(job: Job, axis: str, ulysses: int, ring: int) -> Group:
+    """The process group over one of the two axes, in the job's order of axes."""
+    degree = {"ulysses": ulysses, "ring": ring}
+    axes = tuple(name for name in job.axes if name in degree)
+    degrees = tuple(degree[name] for name in axes)
+    return place(axes, degrees, frozenset((axis,)), job.cluster.gpus_per_node)
 
 
 def split_record(split: Split) -> dict[str, Any]:

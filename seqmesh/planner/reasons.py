@@ -1,71 +1,69 @@
-"""Why the best point is the best: each reason is a comparison with a point that differs in one thing, in
-numbers.
+"""Why the best point is the best: each reason is a comparison with a point that differs in one thing.
 
 The practices are the paper's: (1) unified rather than pure sequence parallelism, (2) data parallelism before
 sequence parallelism, (3) ZeRO-1 or 2 with it, ZeRO-3 and offload for memory, (4, 5) tensor parallelism, (7)
 the order of the axes on the links.
 """
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator
 
-from seqmesh.planner.cost.estimate import COMPUTE, PIPELINE, Price
-from seqmesh.planner.cost.step import Pricer
-from seqmesh.planner.inputs.job import Point, is_legal
-from seqmesh.planner.inputs.units import format_bytes, format_seconds, format_tokens
-from seqmesh.planner.search import Pins, divisors, fits_at_all, search
+from seqmesh.planner.candidates import Pins, divisors
+from seqmesh.planner.cost.estimate import COMPUTE, PIPELINE, StepEstimate
+from seqmesh.planner.cost.network import NETWORK, PCIE, SCALE_UP
+from seqmesh.planner.cost.step import CostModel
+from seqmesh.planner.inputs.legality import is_legal
+from seqmesh.planner.inputs.point import Point
+from seqmesh.planner.inputs.units import format_bytes, format_seconds
+from seqmesh.planner.remedies import shortfall
 
-SWING = 0.2
-"""How far an assumption is moved, each way, to see what rests on it."""
+CAUSES = {
+    COMPUTE: "compute",
+    PIPELINE: "the pipeline's bubble",
+    SCALE_UP: "scale-up links",
+    PCIE: "PCIe",
+    NETWORK: "the node network",
+}
 
-MOST_GPUS = 16384
-"""Machines beyond which none is suggested."""
-NODES_TRIED = (2, 4, 8, 16, 32, 64)
-"""Multiples of the machine that `remedy` tries."""
 
-
-def reasons(pricer: Pricer, price: Price, pins: Pins) -> list[str]:
+def reasons(costs: CostModel, estimate: StepEstimate, pins: Pins) -> list[str]:
     """Why a point is as it is; for a point that does not fit, what would make it fit."""
-    if not price.fits:
-        return [shortfall(pricer, price, pins)]
-    parts = (
-        _limit(price),
-        _unified(pricer, price),
-        _data_parallel(pricer, price),
-        _zero(pricer, price, pins),
-        _tensor(pricer, price),
-    )
-    return [text for part in (*parts, _savers(pricer, price, pins), _order(pricer, price)) for text in part]
+    if not estimate.fits:
+        return [shortfall(costs, estimate, pins)]
+    return [
+        *_limit(estimate),
+        *_layout(estimate),
+        *_unified(costs, estimate),
+        *_data_parallel(costs, estimate),
+        *_zero(costs, estimate, pins),
+        *_tensor(costs, estimate),
+        *_savers(costs, estimate, pins),
+        *_order(costs, estimate),
+    ]
 
 
-def _limit(price: Price) -> Iterator[str]:
-    causes = sorted(price.by_cause(lambda piece: piece.exposed).items(), key=lambda item: -item[1])
-    shares = ", ".join(
-        f"{_cause(cause)} {seconds / price.seconds:.0%}"
-        for cause, seconds in causes
-        if seconds > 0.005 * price.seconds
-    )
-    yield f"limited by {_cause(price.bound_by)}: {shares} of the step"
+def _limit(estimate: StepEstimate) -> Iterator[str]:
+    causes = estimate.by_cause(lambda term: term.exposed)
+    largest_first = sorted(causes.items(), key=lambda item: -item[1])
+    shares = [
+        f"{_cause(cause)} {seconds / estimate.seconds:.0%}"
+        for cause, seconds in largest_first
+        if seconds > 0.005 * estimate.seconds
+    ]
+    yield f"limited by {_cause(estimate.bound_by)}: {', '.join(shares)} of the step"
 
 
 def _cause(cause: str) -> str:
-    return {
-        COMPUTE: "compute",
-        PIPELINE: "the pipeline's bubble",
-        "scale_up": "scale-up links",
-        "pcie": "PCIe",
-        "network": "the node network",
-    }.get(cause, cause)
+    return CAUSES.get(cause, cause)
 
 
-def _compared(pricer: Pricer, price: Price, other: Point) -> str | None:
+def _compared(costs: CostModel, estimate: StepEstimate, other: Point) -> str | None:
     """How another point does, or None if it is not legal."""
-    if not is_legal(pricer.job, other):
+    if not is_legal(costs.job, other):
         return None
-    memory = pricer.memory.of(other)
-    if not memory.fits(pricer.job):
-        return f"does not fit ({format_bytes(memory.over(pricer.job))} too much)"
-    return _difference(pricer.seconds(other) / price.seconds - 1)
+    memory = costs.memory.of(other)
+    if not memory.fits(costs.job):
+        return f"does not fit ({format_bytes(memory.over(costs.job))} too much)"
+    return _difference(costs.seconds(other) / estimate.seconds - 1)
 
 
 def _difference(share: float) -> str:
@@ -74,253 +72,167 @@ def _difference(share: float) -> str:
     return f"takes {abs(share):.1%} {'longer' if share > 0 else 'less'}"
 
 
-def _unified(pricer: Pricer, price: Price) -> Iterator[str]:
-    p, heads = price.point, pricer.job.model.heads
+def _layout(estimate: StepEstimate) -> Iterator[str]:
+    p = estimate.point
+    if p.ring > 1:
+        yield (
+            f"layout {estimate.layout} over ring {p.ring},"
+            f" {estimate.exchanges} exchange{'s' if estimate.exchanges > 1 else ''}:"
+            f" the busiest rank computes {estimate.imbalance:.3f}x the mean"
+        )
+
+
+def _unified(costs: CostModel, estimate: StepEstimate) -> Iterator[str]:
+    """The same ranks in one of the two forms of sequence parallelism alone."""
+    p = estimate.point
     if p.sp == 1:
         return
+    heads = costs.job.model.heads // p.tp
     found = []
     for name, other in (
         ("ring alone", p.but(ulysses=1, ring=p.sp)),
         ("ulysses alone", p.but(ulysses=p.sp, ring=1)),
     ):
-        if (other.ulysses, other.ring) == (p.ulysses, p.ring):
+        if other == p:
             continue
-        if other.ulysses > heads // p.tp:
-            found.append(f"{name} is impossible with {heads // p.tp} query heads a rank")
-        elif text := _compared(pricer, price, other):
+        if other.ulysses > heads:
+            found.append(f"{name} is impossible with {heads} query heads a rank")
+        elif text := _compared(costs, estimate, other):
             found.append(f"{name} {text}")
-    if p.ring > 1:
-        busiest = f"the busiest rank computes {price.imbalance:.3f}x the mean"
-        yield f"layout {price.layout} over ring {p.ring}, {price.exchanges} exchange{'s' if price.exchanges > 1 else ''}: {busiest}"
     if found:
         mixed = p.ulysses > 1 and p.ring > 1
         kind = "practice 1: unified, not pure" if mixed else "pure, where practice 1 is to mix"
         yield f"ulysses {p.ulysses} x ring {p.ring} ({kind}): {'; '.join(found)}"
 
 
-def _data_parallel(pricer: Pricer, price: Price) -> Iterator[str]:
-    p, batch = price.point, pricer.job.global_batch
+def _data_parallel(costs: CostModel, estimate: StepEstimate) -> Iterator[str]:
+    """Twice the data parallelism at half the sequence parallelism: less ring, or else less ulysses."""
+    p, batch = estimate.point, costs.job.global_batch
     if p.sp == 1:
         return
     if p.dp == batch:
-        yield f"sequence parallelism because a batch of {batch} cannot be split over more than dp={batch} (practice 2: dp first)"
+        yield (
+            f"sequence parallelism because a batch of {batch} cannot be split over more than dp={batch}"
+            " (practice 2: dp first)"
+        )
         return
-    for ulysses, ring in ((p.ulysses, p.ring // 2), (p.ulysses // 2, p.ring)):
-        other = p.but(ulysses=max(1, ulysses), ring=max(1, ring), dp=p.dp * 2)
-        if text := _compared(pricer, price, other):
-            yield f"more dp and less sequence parallelism (practice 2: dp first), u{other.ulysses} r{other.ring} dp{other.dp}: {text}"
+    for other in (
+        p.but(ring=max(1, p.ring // 2), dp=p.dp * 2),
+        p.but(ulysses=max(1, p.ulysses // 2), dp=p.dp * 2),
+    ):
+        if text := _compared(costs, estimate, other):
+            yield (
+                "more dp and less sequence parallelism (practice 2: dp first),"
+                f" u{other.ulysses} r{other.ring} dp{other.dp}: {text}"
+            )
             return
 
 
-def _zero(pricer: Pricer, price: Price, pins: Pins) -> Iterator[str]:
-    p = price.point
+def _zero(costs: CostModel, estimate: StepEstimate, pins: Pins) -> Iterator[str]:
+    p = estimate.point
     if p.replicas == 1:
         return
-    if p.zero > 1 and (text := _compared(pricer, price, p.but(zero=1))):
-        yield f"ZeRO-{p.zero} {_purpose('zero', text, pins)} (practice 3: ZeRO-1 or 2 where it fits): with ZeRO-1 it {text}"
+    if p.zero > 1 and (text := _compared(costs, estimate, p.but(zero=1))):
+        purpose = _purpose("zero", text, pins)
+        yield f"ZeRO-{p.zero} {purpose} (practice 3: ZeRO-1 or 2 where it fits): with ZeRO-1 it {text}"
     elif p.zero == 1:
-        size = price.memory.categories.get("optimizer", 0)
+        size = estimate.memory.categories.get("optimizer", 0)
         where = f"takes {format_bytes(size)} of a rank" if size else "is on the host"
-        yield f"ZeRO-1 over dp x sp = {p.replicas} ranks (practice 3: ZeRO-1 or 2): the optimizer {where}"
+        yield (f"ZeRO-1 over dp x sp = {p.replicas} ranks (practice 3: ZeRO-1 or 2): the optimizer {where}")
 
 
 def _purpose(key: str, compared: str, pins: Pins) -> str:
     """Why a saver is there, by how the point without it does."""
-    return "for memory" if "does not fit" in compared else "pinned" if key in pins else "chosen"
+    if "does not fit" in compared:
+        return "for memory"
+    return "pinned" if key in pins else "chosen"
 
 
-def _tensor(pricer: Pricer, price: Price) -> Iterator[str]:
+def _tensor(costs: CostModel, estimate: StepEstimate) -> Iterator[str]:
     """The best mesh without tensor parallelism if it is used, or with it if it is not, all else equal."""
-    p = price.point
-    factors = [p.tp] if p.tp > 1 else divisors(pricer.job.model.kv_heads)[1:]
-    others = []
-    for factor in factors:
+    used = estimate.point.tp > 1
+    others = _without_tensor(estimate.point) if used else _with_tensor(costs, estimate.point)
+    legal = [other for other in others if is_legal(costs.job, other)]
+    if not legal:
+        return
+    # The fairest rival is the fastest that fits; where none fits, any of them shows by how much.
+    fitting = [other for other in legal if costs.memory.of(other).fits(costs.job)]
+    best = min(fitting or legal, key=costs.seconds)
+    name = "without tensor parallelism" if used else "with tensor parallelism"
+    yield (
+        f"{name} (practices 4 and 5: SP in place of TP),"
+        f" tp{best.tp} u{best.ulysses} r{best.ring} dp{best.dp} at best: {_compared(costs, estimate, best)}"
+    )
+
+
+def _without_tensor(point: Point) -> Iterator[Point]:
+    """Its tensor-parallel ranks given to one of the other axes."""
+    for axis in ("ulysses", "ring", "dp"):
+        yield point.but(tp=1, **{axis: getattr(point, axis) * point.tp})
+
+
+def _with_tensor(costs: CostModel, point: Point) -> Iterator[Point]:
+    """Some ranks of one of the other axes made tensor parallel: as many as split K/V heads evenly."""
+    for factor in divisors(costs.job.model.kv_heads)[1:]:
         for axis in ("ulysses", "ring", "dp"):
-            degree = getattr(p, axis)
-            if p.tp > 1:
-                others.append(p.but(tp=1, **{axis: degree * factor}))
-            elif degree % factor == 0:
-                others.append(p.but(tp=factor, **{axis: degree // factor}))
-    legal = [other for other in others if is_legal(pricer.job, other)]
-    if legal:
-        fitting = [other for other in legal if pricer.memory.of(other).fits(pricer.job)]
-        best = min(fitting or legal, key=pricer.seconds)
-        name = "without tensor parallelism" if p.tp > 1 else "with tensor parallelism"
-        text = _compared(pricer, price, best)
-        yield f"{name} (practices 4 and 5: SP in place of TP), tp{best.tp} u{best.ulysses} r{best.ring} dp{best.dp} at best: {text}"
+            degree = getattr(point, axis)
+            if degree % factor == 0:
+                yield point.but(tp=factor, **{axis: degree // factor})
 
 
-def _savers(pricer: Pricer, price: Price, pins: Pins) -> Iterator[str]:
-    """Each saver against the next lower one; without checkpoints there are none to offload."""
-    p = price.point
-    without_checkpoints = {
-        "none": "none",
-        "activations": "none",
-        "optimizer": "optimizer",
-        "both": "optimizer",
-    }
+LOWER_TILING = {"none": "none", "loss": "none", "mlp": "loss"}
+OFFLOAD_WITHOUT_CHECKPOINTS = {
+    "none": "none",
+    "activations": "none",
+    "optimizer": "optimizer",
+    "both": "optimizer",
+}
+"""Without checkpoints there are none to offload."""
+
+
+def _savers(costs: CostModel, estimate: StepEstimate, pins: Pins) -> Iterator[str]:
+    """Each saver that is used against the next lower one."""
+    p = estimate.point
     lower = {
-        "tiling": p.but(tiling={"none": "none", "loss": "none", "mlp": "loss"}[p.tiling]),
-        "checkpointing": p.but(checkpointing="none", offload=without_checkpoints[p.offload]),
+        "tiling": p.but(tiling=LOWER_TILING[p.tiling]),
+        "checkpointing": p.but(checkpointing="none", offload=OFFLOAD_WITHOUT_CHECKPOINTS[p.offload]),
         "offload": p.but(offload="none"),
     }
     for key, other in lower.items():
-        value = getattr(p, key)
-        if value != "none" and (text := _compared(pricer, price, other)):
-            instead = f"with {key}={getattr(other, key)}" if getattr(other, key) != "none" else "without"
+        value = p.savers.get(key)
+        if value is None:
+            continue
+        if text := _compared(costs, estimate, other):
+            instead = f"with {key}={other.savers[key]}" if key in other.savers else "without"
             yield f"{key}={value} {_purpose(key, text, pins)}: {instead} it {text}"
 
 
-def _order(pricer: Pricer, price: Price) -> Iterator[str]:
-    p = price.point
+def _order(costs: CostModel, estimate: StepEstimate) -> Iterator[str]:
+    """Ulysses and ring with their places on the links exchanged."""
+    p, axes = estimate.point, costs.job.axes
     if p.ulysses == 1 or p.ring == 1:
         return
     swap = {"ulysses": "ring", "ring": "ulysses"}
-    other = pricer.with_axes(tuple(swap.get(axis, axis) for axis in pricer.job.axes))
-    text = _difference(other.seconds(p) / price.seconds - 1)
-    faster, slower = sorted(("ulysses", "ring"), key=pricer.job.axes.index)
+    other = costs.with_axes(tuple(swap.get(axis, axis) for axis in axes))
+    text = _difference(other.seconds(p) / estimate.seconds - 1)
+    faster, slower = sorted(("ulysses", "ring"), key=axes.index)
     practice = "practice 7: faster links inside" if faster == "ulysses" else "against practice 7"
     yield f"{faster} inside, {slower} outside ({practice}): the other way round {text}"
 
 
-def why_not(best: Price, other: Price) -> str:
-    """What the runner-up loses by."""
-    mine = {piece.name: piece.exposed for piece in best.pieces}
-    theirs = {piece.name: piece.exposed for piece in other.pieces}
-    lost = sorted(((theirs.get(n, 0.0) - mine.get(n, 0.0), n) for n in {*mine, *theirs}), reverse=True)
-    shown = [
-        f"{name} +{format_seconds(seconds)}" for seconds, name in lost[:3] if seconds > 0.001 * best.seconds
-    ]
+def why_not(best: StepEstimate, other: StepEstimate) -> str:
+    """What the runner-up loses by: its three largest losses, and what it wins if that is anything."""
+    mine = {term.name: term.exposed for term in best.terms}
+    theirs = {term.name: term.exposed for term in other.terms}
+    lost = [(theirs.get(name, 0.0) - mine.get(name, 0.0), name) for name in {*mine, *theirs}]
+    lost.sort(reverse=True)
+    least = 0.001 * best.seconds  # not worth a word
+    shown = [f"{name} +{format_seconds(seconds)}" for seconds, name in lost[:3] if seconds > least]
     won, where = lost[-1]
-    shown += [f"though {where} {format_seconds(won)}"] if won < -0.001 * best.seconds else []
+    if won < -least:
+        shown.append(f"though {where} {format_seconds(won)}")
     gap = other.seconds - best.seconds
-    return f"{other.point}: {format_seconds(gap)} slower ({gap / best.seconds:.1%}): {', '.join(shown) or 'a little of everything'}"
-
-
-def shortfall(pricer: Pricer, price: Price, pins: Pins) -> str:
-    """By how much a point does not fit, and the cheapest thing that would make it fit."""
-    return f"{overflow(pricer, price)}; {remedy(pricer, pins)}"
-
-
-def overflow(pricer: Pricer, price: Price) -> str:
-    """By how much a point does not fit."""
-    short, capacity, taken, where = (
-        price.memory.over(pricer.job),
-        pricer.job.capacity,
-        price.memory.total,
-        "a GPU",
-    )
-    if price.memory.total <= capacity:
-        capacity, taken, where = (
-            round(pricer.job.assumptions.host_bytes),
-            price.memory.host,
-            "the host for each GPU",
-        )
-    return f"{price.point} takes {format_bytes(taken)} of the {format_bytes(capacity)} of {where}, {format_bytes(short)} too much"
-
-
-def remedy(pricer: Pricer, pins: Pins) -> str:
-    """What would make a job fit that does not: one pin to release, all of them, more nodes, or a shorter
-    sequence.
-    """
-    job = pricer.job
-    released = [(_fits(pricer, {k: v for k, v in pins.items() if k != key}), key) for key in pins]
-    found = [(price.seconds, key, price) for price, key in released if price is not None]
-    if found:
-        seconds, key, price = min(found, key=lambda one: one[0])
-        return f"{key}={getattr(price.point, key)} would make it fit ({format_seconds(seconds)} a step)"
-    if pins and (free := _fits(pricer, {})):
-        return f"{free.point} would fit ({format_seconds(free.seconds)} a step)"
-    if job.stack == "trainer":
-        return "--stack fused prices what shards weights or recomputes, which seqmesh train does not do yet"
-    for times in (n for n in NODES_TRIED if n * job.cluster.gpus <= MOST_GPUS):
-        bigger = pricer.with_nodes(job.cluster.nodes * times)
-        if fits_at_all(bigger, {}):
-            return f"--nodes {job.cluster.nodes * times} would make it fit"
-    from seqmesh.planner.longest import longest  # it searches with this module's neighbours
-
-    length = longest(pricer, {})
     return (
-        f"the longest sequence that fits is {format_tokens(length)}"
-        if length
-        else "the weights alone do not fit; use a smaller model"
+        f"{other.point}: {format_seconds(gap)} slower ({gap / best.seconds:.1%}):"
+        f" {', '.join(shown) or 'a little of everything'}"
     )
-
-
-def _fits(pricer: Pricer, pins: Pins) -> Price | None:
-    try:
-        return next(iter(search(pricer, pins, top=1).best), None)
-    except ValueError:
-        return None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Rests:
-    """What moving one assumption does."""
-
-    name: str
-    cases: tuple[tuple[float, float, Point | None], ...]
-    """(value, change of the best point's time as a share, the point that wins in its place) for each value
-    that was tried.
-    """
-
-    @property
-    def strength(self) -> float:
-        """The largest change of time."""
-        return max(abs(change) for _, change, _ in self.cases)
-
-    @property
-    def flips(self) -> bool:
-        """Whether another point wins in some case."""
-        return any(winner is not None for *_, winner in self.cases)
-
-
-def rests_on(pricer: Pricer, best: Sequence[Price], pins: Pins) -> list[Rests]:
-    """Every assumption that the best point's time, or its place as the best, rests on, the strongest first.
-
-    The points in `best` compete anew under each changed assumption, with more savers too in case they no
-    longer fit.
-    """
-    rivals = _rivals(pricer, best, pins)
-    found = []
-    for name, value, *_ in pricer.job.assumptions.explain():
-        cases = []
-        for moved in _moved(name, value):
-            other = pricer.with_assumption(name, moved)
-            fitting = [point for point in rivals if other.memory.of(point).fits(other.job)]
-            times = [(other.seconds(point), point) for point in fitting]
-            mine = other.seconds(best[0].point)
-            first = min(times, key=lambda one: one[0], default=(mine, best[0].point))
-            lost = best[0].point not in fitting or first[0] < mine * (1 - 1e-6)
-            cases.append(
-                (moved, mine / best[0].seconds - 1, first[1] if lost and first[1] != best[0].point else None)
-            )
-        found.append(Rests(name=name, cases=tuple(cases)))
-    found.sort(key=lambda rests: -rests.strength)
-    return [rests for rests in found if rests.strength > 1e-4 or rests.flips]
-
-
-def _rivals(pricer: Pricer, best: Sequence[Price], pins: Pins) -> list[Point]:
-    points = dict.fromkeys(price.point for price in best)
-    for point in list(points):
-        variants = [point.but(tiling=tiling) for tiling in ("none", "loss", "mlp")] + [
-            point.but(zero=zero) for zero in (1, 2, 3)
-        ]
-        for variant in variants:
-            pinned = all(getattr(variant, key) == value for key, value in pins.items())
-            if pinned and is_legal(pricer.job, variant):
-                points[variant] = None
-    return list(points)
-
-
-def _moved(name: str, value: float) -> tuple[float, ...]:
-    """Values to try: 20% to each side; the other one of a yes or no; a half, or three times, where it is zero
-    or near it.
-    """
-    if name == "one_nic_per_partial_node":
-        return (1 - value,)
-    if name in ("gradient_overlap", "prefetch") and value < 1:
-        return (value + (1 - value) / 2,)
-    if name == "overhead":
-        return (3 * value,)
-    return ((1 - SWING) * value, (1 + SWING) * value) if value else ()

@@ -1,16 +1,16 @@
-"""Attention on a ulysses x ring mesh: how long it takes and what it sends, from the very schedule that would
-be executed.
+"""Attention on a ulysses x ring mesh: how long it takes and what it sends, by the schedule that would run.
 
-The ring rank with the most work is the one that all wait for; its schedule (schedule.py) gives the blocks and
-rows of every stage:
+The ring rank with the most work is the one that all wait for; its schedule (schedule/ring.py) gives the
+blocks and rows of every stage:
 
-    stage 0     compute own rows          fetch 1 in flight      exposed = what the fetch takes longer than the compute
-    stage 1     compute received rows     fetch 2 in flight      in the backward also: partial dK/dV of stage 0 on their way home
+    stage 0     compute own rows          fetch 1 in flight      exposed: what the fetch takes longer
+    stage 1     compute received rows     fetch 2 in flight      backward: also dK/dV of stage 0, going home
     ...         merge in fp32
 
-Stages that are alike are priced once. The exchange of heads is not overlapped, as in ulysses.py.
+Stages that are alike are priced once. The exchange of heads is not overlapped, as in engine/ulysses.py.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import pairwise
@@ -26,7 +26,9 @@ from seqmesh.schedule.heads import default_chunks, split_heads
 from seqmesh.schedule.traffic import heads_traffic, rows_traffic
 
 BACKWARD_FLOPS = 2.5
-"""Of the forward's: flash attention computes five products where the forward has two, the scores once more.
+"""Of the forward's.
+
+Flash attention computes five products where the forward has two: the scores once more.
 """
 
 
@@ -48,9 +50,22 @@ class Pass:
     rows_bytes: int = 0
     """Sent to ring groups, by all ulysses x ring ranks together."""
 
+    @property
+    def seconds(self) -> float:
+        """What the call adds to a step."""
+        return self.kernel + self.merge + self.heads + self.rows_exposed
+
 
 @dataclass(frozen=True, kw_only=True)
-class Shape:
+class AttentionCost:
+    """One attention call: time of the busiest rank, and bytes of all ranks of the sequence mesh together."""
+
+    forward: Pass
+    backward: Pass
+
+
+@dataclass(frozen=True, kw_only=True)
+class AttentionShape:
     """One call of attention: sizes on a tensor-parallel rank."""
 
     heads: int
@@ -62,10 +77,10 @@ class Shape:
     """Bytes of a number."""
 
     @staticmethod
-    def of(job: Job, *, batch: int, ulysses: int, tp: int = 1) -> "Shape":
+    def of(job: Job, *, batch: int, ulysses: int, tp: int = 1) -> "AttentionShape":
         """A layer's attention of a job's model."""
         m = job.model
-        return Shape(
+        return AttentionShape(
             heads=m.heads // tp,
             kv_heads=m.kv_heads // tp,
             head_dim=m.head_dim,
@@ -75,138 +90,185 @@ class Shape:
         )
 
 
-@dataclass(frozen=True, kw_only=True)
-class AttentionCost:
-    """One attention call: time of the busiest rank, and bytes of all ranks of the sequence mesh together."""
-
-    forward: Pass
-    backward: Pass
-
-
-def price_attention(
-    job: Job, ring: RingLoad, shape: Shape, ulysses_group: Group, ring_group: Group
+def attention_cost(
+    job: Job, ring: RingLoad, shape: AttentionShape, ulysses_group: Group, ring_group: Group
 ) -> AttentionCost:
     """The cost of one attention call, forward and backward."""
     network = Network(job.cluster, job.assumptions)
-    timing, sent, most = _Timing(job, ring, shape, network, ring_group), *_bytes(ring, shape)
-    walked = timing.forward(), timing.backward()
-    seconds = [network.all_to_all_seconds(ulysses_group, heads, calls=2 * timing.chunks) for heads in most]
-    forward, backward = (
-        replace(one, heads=heads, heads_bytes=heads_bytes, rows_bytes=rows_bytes)
-        for one, heads, (heads_bytes, rows_bytes) in zip(walked, seconds, sent, strict=True)
-    )
-    return AttentionCost(forward=forward, backward=backward)
-
-
-def _bytes(ring: RingLoad, shape: Shape) -> tuple[list[tuple[int, int]], tuple[int, int]]:
-    """(to ulysses groups, to ring groups) of all ranks, forward and backward; and the most that one rank
-    sends for heads in each.
-    """
-    unit = shape.batch * shape.head_dim * shape.element
-    heads, most = _head_rows(ring.layout.counts, shape.heads, shape.kv_heads, shape.ulysses)
+    timing = _Timing(job, ring, shape, network, ring_group)
+    row_head_bytes = shape.batch * shape.head_dim * shape.element
+    heads = _head_rows(ring.layout.counts, shape.heads, shape.kv_heads, shape.ulysses)
     kv_heads = sum(share.kv for share in split_heads(shape.heads, shape.kv_heads, shape.ulysses)[0])
-    rows = rows_traffic(rows_sent=ring.rows_moved, rows_received=ring.rows_moved, kv_heads=kv_heads)
-    sent = [(to_ulysses * unit, to_ring * unit) for to_ulysses, to_ring in zip(heads, rows, strict=True)]
-    return sent, (most[0] * unit, most[1] * unit)
+    rows_forward, rows_backward = rows_traffic(
+        rows_sent=ring.rows_moved, rows_received=ring.rows_moved, kv_heads=kv_heads
+    )
+
+    def complete(walked: Pass, heads: "_HeadRows", rows: int) -> Pass:
+        most = heads.most * row_head_bytes
+        return replace(
+            walked,
+            # Two collectives for each chunk of heads: to their owners, and home.
+            heads=network.all_to_all_seconds(ulysses_group, most, calls=2 * timing.chunks),
+            heads_bytes=heads.total * row_head_bytes,
+            rows_bytes=rows * row_head_bytes,
+        )
+
+    return AttentionCost(
+        forward=complete(timing.forward(), heads.forward, rows_forward),
+        backward=complete(timing.backward(), heads.backward, rows_backward),
+    )
+
+
+@dataclass(frozen=True)
+class _HeadRows:
+    """Rows x heads that are sent to ulysses groups in one direction."""
+
+    total: int
+    """By all ranks."""
+    most: int
+    """By the rank that sends most."""
+
+
+@dataclass(frozen=True)
+class _HeadRowsBothWays:
+    forward: _HeadRows
+    backward: _HeadRows
 
 
 @lru_cache(maxsize=4096)
-def _head_rows(
-    counts: tuple[int, ...], heads: int, kv_heads: int, ulysses: int
-) -> tuple[list[int], list[int]]:
-    """Rows x heads that all ranks send to their ulysses groups, forward and backward, and the most that one
-    sends.
-    """
+def _head_rows(counts: tuple[int, ...], heads: int, kv_heads: int, ulysses: int) -> _HeadRowsBothWays:
+    """What ring ranks with so many tokens each send to their ulysses groups."""
     (shares,) = split_heads(heads, kv_heads, ulysses)
-    total, most = [0, 0], [0, 0]
+    forward_total = forward_most = backward_total = backward_most = 0
     for count in sorted(set(counts)):
-        pieces = [stop - start for start, stop in pairwise(split_evenly(count, ulysses))]
-        ranks = counts.count(count)
+        tokens = [stop - start for start, stop in pairwise(split_evenly(count, ulysses))]
+        alike = counts.count(count)
         for rank in range(ulysses):
-            for way, one in enumerate(
-                heads_traffic(rows=pieces, kv_rows=pieces, shares=shares, ulysses_rank=rank)
-            ):
-                total[way] += ranks * one
-                most[way] = max(most[way], one)
-    return total, most
+            forward, backward = heads_traffic(rows=tokens, kv_rows=tokens, shares=shares, ulysses_rank=rank)
+            forward_total += alike * forward
+            backward_total += alike * backward
+            forward_most = max(forward_most, forward)
+            backward_most = max(backward_most, backward)
+    return _HeadRowsBothWays(_HeadRows(forward_total, forward_most), _HeadRows(backward_total, backward_most))
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Direction:
+    """What sets the backward apart from the forward."""
+
+    efficiency: float
+    """Of peak, in the kernel."""
+    flops: float
+    """Of the forward's."""
+    q_bytes: float
+    """Read and written in a merge, for each element of a query row."""
+    kv_bytes: float
+    """The same of a received K or V row: its gradient is added up at home."""
+    row_transfers: int
+    """Times that K and V rows, or gradients as large, travel."""
+
+
+@dataclass(frozen=True)
+class _StageTime:
+    """Seconds of one stage."""
+
+    kernel: float
+    merge: float
+
+    @property
+    def busy(self) -> float:
+        return self.kernel + self.merge
 
 
 class _Timing:
-    """Walks over the stages as ring.py does."""
+    """Walks over the stages as engine/ring.py does."""
 
-    def __init__(self, job: Job, ring: RingLoad, shape: Shape, network: Network, group: Group) -> None:
-        self._stages, self._shape, self._network, self._group = ring.stages, shape, network, group
-        self._a, self._peak, self._memory_rate = job.assumptions, job.peak, job.memory_rate
+    def __init__(
+        self, job: Job, ring: RingLoad, shape: AttentionShape, network: Network, group: Group
+    ) -> None:
+        self._stages = ring.stages
+        self._shape = shape
+        self._network = network
+        self._group = group
+        self._a = job.assumptions
+        self._peak = job.peak
+        self._memory_rate = job.memory_rate
         (shares,) = split_heads(shape.heads, shape.kv_heads, shape.ulysses)
-        self._heads, self._kv_heads = max(share.q for share in shares), max(share.kv for share in shares)
+        self._heads = max(share.q for share in shares)
+        self._kv_heads = max(share.kv for share in shares)
         per_token = shape.batch * shape.kv_heads * shape.head_dim
-        self.chunks = min(
-            self._kv_heads, default_chunks(shape.ulysses, ring.layout.ring, ring.layout.s, per_token)
-        )
+        wanted = default_chunks(shape.ulysses, ring.layout.ring, ring.layout.s, per_token)
+        self.chunks = min(self._kv_heads, wanted)
 
     def forward(self) -> Pass:
         """Kernel, merges, and the fetch of the next stage beside them."""
-        times = [
-            self._compute(stage, self._a.attention_forward, 1.0, self._a.merge_bytes, 0.0)
-            for stage in self._stages
-        ]
-        return self._walk(times, [self._row_bytes(stage.sent, stage.received) for stage in self._stages])
+        return self._walk(
+            _Direction(
+                efficiency=self._a.attention_forward,
+                flops=1.0,
+                q_bytes=self._a.merge_bytes,
+                kv_bytes=0.0,
+                row_transfers=1,
+            )
+        )
 
     def backward(self) -> Pass:
         """The same with twice the rows: K and V in, dK and dV home, which the next stage hides."""
-        times = [
-            self._compute(
-                stage, self._a.attention_backward, BACKWARD_FLOPS, self._a.dq_bytes, self._a.dkv_bytes
+        return self._walk(
+            _Direction(
+                efficiency=self._a.attention_backward,
+                flops=BACKWARD_FLOPS,
+                q_bytes=self._a.dq_bytes,
+                kv_bytes=self._a.dkv_bytes,
+                row_transfers=2,
             )
-            for stage in self._stages
-        ]
-        return self._walk(times, [2 * self._row_bytes(stage.sent, stage.received) for stage in self._stages])
+        )
+
+    def _walk(self, direction: _Direction) -> Pass:
+        kernel = merge = rows = exposed = 0.0
+        busy_before = 0.0
+        for stage in self._stages:
+            one = self._compute(stage, direction)
+            kernel += stage.count * one.kernel
+            merge += stage.count * one.merge
+            if stage.hop:
+                took = self._fetch(stage, direction)
+                rows += stage.count * took
+                # The first of alike stages is fetched beside another one, the rest beside their likes.
+                others = (stage.count - 1) * self._exposed(took, one.busy)
+                exposed += self._exposed(took, busy_before) + others
+            busy_before = one.busy
+        return Pass(kernel=kernel, merge=merge, rows=rows, rows_exposed=exposed)
+
+    def _compute(self, stage: StageLoad, direction: _Direction) -> _StageTime:
+        """Seconds in the kernel, and in merges and launches, of one such stage."""
+        s = self._shape
+        rate = self._peak * direction.efficiency * head_rate(s.head_dim, self._a)
+        kernel = direction.flops * 4 * s.head_dim * self._heads * s.batch * stage.slow_pairs / rate
+        launches = self._a.launch * stage.blocks * self.chunks
+        if not stage.hop:  # own rows come first: there is nothing to merge with yet
+            return _StageTime(kernel, launches)
+        elements = s.batch * s.head_dim
+        q_moved = direction.q_bytes * stage.q_rows * self._heads * elements
+        kv_moved = direction.kv_bytes * stage.received * 2 * self._kv_heads * elements
+        return _StageTime(kernel, launches + (q_moved + kv_moved) / self._memory_rate)
+
+    def _fetch(self, stage: StageLoad, direction: _Direction) -> float:
+        """Seconds of the exchange of one such stage's rows; each further chunk of heads costs its latency."""
+        moved = direction.row_transfers * self._row_bytes(stage.sent, stage.received)
+        latency = self._network.latency(self._network.reach(self._group))
+        return self._network.hop_seconds(self._group, moved) + (self.chunks - 1) * latency
 
     def _row_bytes(self, sent: int, received: int) -> float:
         """Of K and V, both ways at once: the larger decides."""
-        return (
-            max(sent, received)
-            * 2
-            * self._kv_heads
-            * self._shape.batch
-            * self._shape.head_dim
-            * self._shape.element
-        )
-
-    def _compute(
-        self, stage: StageLoad, efficiency: float, times: float, q_bytes: float, kv_bytes: float
-    ) -> tuple[float, float]:
-        """Seconds in the kernel, and in merges and launches, of one such stage."""
-        s, rate = self._shape, self._peak * efficiency * head_rate(self._shape.head_dim, self._a)
-        kernel = times * 4 * s.head_dim * self._heads * s.batch * stage.slow_pairs / rate
-        launches = self._a.launch * stage.blocks * self.chunks
-        if not stage.hop:
-            return kernel, launches
-        elements = s.batch * s.head_dim
-        moved = (
-            q_bytes * stage.q_rows * self._heads * elements
-            + kv_bytes * stage.received * 2 * self._kv_heads * elements
-        )
-        return kernel, launches + moved / self._memory_rate
-
-    def _walk(self, times: list[tuple[float, float]], sent: list[float]) -> Pass:
-        kernel = merge = rows = exposed = 0.0
-        before = 0.0
-        for stage, (run, extra), moved in zip(self._stages, times, sent, strict=True):
-            kernel += stage.count * run
-            merge += stage.count * extra
-            if stage.hop:
-                link = self._network.reach(self._group)
-                took = self._network.hop_seconds(self._group, moved) + (
-                    self.chunks - 1
-                ) * self._network.latency(link)
-                rows += stage.count * took
-                exposed += self._exposed(took, before) + (stage.count - 1) * self._exposed(took, run + extra)
-            before = run + extra
-        return Pass(kernel=kernel, merge=merge, rows=rows, rows_exposed=exposed)
+        s = self._shape
+        return max(sent, received) * 2 * self._kv_heads * s.batch * s.head_dim * s.element
 
     def _exposed(self, exchange: float, compute: float) -> float:
-        """What an exchange adds to the compute that it runs beside."""
+        """What an exchange adds to the compute that it runs beside.
+
+        What is hidden is not free: it takes cores and memory bandwidth from that compute.
+        """
         return max(0.0, exchange - compute) + self._a.overlap_tax * min(exchange, compute)
 
 
@@ -215,8 +277,9 @@ FULL_HEAD = 128
 
 
 def head_rate(head_dim: int, a: Assumptions) -> float:
-    """The kernel's rate at a head dim, of that at FULL_HEAD: in proportion up to `small_head`, then on a line
-    to FULL_HEAD.
+    """The kernel's rate at a head dim, as a share of that at FULL_HEAD.
+
+    In proportion up to `small_head`, then on a line to FULL_HEAD.
     """
     if head_dim <= a.small_head:
         return a.small_head_rate * head_dim / a.small_head
@@ -242,24 +305,26 @@ class Loads:
 
     def _load(self, ring: int) -> RingLoad:
         job = self._job
-        every = self._exchanges(ring)
-        found = ring_load(job.mask, job.layout, ring, job.assumptions.attention_half_rows, every)
+        exchanges = self._exchanges(ring)
+        found = ring_load(job.mask, job.layout, ring, job.assumptions.attention_half_rows, exchanges)
         if len(found) == 1:
             return found[0]
         return min(found, key=self._seconds)
 
-    def _exchanges(self, ring: int) -> list[int | None]:
-        """Numbers of exchanges to compare: a causal sequence needs all of its ring, and has large rows to
-        hide.
+    def _exchanges(self, ring: int) -> Sequence[int | None]:
+        """Numbers of exchanges to compare, None for R - 1.
+
+        A causal sequence needs all of its ring, and has large rows to hide.
         """
         if ring <= 2 or self._job.mask == masks.causal(self._job.mask.q_len):
             return [None]
         return [None, *sorted({1, isqrt(ring)} - {ring - 1})]
 
     def _seconds(self, load: RingLoad) -> float:
-        shape, each = Shape.of(self._job, batch=1, ulysses=1), self._job.cluster.gpus_per_node
-        alone, group = (
-            place(("ring",), (size,), frozenset(("ring",)), each) for size in (1, load.layout.ring)
-        )
-        cost = price_attention(self._job, load, shape, alone, group)
-        return sum(one.kernel + one.merge + one.rows_exposed for one in (cost.forward, cost.backward))
+        """Forward and backward of one attention on this ring alone; no heads are exchanged."""
+        shape = AttentionShape.of(self._job, batch=1, ulysses=1)
+        cost = attention_cost(self._job, load, shape, self._ring_group(1), self._ring_group(load.layout.ring))
+        return cost.forward.seconds + cost.backward.seconds
+
+    def _ring_group(self, size: int) -> Group:
+        return place(("ring",), (size,), frozenset(("ring",)), self._job.cluster.gpus_per_node)

@@ -1,5 +1,4 @@
-"""Time of what one rank computes besides attention: matrix products, what streams through memory, the output
-head.
+"""Time of what one rank computes besides attention: matrix products, streamed elements, the output head.
 
 A product takes the time of its FLOPs at the assumed rate plus the time of its operands through memory: thin
 slices of a tensor-parallel rank are slower for each FLOP, in proportion to how thin they are.
@@ -23,6 +22,15 @@ class LayerTime:
     """Of the forward: norms, rotary embedding, activation, residuals."""
 
 
+@dataclass(frozen=True)
+class _Product:
+    """An (m, k) x (k, n) matrix product."""
+
+    m: int
+    k: int
+    n: int
+
+
 class Compute:
     """Times of one job's model on one rank."""
 
@@ -35,40 +43,49 @@ class Compute:
         """Seconds for so many bytes through the GPU's memory."""
         return moved / self._job.memory_rate
 
-    def matmul(self, m: int, k: int, n: int) -> float:
-        """Seconds of an (m, k) x (k, n) product."""
+    def _matmul(self, product: _Product) -> float:
+        """Seconds of a product."""
+        m, k, n = product.m, product.k, product.n
         rate = self._job.peak * self._job.assumptions.matmul
         return 2.0 * m * k * n / rate + self.streamed(self._job.numerics.element * (m * k + k * n + m * n))
 
+    def _matmul_backward(self, product: _Product) -> float:
+        """Seconds of the two products of its backward: the gradients of the input and of the weight."""
+        of_input = _Product(product.m, product.n, product.k)
+        of_weight = _Product(product.k, product.m, product.n)
+        return self._matmul(of_input) + self._matmul(of_weight)
+
     def _layer(self, tp: int, tokens: int) -> LayerTime:
         m, a = self._job.model, self._job.assumptions
+        q_width = m.heads * m.head_dim // tp
+        qkv_width = (m.heads + 2 * m.kv_heads) * m.head_dim // tp
+        mlp_width = m.intermediate // tp
+        gates_width = (2 if m.gated else 1) * m.intermediate // tp
+        attention = (_Product(tokens, m.hidden, qkv_width), _Product(tokens, q_width, m.hidden))
+        mlp = (_Product(tokens, m.hidden, gates_width), _Product(tokens, mlp_width, m.hidden))
+        attention_forward = sum(self._matmul(product) for product in attention)
+        mlp_forward = sum(self._matmul(product) for product in mlp)
         streamed = a.streamed_hidden * m.hidden + a.streamed_ffn * m.intermediate
-        qkv, gates = (
-            (m.heads + 2 * m.kv_heads) * m.head_dim // tp,
-            (2 if m.gated else 1) * m.intermediate // tp,
-        )
-        attention = ((tokens, m.hidden, qkv), (tokens, m.heads * m.head_dim // tp, m.hidden))
-        mlp = ((tokens, m.hidden, gates), (tokens, m.intermediate // tp, m.hidden))
-        in_attention, in_mlp = (sum(self.matmul(*sizes) for sizes in part) for part in (attention, mlp))
         return LayerTime(
-            matmul_forward=in_attention + in_mlp,
-            mlp_forward=in_mlp,
-            matmul_backward=sum(
-                self.matmul(x, z, y) + self.matmul(y, x, z) for x, y, z in (*attention, *mlp)
-            ),
+            matmul_forward=attention_forward + mlp_forward,
+            mlp_forward=mlp_forward,
+            matmul_backward=sum(self._matmul_backward(product) for product in (*attention, *mlp)),
             elementwise=self.streamed(self._job.numerics.element * streamed * tokens / tp),
         )
 
     def _head(self, tp: int, tokens: int, tiled: bool) -> float:
-        """Seconds of the output projection and the loss, forward and backward; tiled, the projection is
-        computed twice.
+        """Seconds of the output projection and the loss, forward and backward.
+
+        Tiled, the projection is computed twice: no tile's logits are kept for the backward.
         """
         m = self._job.model
         columns = m.vocabulary // tp
-        one = self.matmul(tokens, m.hidden, columns)
-        both = one + self.matmul(tokens, columns, m.hidden) + self.matmul(m.hidden, tokens, columns)
-        return (
-            both
-            + (one if tiled else 0.0)
-            + self.streamed(self._job.assumptions.streamed_logit * tokens * columns)
+        projection = _Product(tokens, m.hidden, columns)
+        forward = self._matmul(projection)
+        both = (
+            forward
+            + self._matmul(_Product(tokens, columns, m.hidden))
+            + self._matmul(_Product(m.hidden, tokens, columns))
         )
+        again = forward if tiled else 0.0
+        return both + again + self.streamed(self._job.assumptions.streamed_logit * tokens * columns)

@@ -1,8 +1,8 @@
 """Time of a step: every piece of work with its cause, how long it takes, and how much of that nothing hides.
 
-    upper bound   = all pieces, one after the other                    no overlap
-    estimate      = compute + what the overlap rules leave exposed     rules: ring stages, ZeRO prefetch, offload, assumptions.py
-    lower bound   = the busiest cause alone                            full overlap: T = max(T_math, T_comms)
+    upper bound   = all terms, one after the other              no overlap
+    estimate      = compute + what overlap leaves exposed       rules: ring stages, ZeRO prefetch, offload
+    lower bound   = the busiest cause alone                     full overlap: T = max(T_math, T_comms)
 
 Model FLOPs count what the model needs (forward + 2x backward); hardware does more: flash attention's backward
 is 2.5x, and checkpointing repeats the forward. MFU is reported twice: `mfu_causal` counts the mask's exact
@@ -13,15 +13,15 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 
-from seqmesh.planner.cost.memory import Memory
-from seqmesh.planner.inputs.job import Point
+from seqmesh.planner.cost.memory import StepMemory
+from seqmesh.planner.inputs.point import Point
 
 COMPUTE = "compute"
 PIPELINE = "pipeline"
 
 
 @dataclass(frozen=True, kw_only=True)
-class Piece:
+class CostTerm:
     """A part of the step on the busiest rank."""
 
     name: str
@@ -33,14 +33,19 @@ class Piece:
     """What it adds to the estimate."""
 
 
+def compute(name: str, seconds: float) -> CostTerm:
+    """Work of the GPU's own units: nothing hides it."""
+    return CostTerm(name=name, cause=COMPUTE, seconds=seconds, exposed=seconds)
+
+
 @dataclass(frozen=True, kw_only=True)
-class Price:
+class StepEstimate:
     """A point with its memory, time and bytes."""
 
     point: Point
-    memory: Memory
+    memory: StepMemory
     fits: bool
-    pieces: tuple[Piece, ...]
+    terms: tuple[CostTerm, ...]
     bytes_per_step: dict[str, int]
     """Bytes that one GPU sends per link class, on average over the ranks."""
     tokens: int
@@ -62,25 +67,28 @@ class Price:
     @cached_property
     def seconds(self) -> float:
         """The estimate."""
-        return sum(piece.exposed for piece in self.pieces)
+        return sum(term.exposed for term in self.terms)
 
     @property
     def upper(self) -> float:
-        """Nothing overlaps."""
-        return sum(piece.seconds for piece in self.pieces)
+        """Seconds if nothing overlaps."""
+        return sum(term.seconds for term in self.terms)
 
     @property
     def lower(self) -> float:
-        """Everything overlaps that is not the same resource. The bubble is idle compute: it stays."""
-        causes = self.by_cause(lambda piece: piece.seconds)
+        """Seconds if everything overlaps that is not the same resource.
+
+        The bubble is idle compute: it stays.
+        """
+        causes = self.by_cause(lambda term: term.seconds)
         busy = causes.pop(COMPUTE, 0.0) + causes.pop(PIPELINE, 0.0)
         return max(busy, *causes.values()) if causes else busy
 
-    def by_cause(self, of: Callable[[Piece], float]) -> dict[str, float]:
-        """Sums over the pieces by cause."""
+    def by_cause(self, of: Callable[[CostTerm], float]) -> dict[str, float]:
+        """Sums over the terms by cause."""
         sums: dict[str, float] = {}
-        for piece in self.pieces:
-            sums[piece.cause] = sums.get(piece.cause, 0.0) + of(piece)
+        for term in self.terms:
+            sums[term.cause] = sums.get(term.cause, 0.0) + of(term)
         return sums
 
     @property
@@ -88,7 +96,7 @@ class Price:
         """What limits it: memory if it does not fit, else the cause with most of the estimate."""
         if not self.fits:
             return "memory"
-        causes = self.by_cause(lambda piece: piece.exposed)
+        causes = self.by_cause(lambda term: term.exposed)
         return max(causes, key=lambda cause: causes[cause])
 
     @property
@@ -110,8 +118,3 @@ class Price:
     def mfu_noncausal(self) -> float:
         """The same with all pairs of a sequence, or of each packed document (PaLM's convention)."""
         return self.flops_noncausal / self.seconds / self.gpus / self.peak
-
-
-def compute(name: str, seconds: float) -> Piece:
-    """Work of the GPU's own units: nothing hides it."""
-    return Piece(name=name, cause=COMPUTE, seconds=seconds, exposed=seconds)

@@ -60,7 +60,7 @@ def place(
             stride = prod(degrees[:at])
             steps.append(range(0, stride * degree, stride))
     on_node: dict[int, int] = {}
-    for offsets in product(*steps):
+    for offsets in product(*steps):  # of every rank of the group, along each of its axes
         node = sum(offsets) // gpus_per_node
         on_node[node] = on_node.get(node, 0) + 1
     return Group(
@@ -92,7 +92,8 @@ class Network:
             case "scale_up":
                 assert gpu.scale_up_bytes_per_s is not None
                 return gpu.scale_up_bytes_per_s * a.scale_up
-        return gpu.pcie_bytes_per_s * a.pcie
+            case _:
+                return gpu.pcie_bytes_per_s * a.pcie
 
     def latency(self, link: str) -> float:
         """Seconds before the first byte."""
@@ -104,46 +105,57 @@ class Network:
         return NETWORK if group.nodes > 1 else self.local
 
     def round_seconds(self, group: Group, sent: float, calls: float = 1) -> float:
-        """An all-gather, reduce-scatter or all-reduce in which each rank sends `sent` bytes in all, in so
-        many calls.
+        """Seconds of a collective that goes round all ranks: all-gather, reduce-scatter or all-reduce.
+
+        Args:
+            group: that takes part.
+            sent: bytes that each rank sends, in all calls together.
+            calls: each of them costs its latency.
         """
         if group.size == 1:
             return 0.0
         rate = self.rate(self.local)
         if group.nodes > 1:
+            # The round crosses from node to node once, through the cards of the group's GPUs there. A group
+            # that holds a part of a node is assumed to get one card only: Table 6 asked for it.
             partial = group.per_node < group.gpus_per_node and self.assumptions.one_nic_per_partial_node > 0
             cards = 1 if partial else group.per_node
             rate = min(rate, cards * self.rate(NETWORK))
         return sent / rate + calls * self.latency(self.reach(group))
 
     def all_to_all_seconds(self, group: Group, sent: float, calls: float = 1) -> float:
-        """An all-to-all in which each rank sends `sent` bytes to others, evenly; links of both classes work
-        at once.
+        """Seconds of an all-to-all in which each rank sends `sent` bytes to the others, evenly.
+
+        Links of both classes work at once.
         """
         if group.size == 1:
             return 0.0
         peers = group.per_node - 1
-        crowd = (
-            1 + self.assumptions.pcie_contention * (peers - 1) if self.local == PCIE and peers > 1 else 1.0
-        )
+        crowd = 1.0
+        if self.local == PCIE and peers > 1:  # streams to several peers share the GPU's one link
+            crowd = 1 + self.assumptions.pcie_contention * (peers - 1)
         inside = sent * (1 - group.off_node) * crowd / self.rate(self.local)
         outside = sent * group.off_node / self.rate(NETWORK)
         return max(inside, outside) + calls * self.latency(self.reach(group))
 
     def hop_seconds(self, group: Group, sent: float) -> float:
-        """One exchange between ring neighbours at some distance: all wait for the pair with the slowest link."""
+        """Seconds of one exchange between ring neighbours at some distance.
+
+        All wait for the pair with the slowest link.
+        """
         link = self.reach(group)
         return sent / self.rate(link) + self.latency(link)
 
     def round_bytes(self, group: Group, sent: float) -> dict[str, float]:
-        """Bytes that an average rank sends over each link class in a collective that goes round all ranks:
-        one crossing a node.
+        """Bytes that an average rank sends over each link class in a collective that goes round all ranks.
+
+        Of the ranks that share a node one sends to the next node, the others to their neighbours.
         """
         across = sent / group.per_node if group.nodes > 1 else 0.0
         return {NETWORK: across, self.local: sent - across}
 
     def spread_bytes(self, off_node: float, sent: float) -> dict[str, float]:
-        """The same where a share of the bytes leaves the node."""
+        """The same where a share `off_node` of the bytes leaves the node."""
         return {NETWORK: sent * off_node, self.local: sent * (1 - off_node)}
 
 

@@ -1,8 +1,8 @@
-"""The load of a ring degree: what the busiest rank computes and moves at each stage of the very schedule that
-would be executed.
+"""The load of a ring degree: what the busiest rank does at each stage of the schedule that would run.
 
-    mask, layout, R -> areas and rows of every rank (load.py) -> the busiest rank's schedule (schedule.py) ->
-    stages, alike ones together
+    mask, layout, R -> pairs and rows of every rank                     layouts/load.py
+                    -> the busiest rank's schedule                      schedule/ring.py
+                    -> its stages, alike ones together
 
 All wait for the busiest rank. A block's pairs are weighed by how short its shorter side is: 1 + half_rows /
 rows (assumptions.py).
@@ -64,73 +64,47 @@ class RingLoad:
         ring = self.layout.ring
         if per_node >= ring:
             return 0.0
-        hops = split_evenly(ring - 1, max(1, self.exchanges))
+        hops = split_evenly(ring - 1, max(1, self.exchanges))  # which hops each exchange makes at once
         moved = left = 0.0
         for stage in self.stages[1:]:
             for number in range(stage.hop, stage.hop + stage.count):
                 spanned = range(hops[number - 1] + 1, hops[number] + 1)
-                share = sum(min(1.0, hop / per_node, (ring - hop) / per_node) for hop in spanned) / len(
-                    spanned
-                )
+                # Of a node's ranks the last `hop` have that neighbour on another node; the ring is closed.
+                shares = (min(1.0, hop / per_node, (ring - hop) / per_node) for hop in spanned)
                 moved += stage.received
-                left += stage.received * share
+                left += stage.received * (sum(shares) / len(spanned))
         return left / moved if moved else 0.0
 
 
 def ring_load(
     mask: Mask, layout: str, ring: int, half_rows: float, exchanges: Sequence[int | None] = (None,)
 ) -> list[RingLoad]:
-    """The load of a ring degree under a layout of this name (the name is one of `Schedule.build`'s), for each
-    number of exchanges.
+    """The load of a ring degree, for each number of exchanges.
+
+    Args:
+        mask: of one sequence.
+        layout: its name, one of `Schedule.build`'s.
+        ring: ring degree.
+        half_rows: rows of a block that runs at half efficiency.
+        exchanges: numbers of exchanges; None for R - 1.
     """
     laid = _layout(mask, layout, ring)
     areas, received = _areas_and_rows(mask, laid)
     busiest = max(range(ring), key=lambda r: areas[r] + layouts.DEFAULT_PAIRS_PER_ROW * received[r])
     imbalance = max(areas) * ring / mask.area if mask.area else 1.0
-    plans = [ring_schedule(mask, laid, laid, busiest, stages) for stages in exchanges]
-    return [
-        RingLoad(
-            layout=laid,
-            stages=_runs(plan, half_rows),
-            exchanges=len(plan.stages) - 1,
-            imbalance=imbalance,
-            rows_moved=sum(received),
-        )
-        for plan in plans
-    ]
-
-
-def _areas_and_rows(mask: Mask, laid: Layout) -> tuple[list[int], list[int]]:
-    """Pairs and rows received of every rank.
-
-    Strided spans are measured by rank 0's schedule where token by token would take long.
-    """
-    if mask.q_len > STRIDED_TOKENS and any(span.stride > 1 for span in laid.ranks[0]):
-        plan = ring_schedule(mask, laid, laid, 0)
-        return [plan.area] * laid.ring, [plan.rows_received] * laid.ring
-    return load.areas(mask, laid), load.rows_received(mask, laid)
-
-
-def _runs(plan: RingSchedule, half_rows: float) -> tuple[StageLoad, ...]:
-    """The stages of a schedule, those that are alike and follow one another together."""
-    alike = [(number, _measure(stage, half_rows)) for number, stage in enumerate(plan.stages)]
-    stages = []
-    for key, run in groupby(alike, key=lambda item: (item[0] == 0, item[1])):
-        members = list(run)
-        pairs, slow, blocks, q_rows, sent, got = key[1]
-        stages.append(
-            StageLoad(
-                count=len(members),
-                hop=members[0][0],
-                pairs=pairs,
-                slow_pairs=slow,
-                blocks=blocks,
-                q_rows=q_rows,
-                sent=sent,
-                received=got,
+    loads = []
+    for stages in exchanges:
+        schedule = ring_schedule(mask, laid, laid, busiest, stages)
+        loads.append(
+            RingLoad(
+                layout=laid,
+                stages=_stage_loads(schedule, half_rows),
+                exchanges=len(schedule.stages) - 1,
+                imbalance=imbalance,
+                rows_moved=sum(received),
             )
         )
-    return tuple(stages)
+    return loads
 
 
 def _layout(mask: Mask, name: str, ring: int) -> Layout:
@@ -139,11 +113,69 @@ def _layout(mask: Mask, name: str, ring: int) -> Layout:
     return layouts.named(name, mask, mask.q_len, ring)
 
 
-def _measure(stage: Stage, half_rows: float) -> tuple[int, float, int, int, int, int]:
-    pairs, slow, q_rows = 0, 0.0, 0
+def _areas_and_rows(mask: Mask, laid: Layout) -> tuple[list[int], list[int]]:
+    """Pairs and rows received of every rank.
+
+    Strided spans are measured by rank 0's schedule where token by token would take long.
+    """
+    if mask.q_len > STRIDED_TOKENS and any(span.stride > 1 for span in laid.ranks[0]):
+        schedule = ring_schedule(mask, laid, laid, 0)
+        return [schedule.area] * laid.ring, [schedule.rows_received] * laid.ring
+    return load.areas(mask, laid), load.rows_received(mask, laid)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Measure:
+    """What one stage computes and moves: stages are alike if all of this is."""
+
+    own: bool
+    """Whether it is a rank's first stage, of its own rows: nothing is merged or received there."""
+    pairs: int
+    slow_pairs: float
+    blocks: int
+    q_rows: int
+    sent: int
+    received: int
+
+
+def _measure(number: int, stage: Stage, half_rows: float) -> _Measure:
+    pairs = q_rows = 0
+    slow_pairs = 0.0
     for block in stage.blocks:
         rows, area = block.q_stop - block.q_start, block.area
+        shorter = min(rows, area / rows)  # the mean number of keys of a row is the block's other side
         pairs += area
-        slow += area * (1 + half_rows / min(rows, area / rows))
+        slow_pairs += area * (1 + half_rows / shorter)
         q_rows += rows
-    return pairs, slow, len(stage.blocks), q_rows, stage.rows_sent, stage.rows_received
+    return _Measure(
+        own=number == 0,
+        pairs=pairs,
+        slow_pairs=slow_pairs,
+        blocks=len(stage.blocks),
+        q_rows=q_rows,
+        sent=stage.rows_sent,
+        received=stage.rows_received,
+    )
+
+
+def _stage_loads(schedule: RingSchedule, half_rows: float) -> tuple[StageLoad, ...]:
+    """The stages of a schedule, those that are alike and follow one another together."""
+    measures = [_measure(number, stage, half_rows) for number, stage in enumerate(schedule.stages)]
+    loads = []
+    hop = 0
+    for measure, alike in groupby(measures):
+        count = len(list(alike))
+        loads.append(
+            StageLoad(
+                count=count,
+                hop=hop,
+                pairs=measure.pairs,
+                slow_pairs=measure.slow_pairs,
+                blocks=measure.blocks,
+                q_rows=measure.q_rows,
+                sent=measure.sent,
+                received=measure.received,
+            )
+        )
+        hop += count
+    return tuple(loads)

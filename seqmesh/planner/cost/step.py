@@ -1,54 +1,64 @@
-"""Prices points: memory, time and bytes of a step, from the parts below, with the overlap rules.
+"""The cost model: memory, time and bytes of a step at any point, put together from this folder's parts.
 
-    every micro-batch    matrix products, attention, head      ulysses and ring exchange, tensor parallelism, activations to the host
-    once a step          optimizer                             gradients, weights (ZeRO-2 and 3: every micro-batch)
-    pipeline             bubble = (pp - 1) micro-batches       boundary activations
+    every micro-batch    matrix products, attention, head
+                         ulysses, ring and tensor parallel exchange, activations to the host
+    once a step          optimizer, gradients, weights          ZeRO-2 and 3: every micro-batch
+    pipeline             bubble = (pp - 1) micro-batches, boundary activations
 
 What hides what: ring stages behind the compute of the stage before (attention.py); offloaded activations
 behind the whole compute; a share of ZeRO-3's gathers, of gradients and of tensor parallelism by assumption;
 the exchange of heads behind nothing.
 """
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
-from seqmesh.planner.cost.attention import AttentionCost, Loads, Shape, price_attention
+from seqmesh.planner.cost.attention import AttentionCost, AttentionShape, Loads, attention_cost
 from seqmesh.planner.cost.compute import Compute
-from seqmesh.planner.cost.estimate import PIPELINE, Piece, Price, compute
+from seqmesh.planner.cost.estimate import PIPELINE, CostTerm, StepEstimate, compute
+from seqmesh.planner.cost.fused_memory import FusedMemory
 from seqmesh.planner.cost.memory import MemoryModel
 from seqmesh.planner.cost.network import PCIE, Group, Network, add_bytes, place
-from seqmesh.planner.inputs.job import Job, Point
+from seqmesh.planner.cost.parameters import fullest_parameters, mean_parameters
+from seqmesh.planner.cost.trainer_memory import TrainerMemory
+from seqmesh.planner.inputs.job import Job
+from seqmesh.planner.inputs.point import Point
 
-TP_FORWARD, TP_BACKWARD = 4, 6
-"""Collectives of (tokens, hidden) in a layer under tensor parallelism with its sequence parallelism:
-PAPER.md, 4M and 10M.
+TP_FORWARD = 4
+TP_BACKWARD = 6
+"""Collectives of (tokens, hidden) in a layer under tensor parallelism with its sequence parallelism.
+
+PAPER.md: 4M and 10M.
 """
 
 
-class Pricer:
-    """Prices the points of one job; what points share is computed once."""
+class CostModel:
+    """Costs of the points of one job; what points share is computed once."""
 
     def __init__(self, job: Job, loads: Loads | None = None) -> None:
         self.job = job
         self.loads = loads or Loads(job)
-        self.memory = MemoryModel(job, self.loads)
+        fused: MemoryModel = FusedMemory(job, self.loads)
+        trainer: MemoryModel = TrainerMemory(job)
+        self.memory = job.stack.memory_model(fused=fused, trainer=trainer)
         self.compute = Compute(job)
         self.network = Network(job.cluster, job.assumptions)
-        self._attention = lru_cache(maxsize=None)(self._price_attention)
+        self._attention = lru_cache(maxsize=None)(self._attention_cost)
         self._group = lru_cache(maxsize=None)(self._place)
 
-    def price(self, point: Point) -> Price:
+    def estimate(self, point: Point) -> StepEstimate:
         """Everything about a legal point."""
         job, m = self.job, self.job.model
         memory, load = self.memory.of(point), self.loads(point.ring)
         linear = 6.0 * m.matmul_parameters * job.seq_len * job.global_batch
         pair = 12.0 * m.layers * m.heads * m.head_dim * job.global_batch
-        return Price(
+        all_pairs = sum(length**2 for length in job.documents or (job.seq_len,))
+        return StepEstimate(
             point=point,
             memory=memory,
             fits=memory.fits(job),
-            pieces=self._pieces(point),
+            terms=self._terms(point),
             bytes_per_step=add_bytes(self._bytes(point)),
             tokens=job.seq_len * job.global_batch,
             gpus=point.gpus,
@@ -56,39 +66,27 @@ class Pricer:
             exchanges=load.exchanges,
             imbalance=load.imbalance,
             flops=linear + pair * job.mask.area,
-            flops_noncausal=linear + pair * sum(length**2 for length in job.documents or (job.seq_len,)),
+            flops_noncausal=linear + pair * all_pairs,
             peak=job.peak,
         )
 
-    def with_assumption(self, name: str, value: float) -> "Pricer":
-        """The same job under another assumption; shares are kept below 1."""
-        job = replace(self.job, assumptions=self.job.assumptions.moved(name, value))
-        return Pricer(job, None if name == "attention_half_rows" else self.loads)
-
-    def with_axes(self, axes: tuple[str, ...]) -> "Pricer":
-        """The same job with its mesh axes in another order."""
-        return Pricer(replace(self.job, axes=axes), self.loads)
-
-    def with_nodes(self, nodes: int) -> "Pricer":
-        """The same job on so many nodes."""
-        return Pricer(replace(self.job, cluster=replace(self.job.cluster, nodes=nodes)), self.loads)
-
     def seconds(self, point: Point) -> float:
         """The estimate of a step alone."""
-        return sum(piece.exposed for piece in self._pieces(point))
+        return sum(term.exposed for term in self._terms(point))
 
-    def _pieces(self, point: Point) -> tuple[Piece, ...]:
-        work = list(self._work(point))
-        busy = sum(piece.seconds for piece in work)
-        shade = _Shade(busy)
-        every = [*work, *map(shade.hide, (*self._exchanges(point), *self._activations_to_host(point, busy)))]
-        pieces = [
-            *every,
-            *self._bubble(point, every),
-            *map(shade.hide, self._weights(point, busy)),
-            *self._optimizer(point),
-        ]
-        return tuple(piece for piece in pieces if piece.seconds)
+    def with_assumption(self, name: str, value: float) -> "CostModel":
+        """The same job under another assumption; shares are kept below 1."""
+        job = replace(self.job, assumptions=self.job.assumptions.moved(name, value))
+        # Ring loads weigh blocks by this one; the numbers of exchanges chosen under the others are kept.
+        return CostModel(job, None if name == "attention_half_rows" else self.loads)
+
+    def with_axes(self, axes: tuple[str, ...]) -> "CostModel":
+        """The same job with its mesh axes in another order."""
+        return CostModel(replace(self.job, axes=axes), self.loads)
+
+    def with_nodes(self, nodes: int) -> "CostModel":
+        """The same job on so many nodes."""
+        return CostModel(replace(self.job, cluster=replace(self.job.cluster, nodes=nodes)), self.loads)
 
     def group(self, point: Point, *members: str) -> Group:
         """The process group over some axes."""
@@ -101,177 +99,226 @@ class Pricer:
 
     def attention(self, point: Point) -> AttentionCost:
         """One layer's attention for one micro-batch."""
-        return self._attention(
-            point.tp, point.micro_batch, self.group(point, "ulysses"), self.group(point, "ring")
-        )
+        ulysses, ring = self.group(point, "ulysses"), self.group(point, "ring")
+        return self._attention(point.tp, point.micro_batch, ulysses, ring)
 
-    def _price_attention(self, tp: int, batch: int, ulysses: Group, ring: Group) -> AttentionCost:
-        shape = Shape.of(self.job, batch=batch, ulysses=ulysses.size, tp=tp)
-        return price_attention(self.job, self.loads(ring.size), shape, ulysses, ring)
+    def _attention_cost(self, tp: int, batch: int, ulysses: Group, ring: Group) -> AttentionCost:
+        shape = AttentionShape.of(self.job, batch=batch, ulysses=ulysses.size, tp=tp)
+        return attention_cost(self.job, self.loads(ring.size), shape, ulysses, ring)
 
-    def runs(self, point: Point) -> int:
+    def layer_runs(self, point: Point) -> int:
         """How often a rank computes a layer in a step."""
-        return point.layers(self.job) * point.micro_batches(self.job)
+        return self.job.layers(point) * self.job.micro_batches(point)
 
-    def _work(self, point: Point) -> Iterator[Piece]:
-        layer, attention = self.compute.layer(point.tp, point.tokens(self.job)), self.attention(point)
-        runs, ahead, back = self.runs(point), attention.forward, attention.backward
+    # Terms of the time.
+
+    def _terms(self, point: Point) -> tuple[CostTerm, ...]:
+        """The terms of a step, those of 0 s left out.
+
+        What is hidden is taken from one store of compute (`_Shade`): first by the exchanges inside the
+        layers, then by the weights.
+        """
+        work = list(self._work(point))
+        busy = sum(term.seconds for term in work)
+        shade = _Shade(busy)
+        in_layers = shade.hide((*self._exchanges(point), *self._activations_to_host(point, busy)))
+        micro_batches = [*work, *in_layers]
+        terms = [
+            *micro_batches,
+            *self._bubble(point, micro_batches),
+            *shade.hide(self._weights(point, busy)),
+            *self._optimizer(point),
+        ]
+        return tuple(term for term in terms if term.seconds)
+
+    def _work(self, point: Point) -> Iterator[CostTerm]:
+        """What the GPU's own units compute."""
+        job = self.job
+        layer = self.compute.layer(point.tp, job.tokens(point))
+        attention = self.attention(point)
+        forward, backward = attention.forward, attention.backward
+        runs = self.layer_runs(point)
         yield compute("matrix products", runs * (layer.matmul_forward + layer.matmul_backward))
-        yield compute("attention kernel", runs * (ahead.kernel + back.kernel))
-        yield compute("attention merge and launches", runs * (ahead.merge + back.merge))
-        yield compute(
-            "norms, rotary, activation",
-            runs * (1 + self.job.assumptions.streamed_backward) * layer.elementwise,
-        )
+        yield compute("attention kernel", runs * (forward.kernel + backward.kernel))
+        yield compute("attention merge and launches", runs * (forward.merge + backward.merge))
+        passes = 1 + job.assumptions.streamed_backward
+        yield compute("norms, rotary, activation", runs * passes * layer.elementwise)
         again = layer.mlp_forward if point.tiling == "mlp" else 0.0
         if point.checkpointing == "full":
-            again += layer.matmul_forward + layer.elementwise + ahead.kernel + ahead.merge
+            again += layer.matmul_forward + layer.elementwise + forward.kernel + forward.merge
         yield compute("recomputation", runs * again)
-        head = self.compute.head(point.tp, point.tokens(self.job), point.tiling != "none")
-        yield compute("output head and loss", point.micro_batches(self.job) * head)
+        head = self.compute.head(point.tp, job.tokens(point), point.tiling != "none")
+        yield compute("output head and loss", job.micro_batches(point) * head)
 
-    def _exchanges(self, point: Point) -> Iterator[Piece]:
+    def _exchanges(self, point: Point) -> Iterator[CostTerm]:
         """Ulysses, ring and tensor parallelism, inside every layer. Recomputation repeats the forward's."""
-        attention, runs = self.attention(point), self.runs(point)
-        ahead, back, times = attention.forward, attention.backward, _forwards(point)
-        ulysses, ring, tp = (self.group(point, axis) for axis in ("ulysses", "ring", "tp"))
-        heads = runs * (times * ahead.heads + back.heads)
-        yield Piece(name="ulysses exchange", cause=self.network.reach(ulysses), seconds=heads, exposed=heads)
-        yield Piece(
-            name="ring exchange",
-            cause=self.network.reach(ring),
-            seconds=runs * (times * ahead.rows + back.rows),
-            exposed=runs * (times * ahead.rows_exposed + back.rows_exposed),
+        attention = self.attention(point)
+        forward, backward = attention.forward, attention.backward
+        runs, times = self.layer_runs(point), _forwards(point)
+        heads = runs * (times * forward.heads + backward.heads)
+        yield self._on_links("ulysses exchange", self.group(point, "ulysses"), heads, heads)
+        yield self._on_links(
+            "ring exchange",
+            self.group(point, "ring"),
+            runs * (times * forward.rows + backward.rows),
+            runs * (times * forward.rows_exposed + backward.rows_exposed),
         )
+        tp = self.group(point, "tp")
         calls = times * TP_FORWARD + TP_BACKWARD
-        seconds = runs * self.network.round_seconds(tp, calls * self._tp_call(point), calls)
-        exposed = seconds * self.job.assumptions.tp_exposed
-        yield Piece(
-            name="tensor parallel exchange", cause=self.network.reach(tp), seconds=seconds, exposed=exposed
+        seconds = runs * self.network.round_seconds(tp, calls * self._tp_call_bytes(point), calls)
+        yield self._on_links(
+            "tensor parallel exchange", tp, seconds, seconds * self.job.assumptions.tp_exposed
         )
 
-    def _tp_call(self, point: Point) -> float:
+    def _on_links(self, name: str, group: Group, seconds: float, exposed: float) -> CostTerm:
+        """A term of the slowest link class that a group uses."""
+        return CostTerm(name=name, cause=self.network.reach(group), seconds=seconds, exposed=exposed)
+
+    def _tp_call_bytes(self, point: Point) -> float:
         """Bytes that a rank sends in one all-gather or reduce-scatter of (tokens, hidden)."""
-        return self._activation(point) * (point.tp - 1)
+        return self._activation_bytes(point) * (point.tp - 1)
 
-    def _activation(self, point: Point) -> float:
-        """Bytes of one activation of hidden size of a rank's tokens: a checkpoint, or what crosses a pipeline
-        boundary.
+    def _activation_bytes(self, point: Point) -> float:
+        """Bytes of one activation of hidden size of a rank's tokens.
+
+        That is a checkpoint, and what crosses a pipeline boundary.
         """
-        return self.job.numerics.element * self.job.model.hidden * point.tokens(self.job) / point.tp
+        job = self.job
+        return job.numerics.element * job.model.hidden * job.tokens(point) / point.tp
 
-    def _activations_to_host(self, point: Point, busy: float) -> Iterator[Piece]:
+    def _activations_to_host(self, point: Point, busy: float) -> Iterator[CostTerm]:
         if point.offloads_activations:
-            copied = 2 * self._activation(point) * self.runs(point) / self._host_rate()
-            yield Piece(
-                name="activations to and from the host",
-                cause=PCIE,
-                seconds=copied,
-                exposed=max(0.0, copied - busy),
+            copied = 2 * self._activation_bytes(point) * self.layer_runs(point) / self._host_rate()
+            exposed = max(0.0, copied - busy)
+            yield CostTerm(
+                name="activations to and from the host", cause=PCIE, seconds=copied, exposed=exposed
             )
 
     def _host_rate(self) -> float:
+        """Bytes/s between a GPU and its host."""
         return self.job.cluster.gpu.pcie_bytes_per_s * self.job.assumptions.host_copy
 
-    def _bubble(self, point: Point, every: list[Piece]) -> Iterator[Piece]:
+    def _bubble(self, point: Point, micro_batches: list[CostTerm]) -> Iterator[CostTerm]:
         """Idle time while the pipeline fills and drains, and its boundaries."""
         if point.pp == 1:
             return
-        bubble = (point.pp - 1) * sum(piece.exposed for piece in every) / point.micro_batches(self.job)
-        yield Piece(name="pipeline bubble", cause=PIPELINE, seconds=bubble, exposed=bubble)
+        count = self.job.micro_batches(point)
+        bubble = (point.pp - 1) * sum(term.exposed for term in micro_batches) / count
+        yield CostTerm(name="pipeline bubble", cause=PIPELINE, seconds=bubble, exposed=bubble)
         group = self.group(point, "pp")
-        sends = 2 * (point.micro_batches(self.job) + point.pp - 1)
-        seconds = sends * self.network.hop_seconds(group, self._activation(point))
-        yield Piece(
-            name="pipeline exchange", cause=self.network.reach(group), seconds=seconds, exposed=seconds
-        )
+        sends = 2 * (count + point.pp - 1)
+        seconds = sends * self.network.hop_seconds(group, self._activation_bytes(point))
+        yield self._on_links("pipeline exchange", group, seconds, seconds)
 
-    def _weights(self, point: Point, busy: float) -> Iterator[Piece]:
+    def _weights(self, point: Point, busy: float) -> Iterator[CostTerm]:
         """Data parallelism and ZeRO, over all ranks that hold the same weights."""
-        group = self.group(point, "ulysses", "ring", "dp")
-        link, runs = self.network.reach(group), self.runs(point)
-        gradients, gathers = self._sent_for_weights(point, self.memory.fullest_parameters(point))
-        reduce = self.network.round_seconds(group, gradients, runs if point.zero >= 2 else 1)
+        group, runs = self.group(point, "ulysses", "ring", "dp"), self.layer_runs(point)
+        sent = self._sent_for_weights(point, fullest_parameters(self.job, point))
+        reduce = self.network.round_seconds(group, sent.gradients, runs if point.zero >= 2 else 1)
         exposed = reduce * (1 - self.job.assumptions.gradient_overlap)
-        yield Piece(name="gradient reduction", cause=link, seconds=reduce, exposed=exposed)
+        yield self._on_links("gradient reduction", group, reduce, exposed)
         if point.zero:
-            gather = self.network.round_seconds(group, gathers, 2 * runs if point.zero == 3 else 1)
+            gather = self.network.round_seconds(group, sent.weights, 2 * runs if point.zero == 3 else 1)
             # ZeRO-3 fetches a layer's weights while the one before computes
             hidden = min(self.job.assumptions.prefetch * gather, busy) if point.zero == 3 else 0.0
-            yield Piece(name="weight gathering", cause=link, seconds=gather, exposed=gather - hidden)
+            yield self._on_links("weight gathering", group, gather, gather - hidden)
 
-    def _sent_for_weights(self, point: Point, n: float) -> tuple[float, float]:
-        """Bytes that a rank of n weights sends in a step to reduce gradients, and to gather weights."""
-        numerics = self.job.numerics
-        part, micro = (point.replicas - 1) / point.replicas, point.micro_batches(self.job)
-        reductions = (2, 1, micro, micro)[
-            point.zero
-        ]  # an all-reduce sends what a reduce-scatter and an all-gather do
-        gathers = (0, 1, 1, 2 * micro)[point.zero]
-        return numerics.gradient * n * part * reductions, numerics.element * n * part * gathers
+    def _sent_for_weights(self, point: Point, parameters: float) -> "_SentForWeights":
+        """What a rank with so many weights sends in a step."""
+        numerics, micro_batches = self.job.numerics, self.job.micro_batches(point)
+        part = (point.replicas - 1) / point.replicas
+        # By ZeRO stage. An all-reduce, of stage 0, sends what a reduce-scatter and an all-gather do.
+        reductions = (2, 1, micro_batches, micro_batches)[point.zero]
+        gathers = (0, 1, 1, 2 * micro_batches)[point.zero]
+        return _SentForWeights(
+            gradients=numerics.gradient * parameters * part * reductions,
+            weights=numerics.element * parameters * part * gathers,
+        )
 
-    def _optimizer(self, point: Point) -> Iterator[Piece]:
+    def _optimizer(self, point: Point) -> Iterator[CostTerm]:
         a, numerics = self.job.assumptions, self.job.numerics
-        mine = self.memory.fullest_parameters(point) / (point.replicas if point.zero else 1)
+        mine = fullest_parameters(self.job, point) / (point.replicas if point.zero else 1)
         if not point.offloads_optimizer:
             yield compute("optimizer", self.compute.streamed(numerics.update * mine))
             return
-        copied = (
-            mine * (numerics.gradient + numerics.element) / self._host_rate()
-        )  # gradients down, then weights up
-        yield Piece(
+        # gradients down, then weights up
+        copied = mine * (numerics.gradient + numerics.element) / self._host_rate()
+        yield CostTerm(
             name="gradients and weights to and from the host", cause=PCIE, seconds=copied, exposed=copied
         )
         yield compute("optimizer on the host", mine * numerics.update / a.host_memory)
 
+    # Bytes.
+
     def _bytes(self, point: Point) -> Iterator[dict[str, float]]:
         """Bytes per link class that one GPU sends in a step, on average."""
-        attention, network, runs, times = (
-            self.attention(point),
-            self.network,
-            self.runs(point),
-            _forwards(point),
-        )
-        ulysses, ring, pp = (self.group(point, axis) for axis in ("ulysses", "ring", "pp"))
-        heads = times * attention.forward.heads_bytes + attention.backward.heads_bytes
-        rows = times * attention.forward.rows_bytes + attention.backward.rows_bytes
-        yield network.spread_bytes(ulysses.off_node, runs * heads / point.sp)
-        yield network.spread_bytes(self.loads(point.ring).off_node(ring.per_node), runs * rows / point.sp)
-        yield network.round_bytes(
-            self.group(point, "tp"), runs * (times * TP_FORWARD + TP_BACKWARD) * self._tp_call(point)
-        )
-        yield network.round_bytes(
-            self.group(point, "ulysses", "ring", "dp"),
-            sum(self._sent_for_weights(point, self.memory.mean_parameters(point))),
-        )
-        sent = 2 * point.micro_batches(self.job) * self._activation(point) * (point.pp - 1) / point.pp
-        yield network.spread_bytes((pp.nodes - 1) / (point.pp - 1) if point.pp > 1 else 0.0, sent)
+        yield from self._attention_bytes(point)
+        tp_calls = _forwards(point) * TP_FORWARD + TP_BACKWARD
+        tp_bytes = self.layer_runs(point) * tp_calls * self._tp_call_bytes(point)
+        yield self.network.round_bytes(self.group(point, "tp"), tp_bytes)
+        sent = self._sent_for_weights(point, mean_parameters(self.job, point))
+        replicas = self.group(point, "ulysses", "ring", "dp")
+        yield self.network.round_bytes(replicas, sent.gradients + sent.weights)
+        yield self._pipeline_bytes(point)
+        yield from self._host_bytes(point)
+
+    def _attention_bytes(self, point: Point) -> Iterator[dict[str, float]]:
+        attention, runs, times = self.attention(point), self.layer_runs(point), _forwards(point)
+        forward, backward = attention.forward, attention.backward
+        heads = times * forward.heads_bytes + backward.heads_bytes
+        heads_off_node = self.group(point, "ulysses").off_node
+        yield self.network.spread_bytes(heads_off_node, runs * heads / point.sp)
+        rows = times * forward.rows_bytes + backward.rows_bytes
+        rows_off_node = self.loads(point.ring).off_node(self.group(point, "ring").per_node)
+        yield self.network.spread_bytes(rows_off_node, runs * rows / point.sp)
+
+    def _pipeline_bytes(self, point: Point) -> dict[str, float]:
+        """Activations and their gradients over pp - 1 boundaries, of which nodes - 1 leave a node."""
+        boundaries = point.pp - 1
+        crossing = (self.group(point, "pp").nodes - 1) / boundaries if boundaries else 0.0
+        sends = 2 * self.job.micro_batches(point)
+        sent = sends * self._activation_bytes(point) * boundaries / point.pp
+        return self.network.spread_bytes(crossing, sent)
+
+    def _host_bytes(self, point: Point) -> Iterator[dict[str, float]]:
+        numerics = self.job.numerics
         if point.offloads_optimizer:
-            mine = self.memory.mean_parameters(point) / point.replicas
-            yield {PCIE: mine * (self.job.numerics.gradient + self.job.numerics.element)}
+            mine = mean_parameters(self.job, point) / point.replicas
+            yield {PCIE: mine * (numerics.gradient + numerics.element)}
         if point.offloads_activations:
-            yield {PCIE: 2 * self._activation(point) * runs}
+            yield {PCIE: 2 * self._activation_bytes(point) * self.layer_runs(point)}
+
+
+@dataclass(frozen=True, kw_only=True)
+class _SentForWeights:
+    """Bytes that a rank sends in a step for its weights."""
+
+    gradients: float
+    """To reduce them."""
+    weights: float
+    """To gather them."""
 
 
 class _Shade:
-    """What can hide behind compute: no more, over all pieces and links, than there is compute.
+    """What can hide behind compute: no more, over all terms and links, than there is compute.
 
-    So no link is busy longer than the step.
-
-    Links of two classes could hide at once; counting them one after the other is a little pessimistic, and
-    keeps a faster GPU from ever being slower.
+    So no link is busy longer than the step. Links of two classes could hide at once; counting them one after
+    the other is a little pessimistic, and keeps a faster GPU from ever being slower.
     """
 
     def __init__(self, busy: float) -> None:
         self._left = busy
 
-    def hide(self, piece: Piece) -> Piece:
-        """The piece, hidden only as far as there is compute left."""
-        if piece.exposed >= piece.seconds:
-            return piece
-        hidden = min(piece.seconds - piece.exposed, self._left)
+    def hide(self, terms: Iterable[CostTerm]) -> list[CostTerm]:
+        """The terms, each hidden only as far as there is compute left."""
+        return [self._hide(term) for term in terms]
+
+    def _hide(self, term: CostTerm) -> CostTerm:
+        if term.exposed >= term.seconds:
+            return term
+        hidden = min(term.seconds - term.exposed, self._left)
         self._left -= hidden
-        return replace(piece, exposed=piece.seconds - hidden)
+        return replace(term, exposed=term.seconds - hidden)
 
 
 def _forwards(point: Point) -> int:

@@ -1,5 +1,4 @@
-"""Every constant of the cost model that is not a fact of the model, the schedule or the data sheet, with
-where it comes from.
+"""Every constant of the cost model that is no fact of model, schedule or data sheet, with its source.
 
 A measured profile overrides any of them: `[gpu.NAME.assumptions]` in a TOML file given by `--profile`
 (hardware.py). None is fitted to a row of a published table. Three were chosen with a table in view, and say
@@ -12,16 +11,17 @@ from dataclasses import dataclass, field, fields, replace
 
 from seqmesh.planner.inputs.tables import unknown
 
-LEAST, MOST = 1e-9, 1e15
+LEAST = 1e-9
+MOST = 1e15
 """Beyond these a number is a slip, and times would no longer be finite."""
 
 
 def _assumed(
     value: float, unit: str, source: str, *, share: bool = False, may_be_zero: bool = False
 ) -> float:
-    default: float = field(
-        default=value, metadata={"unit": unit, "source": source, "share": share, "may_be_zero": may_be_zero}
-    )
+    """A field with what is known of it: a share is at most 1."""
+    known = {"unit": unit, "source": source, "share": share, "may_be_zero": may_be_zero}
+    default: float = field(default=value, metadata=known)
     return default
 
 
@@ -44,13 +44,15 @@ class Assumptions:
     attention_half_rows: float = _assumed(
         256.0,
         "rows",
-        "assumption; a block this long on its shorter side runs at half efficiency: two tiles of 128 rows of flash attention",
+        "assumption; a block this long on its shorter side runs at half efficiency:"
+        " two tiles of 128 rows of flash attention",
         may_be_zero=True,
     )
     small_head: float = _assumed(
         64.0,
         "head dim",
-        "assumption; heads of this dim run at `small_head_rate`, larger ones up to 128 in between, smaller ones in proportion",
+        "assumption; heads of this dim run at `small_head_rate`, larger ones up to 128 in between,"
+        " smaller ones in proportion",
         may_be_zero=True,
     )
     small_head_rate: float = _assumed(
@@ -76,7 +78,8 @@ class Assumptions:
     pcie_contention: float = _assumed(
         2.6,
         "",
-        "inferred from Table 3, u = 2, 4, 8: over PCIe an all-to-all with k peers takes 1 + this x (k - 1) times as long as its bytes:"
+        "inferred from Table 3, u = 2, 4, 8: over PCIe an all-to-all with k peers takes"
+        " 1 + this x (k - 1) times as long as its bytes:"
         " streams of a GPU share its link and the host's, and do not add up",
         may_be_zero=True,
     )
@@ -89,7 +92,8 @@ class Assumptions:
     one_nic_per_partial_node: float = _assumed(
         1.0,
         "1 yes, 0 no",
-        "inferred from Table 6: collectives of a group that holds only a part of a node's GPUs run at one network card's rate",
+        "inferred from Table 6: collectives of a group that holds only a part of a node's GPUs"
+        " run at one network card's rate",
         share=True,
         may_be_zero=True,
     )
@@ -117,7 +121,8 @@ class Assumptions:
     overlap_tax: float = _assumed(
         0.1,
         "of hidden exchange",
-        "assumption; NCCL's kernels take streaming multiprocessors and memory bandwidth from the compute they hide behind",
+        "assumption; NCCL's kernels take streaming multiprocessors and memory bandwidth"
+        " from the compute they hide behind",
         share=True,
         may_be_zero=True,
     )
@@ -178,9 +183,10 @@ class Assumptions:
 
     def __post_init__(self) -> None:
         for f in fields(self):
-            name, value, zero = f.name, getattr(self, f.name), f.metadata["may_be_zero"]
-            if not (LEAST <= value <= MOST or (value == 0 and zero)):
-                kind = "0, or a number" if zero else "a positive finite number"
+            name, value = f.name, getattr(self, f.name)
+            may_be_zero = f.metadata["may_be_zero"]
+            if not (LEAST <= value <= MOST or (value == 0 and may_be_zero)):
+                kind = "0, or a number" if may_be_zero else "a positive finite number"
                 raise ValueError(f"assumption {name} = {value}: use {kind} from {LEAST:g} to {MOST:g}")
             if f.metadata["share"] and value > 1:
                 raise ValueError(f"assumption {name} = {value}: it is a share; use at most 1")

@@ -1,5 +1,4 @@
-"""GPUs and clusters: what they can do at best, from the presets in data/hardware.toml or a user's own TOML
-file.
+"""GPUs and clusters: what they can do at best, from data/hardware.toml or a user's own TOML file.
 
     [gpu.ours]                    # load_gpu("ours", [Path("lab.toml")])
     like = "a800-sxm"             # everything that is not said here
@@ -93,7 +92,8 @@ class Gpu:
                 continue
             if not 0 < value < math.inf:
                 raise ValueError(
-                    f"GPU {self.name!r}: {name}={value} is not positive and finite; give what the hardware has"
+                    f"GPU {self.name!r}: {name}={value} is not positive and finite;"
+                    " give what the hardware has"
                 )
 
     def peak_flops_per_s(self, element: int) -> float:
@@ -102,13 +102,14 @@ class Gpu:
         Raises:
             ValueError: the rate is not known.
         """
-        peak = self.flops_per_s if element == 2 else self.fp32_flops_per_s
+        if element == 2:
+            peak, key, precision, other = self.flops_per_s, "tflops", "bf16", "fp32"
+        else:
+            peak, key, precision, other = self.fp32_flops_per_s, "tflops_fp32", "fp32", "bf16"
         if peak is None:
-            key, precision, other = (
-                ("tflops", "bf16", "fp32") if element == 2 else ("tflops_fp32", "fp32", "bf16")
-            )
             raise ValueError(
-                f"GPU {self.name!r} has no {key}, so {precision} cannot be priced; add it, or use --precision {other}"
+                f"GPU {self.name!r} has no {key}, so {precision} cannot be priced;"
+                f" add it, or use --precision {other}"
             )
         return peak
 
@@ -138,7 +139,8 @@ class Cluster:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_COUNT:
                 raise ValueError(
-                    f"{name}={value!r} is not a whole number from 1 to {LARGEST_COUNT}; give the cluster's {name}"
+                    f"{name}={value!r} is not a whole number from 1 to {LARGEST_COUNT};"
+                    f" give the cluster's {name}"
                 )
 
     @property
@@ -204,7 +206,11 @@ def _layers(section: str, extra: Iterable[Path]) -> Layers:
 
 
 def _names(layers: Layers) -> list[str]:
-    return [table.name for table in {key: table for layer in layers for key, table in layer.items()}.values()]
+    """Of all tables; one that goes before another of its name stands in its place."""
+    merged: dict[str, Table] = {}
+    for layer in layers:
+        merged |= layer
+    return [table.name for table in merged.values()]
 
 
 def _find_gpu(name: str, layers: Layers, where: str = "", trail: tuple[Table, ...] = ()) -> Gpu:
@@ -221,15 +227,17 @@ def _find_gpu(name: str, layers: Layers, where: str = "", trail: tuple[Table, ..
         base = None
         if "like" in table:
             # A table that is like its own name means the one it goes before.
-            below = layers[: depth + (table.text("like").lower() != name.lower())]
+            own_name = table.text("like").lower() == name.lower()
+            below = layers[:depth] if own_name else layers[: depth + 1]
             base = _find_gpu(table.text("like"), below, table.where, (*trail, table))
         return _read_gpu(table, base)
     raise unknown("GPU", name, _names(layers), where)
 
 
 def _read_gpu(table: Table, base: Gpu | None) -> Gpu:
-    """A [gpu.NAME] table, where `base` says what it leaves out; that the base was measured says nothing about
-    this one.
+    """A [gpu.NAME] table, where `base` says what it leaves out.
+
+    That the base was measured says nothing about this one.
     """
     table.check_keys(_GPU_KEYS)
     assumptions = table.table("assumptions")

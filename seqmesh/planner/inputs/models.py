@@ -7,7 +7,7 @@ From a preset, a Hugging Face config.json, or a TOML file.
     load_model("ours", [Path("lab.toml")])          # [model.ours] of a file in the form of data/models.toml
 
 A config.json is read only if its model_type is one whose layers are known to be all alike: attention, then a
-feed-forward network. Anything else is refused, for a wrong shape would make every number of the plan wrong.
+feed-forward network. Anything else is refused, for a wrong shape would make every prediction wrong.
 """
 
 import json
@@ -58,16 +58,20 @@ class ModelShape:
     """Where the numbers come from."""
 
     def __post_init__(self) -> None:
-        counts = ("layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocabulary")
-        for name in (*counts, *(("sliding_window",) if self.sliding_window is not None else ())):
+        counts = ["layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocabulary"]
+        if self.sliding_window is not None:
+            counts.append("sliding_window")
+        for name in counts:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_COUNT:
                 raise ValueError(
-                    f"model {self.name!r}: {name}={value!r} is not a whole number from 1 to {LARGEST_COUNT}; give one"
+                    f"model {self.name!r}: {name}={value!r} is not a whole number"
+                    f" from 1 to {LARGEST_COUNT}; give one"
                 )
         if self.heads % self.kv_heads:
             raise ValueError(
-                f"model {self.name!r}: {self.kv_heads} key/value heads do not divide {self.heads} heads; use a divisor of {self.heads}"
+                f"model {self.name!r}: {self.kv_heads} key/value heads do not divide {self.heads} heads;"
+                f" use a divisor of {self.heads}"
             )
 
     @property
@@ -89,16 +93,14 @@ class ModelShape:
     @property
     def parameters(self) -> int:
         """Elements of the model: layers, embedding, output head unless it is the embedding, last norm."""
-        return (
-            self.layers * self.layer_parameters
-            + (1 if self.tied_embeddings else 2) * self.embedding_parameters
-            + self.hidden
-        )
+        ends = (1 if self.tied_embeddings else 2) * self.embedding_parameters
+        return self.layers * self.layer_parameters + ends + self.hidden
 
     @property
     def matmul_parameters(self) -> int:
-        """Elements that every token is multiplied with: layers and output head (also where it is tied), not
-        the embedding.
+        """Elements that every token is multiplied with.
+
+        Layers and output head (also where it is tied), not the embedding.
         """
         return self.layers * self.layer_matmul_parameters + self.embedding_parameters
 
@@ -126,7 +128,8 @@ def load_model(given: str, extra: Iterable[Path] = ()) -> ModelShape:
         return _from_table(table)
     if given.endswith(".toml"):
         raise ValueError(
-            f"{given!r} is no model but may hold some; give the NAME of one of its [model.NAME] tables, beside the file"
+            f"{given!r} is no model but may hold some;"
+            " give the NAME of one of its [model.NAME] tables, beside the file"
         )
     if "/" in given or given.endswith(".json") or (given and os.path.exists(given)):
         return _from_config(Path(given))
@@ -134,11 +137,11 @@ def load_model(given: str, extra: Iterable[Path] = ()) -> ModelShape:
 
 
 def _tables(extra: Iterable[Path]) -> Mapping[str, Table]:
-    return {
-        name: table
-        for path in (_PRESETS, *map(Path, extra))
-        for name, table in read_tables(path, "model").items()
-    }
+    """By name in lower case; those of later files in place of earlier ones."""
+    tables: dict[str, Table] = {}
+    for path in (_PRESETS, *map(Path, extra)):
+        tables |= read_tables(path, "model")
+    return tables
 
 
 def _from_table(table: Table) -> ModelShape:
@@ -230,21 +233,23 @@ def _from_config(path: Path) -> ModelShape:
     _refuse(whole)
     config = whole
     if "text_config" in whole:
-        text, tie = whole.table("text_config"), "tie_word_embeddings"
-        config = replace(
-            text,
-            name=whole.name,
-            values={**text.values, tie: (text if tie in text else whole).values.get(tie)},
-        )
+        config = _text_config(whole)
         _refuse(config)
     model_type = config.text("model_type")
     if model_type not in _TYPES:
-        raise ValueError(
-            f"{unknown('model_type', model_type, _TYPES, config.where)}; or write its shape as [model.NAME] in a TOML file"
-        )
+        mistake = unknown("model_type", model_type, _TYPES, config.where)
+        raise ValueError(f"{mistake}; or write its shape as [model.NAME] in a TOML file")
     kind = _TYPES[model_type]
     complete = replace(config, values={**kind.defaults, **config.values})
     return _shape(complete, kind, f"{whole.name} config.json, model_type {model_type}")
+
+
+def _text_config(whole: Table) -> Table:
+    """The decoder inside a model of text and images; whether its embeddings are tied may stand outside."""
+    text = whole.table("text_config")
+    tie = "tie_word_embeddings"
+    tied = (text if tie in text else whole).values.get(tie)
+    return replace(text, name=whole.name, values={**text.values, tie: tied})
 
 
 def _read_json(path: Path) -> Table:
@@ -266,42 +271,37 @@ def _read_json(path: Path) -> Table:
 
 def _refuse(config: Table) -> None:
     """Refuse what is not a decoder of equal layers of attention and a dense feed-forward network."""
-    model_type = config.text("model_type") if "model_type" in config else ""
     experts = [key for key in _EXPERTS if key in config and config.count(key, least=0) > 1]
-    layer_types = config.values.get("layer_types") or []
-    kinds = (
-        sorted({shown(str(each)) for each in layer_types})
-        if isinstance(layer_types, list)
-        else [repr(layer_types)]
-    )
+    if experts:
+        raise _refusal(config, "is a mixture of experts", f"{experts[0]} = {config.values[experts[0]]}")
+    if config.flag("is_encoder_decoder", default=False):
+        raise _refusal(config, "is an encoder-decoder", "is_encoder_decoder = true")
+    if "kv_lora_rank" in config:
+        raise _refusal(config, "has multi-head latent attention", "kv_lora_rank")
+    _refuse_layers(config)
+    hidden = config.values.get("hidden_size")
+    if config.values.get("word_embed_proj_dim", hidden) != hidden:
+        raise _refusal(config, "embeds in another width than it computes", "word_embed_proj_dim")
+
+
+def _refuse_layers(config: Table) -> None:
+    """Refuse layers without attention, of several kinds, or of a kind that is not known."""
+    model_type = config.text("model_type") if "model_type" in config else ""
     recurrent = [shown(key) for key in config.values if key.startswith(("mamba_", "ssm_", "linear_"))]
-    sparse = recurrent[0] if recurrent else f"model_type {model_type}" if model_type in _RECURRENT else ""
-    mixed = (
-        f"layer_types {', '.join(kinds)}"
-        if len(kinds) > 1
-        else f"model_type {model_type}"
-        if model_type in _MIXED
-        else ""
-    )
-    narrow = config.values.get("word_embed_proj_dim", config.values.get("hidden_size")) != config.values.get(
-        "hidden_size"
-    )
-    reasons = {
-        "is a mixture of experts": f"{experts[0]} = {config.values[experts[0]]}" if experts else "",
-        "is an encoder-decoder": "is_encoder_decoder = true"
-        if config.flag("is_encoder_decoder", default=False)
-        else "",
-        "has multi-head latent attention": "kv_lora_rank" if "kv_lora_rank" in config else "",
-        "has layers without attention": sparse,
-        "mixes kinds of layers": mixed,
-        "has layers of an unknown kind": f"layer_types {kinds[0]}"
-        if kinds and kinds[0] not in _LAYER_TYPES
-        else "",
-        "embeds in another width than it computes": "word_embed_proj_dim" if narrow else "",
-    }
-    for reason, evidence in reasons.items():
-        if evidence:
-            raise _refusal(config, reason, evidence)
+    if not recurrent and model_type in _RECURRENT:
+        recurrent = [f"model_type {model_type}"]
+    if recurrent:
+        raise _refusal(config, "has layers without attention", recurrent[0])
+    layer_types = config.values.get("layer_types") or []
+    kinds = [repr(layer_types)]
+    if isinstance(layer_types, list):
+        kinds = sorted({shown(str(each)) for each in layer_types})
+    if len(kinds) > 1:
+        raise _refusal(config, "mixes kinds of layers", f"layer_types {', '.join(kinds)}")
+    if model_type in _MIXED:
+        raise _refusal(config, "mixes kinds of layers", f"model_type {model_type}")
+    if kinds and kinds[0] not in _LAYER_TYPES:
+        raise _refusal(config, "has layers of an unknown kind", f"layer_types {kinds[0]}")
 
 
 def _refusal(config: Table, reason: str, evidence: str) -> ValueError:
@@ -315,12 +315,18 @@ def _shape(config: Table, kind: _Type, source: str) -> ModelShape:
     def key(llama: str) -> str:
         return kind.keys.get(llama, llama)
 
-    hidden, heads = config.count(key("hidden_size")), config.count(key("num_attention_heads"))
-    layers, width = config.count(key("num_hidden_layers")), key("intermediate_size")
+    hidden = config.count(key("hidden_size"))
+    heads = config.count(key("num_attention_heads"))
+    layers = config.count(key("num_hidden_layers"))
     if "head_dim" not in config and hidden % heads:
         raise ValueError(
             f"{config.where}: hidden size {hidden} over {heads} heads is not a whole head_dim; add head_dim"
         )
+    width = key("intermediate_size")
+    if kind.expansion and width not in config:
+        intermediate = kind.expansion * hidden
+    else:
+        intermediate = config.count(width)
     return ModelShape(
         name=config.name,
         layers=layers,
@@ -328,9 +334,7 @@ def _shape(config: Table, kind: _Type, source: str) -> ModelShape:
         heads=heads,
         kv_heads=_kv_heads(config, key("num_key_value_heads"), heads),
         head_dim=config.count("head_dim") if "head_dim" in config else hidden // heads,
-        intermediate=kind.expansion * hidden
-        if kind.expansion and width not in config
-        else config.count(width),
+        intermediate=intermediate,
         vocabulary=config.count("vocab_size"),
         gated=kind.gated,
         tied_embeddings=config.flag("tie_word_embeddings", kind.tied),
@@ -341,9 +345,8 @@ def _shape(config: Table, kind: _Type, source: str) -> ModelShape:
 
 def _kv_heads(config: Table, key: str, heads: int) -> int:
     """Falcon's first form says multi_query in place of a number."""
-    if config.flag("multi_query", default=False) and not config.flag(
-        "new_decoder_architecture", default=False
-    ):
+    new_form = config.flag("new_decoder_architecture", default=False)
+    if config.flag("multi_query", default=False) and not new_form:
         return 1
     return config.count(key) if key in config else heads
 

@@ -8,41 +8,33 @@ import typer
 MOST_SHOWN = 100
 """Candidates that can be asked for."""
 
-JOB_OPTIONS = {
-    *(
-        "model",
-        "gpu",
-        "cluster",
-        "nodes",
-        "gpus_per_node",
-        "seq_len",
-        "global_batch",
-        "documents",
-        "layout",
-        "stack",
-        "precision",
-    ),
-    *("gradients", "memory_limit", "max_micro_batch", "axes", "hardware", "profile", "assume"),
-}
 MACHINE_OPTIONS = {"gpu", "cluster", "nodes", "gpus_per_node", "hardware", "profile"}
+TRAINING_OPTIONS = {"model", "stack", "gradients", "memory_limit", "max_micro_batch"}
+"""Those that describe a whole training step, and mean nothing for one attention."""
+ATTENTION_OPTIONS = {"seq_len", "global_batch", "documents", "layout", "precision", "axes", "assume"}
+JOB_OPTIONS = MACHINE_OPTIONS | TRAINING_OPTIONS | ATTENTION_OPTIONS
 FILE_OPTIONS = {"emit", "trace", "plot"}
-MODES = {
-    "published": set[str](),
-    "kernel": {"heads", "kv_heads", "head_dim", "pin", "top", "as_json", *JOB_OPTIONS}
-    - {"model", "stack", "gradients", "memory_limit", "max_micro_batch"},
-    "compare": {"model", "seq_len", "global_batch", "as_json", *MACHINE_OPTIONS},
-    "trace_memory": {"model", "seq_len", "documents", "pin", "as_json", *MACHINE_OPTIONS},
-    "max_seq": {"pin", "top", "explain", "as_json", *JOB_OPTIONS, *FILE_OPTIONS},
+
+MODES: Mapping[str, set[str]] = {
+    "published": set(),
+    "kernel": MACHINE_OPTIONS
+    | ATTENTION_OPTIONS
+    | {"heads", "kv_heads", "head_dim", "pin", "top", "as_json"},
+    "compare": MACHINE_OPTIONS | {"model", "seq_len", "global_batch", "as_json"},
+    "trace_memory": MACHINE_OPTIONS | {"model", "seq_len", "documents", "pin", "as_json"},
+    "max_seq": JOB_OPTIONS | FILE_OPTIONS | {"pin", "top", "explain", "as_json"},
 }
 """Options that mean something in a mode; a search knows all but those of --kernel."""
 
 
 def check_options(context: typer.Context) -> None:
-    """Raise ValueError for options that contradict each other, that a mode would ignore, or that are out of
-    range.
+    """Check options against each other and their ranges.
 
     Args:
         context: of the command, with the value of every option.
+
+    Raises:
+        ValueError: options that contradict each other, that a mode would ignore, or that are out of range.
     """
     options = context.params
     _check_mode(context)
@@ -52,18 +44,14 @@ def check_options(context: typer.Context) -> None:
     if options["top"] > MOST_SHOWN:
         raise ValueError(f"--top {options['top']}: at most {MOST_SHOWN} are shown; use less")
     _check_kernel(options)
-    for name, only in (("precision", "bf16"), ("gradients", "fp32")):
-        if options["stack"] == "trainer" and options[name] != only:
-            raise ValueError(
-                f"--{name} with --stack trainer: seqmesh train computes in fp32; remove --{name}"
-            )
 
 
 def _check_kernel(options: Mapping[str, Any]) -> None:
     given = [name for name in ("heads", "kv_heads", "head_dim") if options[name] is not None]
     if not options["kernel"] and given:
         raise ValueError(
-            f"--{given[0].replace('_', '-')} is an option of --kernel; add --kernel, or use --model for a whole model"
+            f"--{given[0].replace('_', '-')} is an option of --kernel; add --kernel,"
+            " or use --model for a whole model"
         )
     if options["kernel"] and options["heads"] is None:
         raise ValueError("--kernel needs --heads (and --kv-heads, --head-dim); add --heads 32")
@@ -71,13 +59,15 @@ def _check_kernel(options: Mapping[str, Any]) -> None:
 
 def _check_mode(context: typer.Context) -> None:
     """Refuse what a mode would ignore."""
-    given = [
-        name for name, value in context.params.items() if value not in (None, (), _default(context, name))
-    ]
+    given = []
+    for name, value in context.params.items():
+        if value not in (None, (), _default(context, name)):
+            given.append(name)
     modes = [mode for mode in MODES if mode in given]
     if not modes:
         return
-    mode, spelled = modes[0], {p.name: p.opts[0] for p in context.command.params}
+    mode = modes[0]
+    spelled = {parameter.name: parameter.opts[0] for parameter in context.command.params}
     for name in given:
         if name != mode and name not in MODES[mode]:
             raise ValueError(f"{spelled[name]} has no meaning with {spelled[mode]}; remove one of them")

@@ -3,23 +3,19 @@
 Every mistake is a one-line ValueError with its remedy.
 """
 
-import math
-import random
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from itertools import cycle, repeat
 from pathlib import Path
 
 from seqmesh.planner.inputs.assumptions import Assumptions
+from seqmesh.planner.inputs.documents import parse_documents
 from seqmesh.planner.inputs.hardware import Cluster, Gpu, known_gpus_of, load_cluster, load_gpu
-from seqmesh.planner.inputs.job import AXES, CHOICES, KEYS, Job, Numerics
+from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.models import ModelShape
+from seqmesh.planner.inputs.point import AXES, CHOICES, KEYS
+from seqmesh.planner.inputs.stack import stack_named
 from seqmesh.planner.inputs.tables import unknown
 from seqmesh.planner.inputs.units import parse_bytes, parse_tokens
-
-PRECISIONS = {"bf16": Numerics(), "fp32": Numerics(element=4, gradient=4, optimizer=8)}
-GRADIENTS = {"fp32": 4, "bf16": 2}
-MOST_DOCUMENTS = 20_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,24 +39,58 @@ class Machine:
         return (*self.hardware, *self.profiles)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Request:
+    """The options that describe a job, as they were given."""
+
+    machine: Machine
+    seq_len: str = "8K"
+    global_batch: int = 1
+    documents: str | None = None
+    layout: str = "auto"
+    stack: str = "fused"
+    precision: str = "bf16"
+    gradients: str = "fp32"
+    memory_limit: str | None = None
+    axes: str = ",".join(AXES)
+    assume: tuple[str, ...] = ()
+
+
+def build_job(request: Request, model: ModelShape) -> Job:
+    """The job that a request describes, for a model.
+
+    Raises:
+        ValueError: in one line, whatever is wrong with it.
+    """
+    cluster = build_cluster(request.machine)
+    _check_profiles(request.machine.profiles, cluster.gpu.name)
+    seq_len = parse_tokens(request.seq_len)
+    stack = stack_named(request.stack)
+    return Job(
+        model=model,
+        cluster=cluster,
+        seq_len=seq_len,
+        global_batch=request.global_batch,
+        documents=parse_documents(request.documents, seq_len) if request.documents else (),
+        layout=request.layout,
+        stack=stack,
+        numerics=stack.numerics(request.precision, request.gradients),
+        assumptions=assumptions_for(cluster.gpu, request.assume),
+        memory_limit=None if request.memory_limit is None else parse_bytes(request.memory_limit),
+        axes=parse_axes(request.axes),
+    )
+
+
 def build_cluster(machine: Machine) -> Cluster:
     """The cluster; numbers given beside a named cluster override its own.
 
     One node of 8 GPUs unless said otherwise.
+
+    Raises:
+        ValueError: no GPU, an unknown one, or one that the named cluster does not have.
     """
     if machine.cluster is not None:
-        named = load_cluster(machine.cluster, machine.files)
-        gpu = named.gpu
-        if machine.gpu is not None and machine.gpu.lower() != gpu.name.lower():
-            raise ValueError(
-                f"--cluster {machine.cluster} has GPUs of kind {gpu.name}, not {machine.gpu}; remove --gpu, or --cluster"
-            )
-        nodes, each = machine.nodes, machine.gpus_per_node
-        return Cluster(
-            gpu=gpu,
-            nodes=named.nodes if nodes is None else nodes,
-            gpus_per_node=named.gpus_per_node if each is None else each,
-        )
+        return _named_cluster(machine.cluster, machine)
     if machine.gpu is None:
         raise ValueError("no GPU given; add --gpu NAME (see --help), or --cluster NAME with --hardware FILE")
     return Cluster(
@@ -70,21 +100,36 @@ def build_cluster(machine: Machine) -> Cluster:
     )
 
 
+def _named_cluster(name: str, machine: Machine) -> Cluster:
+    named = load_cluster(name, machine.files)
+    gpu = named.gpu
+    if machine.gpu is not None and machine.gpu.lower() != gpu.name.lower():
+        raise ValueError(
+            f"--cluster {name} has GPUs of kind {gpu.name}, not {machine.gpu}; remove --gpu, or --cluster"
+        )
+    return Cluster(
+        gpu=gpu,
+        nodes=named.nodes if machine.nodes is None else machine.nodes,
+        gpus_per_node=named.gpus_per_node if machine.gpus_per_node is None else machine.gpus_per_node,
+    )
+
+
 def _check_profiles(profiles: Iterable[Path], gpu: str) -> None:
-    """Raise ValueError for a profile of another GPU than the one that is planned for: it would change
-    nothing.
-    """
+    """Raise ValueError for a profile of another GPU than the one planned for: it would change nothing."""
     for path in profiles:
         measured = known_gpus_of(path)
         if gpu.lower() not in (name.lower() for name in measured):
             named = ", ".join(measured) or "no GPU"
-            raise ValueError(
-                f"--profile {str(path)!r} measures {named}, not {gpu}; use --gpu {measured[0] if measured else 'NAME'}"
-            )
+            remedy = f"use --gpu {measured[0] if measured else 'NAME'}"
+            raise ValueError(f"--profile {str(path)!r} measures {named}, not {gpu}; {remedy}")
 
 
 def assumptions_for(gpu: Gpu, given: Sequence[str]) -> Assumptions:
-    """The assumptions, overridden by the GPU's own (a measured profile's), then by `--assume name=value`."""
+    """The assumptions, overridden by the GPU's own (a measured profile's), then by `--assume name=value`.
+
+    Raises:
+        ValueError: an unknown name, text that is no number, or a number out of range.
+    """
     assumed = Assumptions().override(gpu.overrides, f"[gpu.{gpu.name}.assumptions]")
     wanted: dict[str, float] = {}
     for name, text in _pairs(given, "--assume", "network=0.7"):
@@ -95,22 +140,6 @@ def assumptions_for(gpu: Gpu, given: Sequence[str]) -> Assumptions:
                 f"--assume {name}={text}: {text!r} is not a number; write for example {name}=0.7"
             ) from None
     return assumed.override(wanted, "--assume")
-
-
-def numerics_for(precision: str, gradients: str) -> Numerics:
-    """Bytes of numbers for `--precision` and `--gradients`."""
-    if precision not in PRECISIONS:
-        raise unknown("precision", precision, PRECISIONS)
-    if gradients not in GRADIENTS:
-        raise unknown("gradient precision", gradients, GRADIENTS)
-    chosen = PRECISIONS[precision]
-    if precision == "fp32":
-        if gradients != "fp32":
-            raise ValueError(
-                f"--gradients {gradients} with --precision fp32: gradients have the weights' precision; remove --gradients"
-            )
-        return chosen
-    return Numerics(element=chosen.element, gradient=GRADIENTS[gradients], optimizer=chosen.optimizer)
 
 
 def parse_pins(given: Sequence[str]) -> dict[str, int | str]:
@@ -148,6 +177,7 @@ def _pin(key: str, text: str) -> int | str:
 
 
 def _pairs(given: Iterable[str], option: str, example: str) -> Iterable[tuple[str, str]]:
+    """Key and value of each `key=value`, which may be given together with commas or one by one."""
     for text in given:
         for item in text.split(","):
             key, equals, value = item.partition("=")
@@ -165,112 +195,3 @@ def parse_axes(text: str) -> tuple[str, ...]:
         if axis not in AXES:
             raise unknown("axis", axis, AXES)
     return axes
-
-
-def parse_documents(text: str, seq_len: int, seed: int = 0) -> tuple[int, ...]:
-    """Lengths that fill a sequence: `lognormal:7,1.3`, `fixed:8192`, `4096,4096,...` (repeated as needed), or
-    a file of numbers.
-
-    The last document is cut where the sequence ends.
-
-    Raises:
-        ValueError: another form, a length below 1, or more than MOST_DOCUMENTS documents.
-    """
-    kind, colon, rest = text.partition(":")
-    if colon and kind == "lognormal":
-        mu, sigma = _two_numbers(text, rest)
-        draw = random.Random(seed)
-        return fill(seq_len, iter(lambda: max(1, round(math.exp(min(draw.gauss(mu, sigma), 50.0)))), 0), text)
-    if colon and kind == "fixed":
-        length = parse_tokens(rest)
-        return fill(seq_len, repeat(length), text)
-    lengths = _lengths(text)
-    return fill(seq_len, cycle(lengths), text)
-
-
-def _two_numbers(text: str, rest: str) -> tuple[float, float]:
-    try:
-        mu, sigma = (float(part) for part in rest.split(","))
-    except ValueError:
-        raise ValueError(
-            f"--documents {text!r}: lognormal takes two numbers; write for example lognormal:7,1.3"
-        ) from None
-    if not (math.isfinite(mu) and math.isfinite(sigma) and sigma >= 0 and abs(mu) < 50):
-        raise ValueError(
-            f"--documents {text!r}: μ and σ of log-lengths must be finite and σ >= 0; write for example lognormal:7,1.3"
-        )
-    return mu, sigma
-
-
-def _lengths(text: str) -> list[int]:
-    source = text
-    if Path(text).is_file():
-        try:
-            source = Path(text).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(
-                f"--documents {text!r} cannot be read as text: {error}; give a file of numbers"
-            ) from None
-    parts = source.replace(",", " ").split()
-    if not parts or not all(part.isascii() and part.isdigit() and int(part[:18]) > 0 for part in parts):
-        forms = "lognormal:MU,SIGMA, fixed:LENGTH, lengths such as 4096,1024, or a file of lengths"
-        raise ValueError(f"--documents {text!r} is none of: {forms}; write one of these")
-    return [int(part[:18]) for part in parts]
-
-
-def fill(seq_len: int, lengths: Iterable[int], text: str) -> tuple[int, ...]:
-    """Documents of these lengths, in order, until they hold `seq_len` tokens; the last is cut.
-
-    Raises:
-        ValueError: that takes more than MOST_DOCUMENTS; `text` is how the user gave them.
-    """
-    documents, left = [], seq_len
-    for length in lengths:
-        documents.append(min(length, left))
-        left -= documents[-1]
-        if not left:
-            return tuple(documents)
-        if len(documents) > MOST_DOCUMENTS:
-            break
-    raise ValueError(f"--documents {text!r} gives more than {MOST_DOCUMENTS} documents; use longer ones")
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """The options that describe a job."""
-
-    machine: Machine
-    seq_len: str = "8K"
-    global_batch: int = 1
-    documents: str | None = None
-    layout: str = "auto"
-    stack: str = "fused"
-    precision: str = "bf16"
-    gradients: str = "fp32"
-    memory_limit: str | None = None
-    axes: str = ",".join(AXES)
-    assume: tuple[str, ...] = ()
-
-
-def build_job(request: Request, model: ModelShape) -> Job:
-    """The job that a request describes, for a model.
-
-    Raises:
-        ValueError: in one line, whatever is wrong with it.
-    """
-    cluster = build_cluster(request.machine)
-    _check_profiles(request.machine.profiles, cluster.gpu.name)
-    seq_len = parse_tokens(request.seq_len)
-    return Job(
-        model=model,
-        cluster=cluster,
-        seq_len=seq_len,
-        global_batch=request.global_batch,
-        documents=parse_documents(request.documents, seq_len) if request.documents else (),
-        layout=request.layout,
-        stack=request.stack,
-        numerics=numerics_for("fp32" if request.stack == "trainer" else request.precision, request.gradients),
-        assumptions=assumptions_for(cluster.gpu, request.assume),
-        memory_limit=None if request.memory_limit is None else parse_bytes(request.memory_limit),
-        axes=parse_axes(request.axes),
-    )

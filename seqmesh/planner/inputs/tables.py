@@ -19,15 +19,16 @@ SECTIONS: Final = ("gpu", "cluster", "model")
 """The kinds of tables that a TOML file for the planner may hold: [gpu.NAME], [cluster.NAME], [model.NAME]."""
 
 LARGEST_COUNT: Final = 2**31 - 1
-"""Layers, heads, nodes and the like: beyond this it is a slip, and products would no longer be exact as
-floats.
+"""Layers, heads, nodes and the like: beyond this it is a slip.
+
+Products of larger ones would no longer be exact as floats.
 """
 
 LARGEST_NUMBER: Final = 1e15
 """The same for rates and factors, which are in units of 1e9 or 1e12."""
 
-
-SMALLEST, LARGEST = 1e-9, 1e12
+SMALLEST: Final = 1e-9
+LARGEST: Final = 1e12
 """Of rates and sizes in the units of the keys."""
 
 
@@ -44,9 +45,9 @@ def unknown(kind: str, got: str, known: Iterable[str], where: str = "") -> Value
     by_lower = {name.lower(): name for name in names}
     near = difflib.get_close_matches(got.lower(), list(by_lower), 1, cutoff=0.4)
     suggestion = f"did you mean {by_lower[near[0]]!r}? " if near else ""
-    return ValueError(
-        f"{where and where + ': '}unknown {kind} {got!r}; {suggestion}known: {', '.join(map(shown, names)) or 'none'}"
-    )
+    place = f"{where}: " if where else ""
+    listed = ", ".join(map(shown, names)) or "none"
+    return ValueError(f"{place}unknown {kind} {got!r}; {suggestion}known: {listed}")
 
 
 def shown(name: str) -> str:
@@ -76,7 +77,8 @@ class Table:
         for key, value in self.values.items():
             if key not in known and isinstance(value, dict):
                 raise ValueError(
-                    f'{self.where}: {key!r} is a table inside it; put quotes around a name with a dot, as in [model."a-1.5b"]'
+                    f"{self.where}: {key!r} is a table inside it;"
+                    ' put quotes around a name with a dot, as in [model."a-1.5b"]'
                 )
             if key not in known:
                 raise unknown("key", key, known, self.where)
@@ -179,7 +181,8 @@ def read_tables(path: Path, section: str) -> dict[str, Table]:
         where = f"{whole.where} [{section}.{shown(name)}]"
         if not isinstance(inner, dict):
             raise ValueError(
-                f"{whole.where} [{section}]: {shown(name)} has no table of its own; name the table, as in [{section}.NAME]"
+                f"{whole.where} [{section}]: {shown(name)} has no table of its own;"
+                f" name the table, as in [{section}.NAME]"
             )
         if name.lower() in found:
             raise ValueError(f"{where} is there twice but for upper and lower case; rename one")

@@ -10,8 +10,8 @@ from fractions import Fraction
 from typing import Final
 
 _TOKENS: Final = {"": 1, "K": 1024, "M": 1024**2}
-_BYTES: Final = {"": 1, "B": 1} | {f"{prefix}B": 1000**n for n, prefix in enumerate("KMGT", 1)}
-_BYTES_1024: Final = {f"{prefix}IB": 1024**n for n, prefix in enumerate("KMGT", 1)}
+_BYTES: Final = {"": 1, "B": 1, "KB": 1000, "MB": 1000**2, "GB": 1000**3, "TB": 1000**4}
+_BYTES_1024: Final = {"KIB": 1024, "MIB": 1024**2, "GIB": 1024**3, "TIB": 1024**4}
 _NUMBER: Final = re.compile(r"([0-9]{1,18}(?:\.[0-9]{1,18})?) *([A-Za-z]*)")
 
 
@@ -48,10 +48,10 @@ def _parse(given: str | int, units: dict[str, int]) -> Fraction | None:
 def _whole(what: str, given: str | int, amount: Fraction | None, remedy: str) -> int:
     if amount is None:
         raise ValueError(f"{given!r} is not a number of {what}; {remedy}")
-    if amount < 1 or amount.denominator != 1:
-        raise ValueError(
-            f"{given!r} is {'fewer than one of' if amount < 1 else 'not a whole number of'} {what}; {remedy}"
-        )
+    if amount < 1:
+        raise ValueError(f"{given!r} is fewer than one of {what}; {remedy}")
+    if amount.denominator != 1:
+        raise ValueError(f"{given!r} is not a whole number of {what}; {remedy}")
     return int(amount)
 
 
@@ -87,28 +87,46 @@ def format_count(count: float) -> str:
 
 
 def format_seconds(seconds: float) -> str:
-    """Three digits below a minute ("56.0 µs", "1.23 s"), then the two largest units ("2 min 5 s", "3 d 4 h")."""
-    sign, left = ("-", -seconds) if seconds < 0 else ("", seconds)
+    """Three digits below a minute, then the two largest units: "56.0 µs", "1.23 s", "2 min 5 s"."""
+    sign, left = _split_sign(seconds)
     if not math.isfinite(left) or left == 0:
         return f"{sign}{left:.0f} s"
-    if left < 59.95:
-        unit, scale = ("s", 1.0) if left >= 0.9995 else ("ms", 1e-3) if left >= 0.9995e-3 else ("µs", 1e-6)
-        return f"{sign}{_digits(left / scale)} {unit}"
+    if left < 59.95:  # 60.0 s would be a minute
+        return f"{sign}{_short(left)}"
     if round(left) < 3600:
-        return f"{sign}{round(left) // 60} min {round(left) % 60} s"
+        minutes, rest = divmod(round(left), 60)
+        return f"{sign}{minutes} min {rest} s"
     if round(left / 60) < 24 * 60:
-        return f"{sign}{round(left / 60) // 60} h {round(left / 60) % 60} min"
-    return f"{sign}{round(left / 3600) // 24} d {round(left / 3600) % 24} h"
+        hours, rest = divmod(round(left / 60), 60)
+        return f"{sign}{hours} h {rest} min"
+    days, rest = divmod(round(left / 3600), 24)
+    return f"{sign}{days} d {rest} h"
+
+
+def _short(seconds: float) -> str:
+    """Below a minute; the limits are where three digits would round up to the next unit."""
+    if seconds >= 0.9995:
+        return f"{_digits(seconds / 1.0)} s"
+    if seconds >= 0.9995e-3:
+        return f"{_digits(seconds / 1e-3)} ms"
+    return f"{_digits(seconds / 1e-6)} µs"
+
+
+def _split_sign(amount: float) -> tuple[str, float]:
+    return ("-", -amount) if amount < 0 else ("", amount)
 
 
 def _prefixed(amount: float, unit: str) -> str:
-    sign, left = ("-", -amount) if amount < 0 else ("", amount)
+    sign, left = _split_sign(amount)
     if not math.isfinite(left) or left == 0:
         return f"{sign}{left:.0f} {unit}"
     power = next((n for n in range(5) if left / 1000**n < 999.5), 5)
-    return f"{sign}{_digits(left / 1000**power)} {['', 'K', 'M', 'G', 'T', 'P'][power]}{unit}"
+    prefix = ("", "K", "M", "G", "T", "P")[power]
+    return f"{sign}{_digits(left / 1000**power)} {prefix}{unit}"
 
 
 def _digits(value: float) -> str:
     """About three significant digits, never an exponent."""
-    return f"{value:.0f}" if value >= 99.95 else f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"
+    if value >= 99.95:
+        return f"{value:.0f}"
+    return f"{value:.1f}" if value >= 9.995 else f"{value:.2f}"

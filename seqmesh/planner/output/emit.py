@@ -1,10 +1,9 @@
-"""A planned point as a recipe for `seqmesh train`, with a comment for everything of the plan that the trainer
-does not run.
+"""A point as a recipe for `seqmesh train`, with a comment for everything of it that the trainer does not run.
 
-    plan: tp 2, ulysses 4, ring 2, ZeRO-1, bf16, ...        recipe: ulysses 4, ring 2, and "# not run: tp=2: ..."
+    point: tp 2, ulysses 4, ring 2, ZeRO-1, bf16, ...       recipe: ulysses 4, ring 2, and "# - tp=2: ..."
 
 The trainer spreads every sequence over ulysses x ring CPU ranks of one machine with whole weights on each, in
-fp32, over a text of bytes. The recipe has the plan's sequence mesh, model and batch; nothing of the rest is
+fp32, over a text of bytes. The recipe has the point's sequence mesh, model and batch; nothing of the rest is
 left out silently.
 """
 
@@ -12,45 +11,55 @@ import json
 from collections.abc import Iterator
 from typing import Any
 
-from seqmesh.planner.inputs.job import AXES, Job, Point
+from seqmesh.planner.inputs.job import Job
+from seqmesh.planner.inputs.point import AXES, Point
 from seqmesh.train.config import Config, DataConfig, MeshConfig, ModelConfig
 
 
 def emit(job: Job, point: Point) -> tuple[str, list[str]]:
-    """The recipe as TOML, and the lines that name what the trainer does not run: they are comments of the
-    recipe too.
+    """The recipe as TOML, and the lines that name what the trainer does not run.
+
+    Those lines are comments of the recipe too.
 
     Raises:
         ValueError: the trainer cannot build this model at all, in the trainer's own words.
     """
-    m = job.model
-    mesh: dict[str, Any] = {"ulysses": point.ulysses, "ring": point.ring, "layout": job.layout}
-    model: dict[str, Any] = {
-        "hidden": m.hidden,
-        "layers": m.layers,
-        "heads": m.heads,
-        "kv_heads": m.kv_heads,
-        "intermediate": m.intermediate,
-        "tie_embeddings": m.tied_embeddings,
-    }
-    data: dict[str, Any] = {"seq_len": job.seq_len, "sequences": job.global_batch}
+    sections = _sections(job, point)
     try:
-        Config(mesh=MeshConfig(**mesh), model=ModelConfig(**model), data=DataConfig(**data))
+        Config(
+            mesh=MeshConfig(**sections["mesh"]),
+            model=ModelConfig(**sections["model"]),
+            data=DataConfig(**sections["data"]),
+        )
     except ValueError as error:
-        raise ValueError(f"seqmesh train cannot run {m.name}: {error}") from None
+        raise ValueError(f"seqmesh train cannot run {job.model.name}: {error}") from None
     missing = [*_degrees(job, point), *_knobs(job, point), *_model(job)]
-    heading = [
-        f"{m.name} on {job.cluster.gpus} x {job.cluster.gpu.name}: {point}",
-        "Planned, but not run by seqmesh train:",
+    lines = [
+        _comment(f"{job.model.name} on {job.cluster.gpus} x {job.cluster.gpu.name}: {point}"),
+        _comment("Planned, but not run by seqmesh train:"),
+        *(_comment(f"- {text}") for text in missing),
     ]
-    comments = [_comment(text) for text in (*heading, *(f"- {text}" for text in missing))]
-    sections = {"mesh": mesh, "model": model, "data": data}
-    body = [
-        line
-        for name, values in sections.items()
-        for line in ("", f"[{name}]", *(f"{k} = {json.dumps(v)}" for k, v in values.items()))
-    ]
-    return "\n".join([*comments, *body]) + "\n", missing
+    for name, values in sections.items():
+        lines += ["", f"[{name}]"]
+        lines += [f"{key} = {json.dumps(value)}" for key, value in values.items()]
+    return "\n".join(lines) + "\n", missing
+
+
+def _sections(job: Job, point: Point) -> dict[str, dict[str, Any]]:
+    """What a recipe can say of the point."""
+    m = job.model
+    return {
+        "mesh": {"ulysses": point.ulysses, "ring": point.ring, "layout": job.layout},
+        "model": {
+            "hidden": m.hidden,
+            "layers": m.layers,
+            "heads": m.heads,
+            "kv_heads": m.kv_heads,
+            "intermediate": m.intermediate,
+            "tie_embeddings": m.tied_embeddings,
+        },
+        "data": {"seq_len": job.seq_len, "sequences": job.global_batch},
+    }
 
 
 def _degrees(job: Job, point: Point) -> Iterator[str]:
@@ -63,7 +72,10 @@ def _degrees(job: Job, point: Point) -> Iterator[str]:
         yield f"pp={point.pp}: every rank holds all {job.model.layers} layers"
     if point.gpus != point.sp:
         yield f"{point.gpus} ranks: the recipe starts ulysses x ring = {point.sp}"
-    yield f"{job.cluster.nodes} x {job.cluster.gpus_per_node} {job.cluster.gpu.name}: the ranks are CPU processes of one machine"
+    yield (
+        f"{job.cluster.nodes} x {job.cluster.gpus_per_node} {job.cluster.gpu.name}:"
+        " the ranks are CPU processes of one machine"
+    )
 
 
 def _knobs(job: Job, point: Point) -> Iterator[str]:

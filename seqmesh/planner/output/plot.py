@@ -1,9 +1,11 @@
-"""A picture of candidates: memory by category against what the GPU has, and the step's time by piece.
+"""A picture of candidates: memory by category against what the GPU has, and the step's time by term.
 
 `seqmesh plan --plot`.
 
     memory of a GPU                     a step
-    |#### states |## activations | :    |#### compute |## exchanges |  o-----o       : capacity, o lower and upper bound
+    |#### states |## activations | :    |#### compute |## exchanges |  o-----o
+
+    `:` is the capacity, `o` the lower and the upper bound.
 """
 
 from collections import Counter
@@ -11,13 +13,14 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from seqmesh.planner.cost.estimate import COMPUTE, PIPELINE, Price
-from seqmesh.planner.inputs.job import Point
+from seqmesh.planner.cost.estimate import COMPUTE, PIPELINE, StepEstimate
+from seqmesh.planner.inputs.point import Point
 
 MOST_BARS = 16
 SMALL = 0.01
 """A part that is less than this of the longest bar everywhere is drawn under "other"."""
-OTHER, GREY = "other", "#bbbbbb"
+OTHER = "other"
+GREY = "#bbbbbb"
 COOL = ("#33668f", "#66a3cc", "#a9d0e8", "#2e8b74", "#7cc4a8", "#c3e3d0")
 """States, and work of the GPU."""
 WARM = ("#c8553d", "#f0a35e", "#f6d186", "#9c3848", "#e58f9c", "#d9a679", "#7a4b2a")
@@ -30,11 +33,11 @@ KEPT = ("parameters", "gradients", "optimizer", "zero_buffers", "overhead")
 Bars = Sequence[Mapping[str, float]]
 
 
-def plot(prices: Sequence[Price], capacity: int, path: Path, title: str) -> None:
+def plot(estimates: Sequence[StepEstimate], capacity: int, path: Path, title: str) -> None:
     """Draw the candidates, one bar each, the first on top.
 
     Args:
-        prices: at least one and at most 16.
+        estimates: at least one and at most 16.
         capacity: bytes that a GPU may use.
         path: of the picture; its suffix says the format (png, pdf, svg).
         title: above both panels.
@@ -42,16 +45,37 @@ def plot(prices: Sequence[Price], capacity: int, path: Path, title: str) -> None
     Raises:
         ValueError: no candidates, too many, or a suffix that matplotlib does not write.
     """
+    if not 1 <= len(estimates) <= MOST_BARS:
+        raise ValueError(
+            f"{len(estimates)} candidates to draw: a picture takes 1 to {MOST_BARS};"
+            f" use --top {MOST_BARS} or less"
+        )
+    figure = _figure(len(estimates), path)
+    figure.suptitle(title, fontsize=13, fontweight="bold", parse_math=False)
+    memory, time = figure.subplots(1, 2, sharey=True)
+    _memory(memory, estimates, capacity)
+    _time(time, estimates)
+    names = [label(estimate.point) + ("" if estimate.fits else "\ndoes not fit") for estimate in estimates]
+    memory.set_yticks(range(len(estimates)), names, fontsize=9)
+    spare = max(0, 2 - len(estimates)) / 2  # a single bar is not as thick as two
+    memory.set_ylim(len(estimates) - 0.4 + spare, -0.6 - spare)
+    _legend(figure, memory, "left")
+    _legend(figure, time, "right")
+    figure.savefig(path)
+
+
+def _figure(bars: int, path: Path) -> Any:
+    """A figure for so many bars that can be saved under this suffix.
+
+    Raises:
+        ValueError: matplotlib does not write such files.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
     from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    if not 1 <= len(prices) <= MOST_BARS:
-        raise ValueError(
-            f"{len(prices)} candidates to draw: a picture takes 1 to {MOST_BARS}; use --top {MOST_BARS} or less"
-        )
     figure = Figure(
-        figsize=(13.5, 2.7 + 0.46 * max(2, len(prices))),
+        figsize=(13.5, 2.7 + 0.46 * max(2, bars)),
         dpi=150,
         layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08),
     )
@@ -60,23 +84,13 @@ def plot(prices: Sequence[Price], capacity: int, path: Path, title: str) -> None
         raise ValueError(
             f"{str(path)!r}: no picture format has the suffix {path.suffix!r}; use .png, .pdf or .svg"
         )
-    figure.suptitle(title, fontsize=13, fontweight="bold", parse_math=False)
-    memory, time = figure.subplots(1, 2, sharey=True)
-    _memory(memory, prices, capacity)
-    _time(time, prices)
-    names = [label(price.point) + ("" if price.fits else "\ndoes not fit") for price in prices]
-    memory.set_yticks(range(len(prices)), names, fontsize=9)
-    spare = max(0, 2 - len(prices)) / 2
-    memory.set_ylim(len(prices) - 0.4 + spare, -0.6 - spare)
-    for axes, side in ((memory, "left"), (time, "right")):
-        figure.legend(
-            *axes.get_legend_handles_labels(),
-            loc=f"outside lower {side}",
-            ncols=3,
-            fontsize=8.5,
-            frameon=False,
-        )
-    figure.savefig(path)
+    return figure
+
+
+def _legend(figure: Any, axes: Any, side: str) -> None:
+    """The legend of one panel, below it."""
+    handles, labels = axes.get_legend_handles_labels()
+    figure.legend(handles, labels, loc=f"outside lower {side}", ncols=3, fontsize=8.5, frameon=False)
 
 
 def label(point: Point) -> str:
@@ -95,22 +109,24 @@ def parts(bars: Bars) -> dict[str, list[float]]:
     """The parts of all bars by name, those that are small everywhere as "other", which comes last."""
     longest = max(sum(bar.values()) for bar in bars)
     names = list(dict.fromkeys(name for bar in bars for name in bar))
-    shown = [name for name in names if max(bar.get(name, 0.0) for bar in bars) >= SMALL * longest]
-    series = {name: [bar.get(name, 0.0) for bar in bars] for name in shown}
+    series = {}
+    for name in names:
+        sizes = [bar.get(name, 0.0) for bar in bars]
+        if max(sizes) >= SMALL * longest:
+            series[name] = sizes
     rest = [sum(size for name, size in bar.items() if name not in series) for bar in bars]
     return {**series, OTHER: rest} if any(rest) else series
 
 
-def _memory(axes: Any, prices: Sequence[Price], capacity: int) -> None:
+def _memory(axes: Any, estimates: Sequence[StepEstimate], capacity: int) -> None:
     def family(name: str) -> tuple[str, ...]:
-        return COOL if name in KEPT else WARM if name.startswith(("activations", "checkpoints")) else VIOLET
+        if name in KEPT:
+            return COOL
+        return WARM if name.startswith(("activations", "checkpoints")) else VIOLET
 
-    _bars(
-        axes,
-        [{name: size / GIB for name, size in price.memory.categories.items()} for price in prices],
-        prices,
-        family,
-    )
+    categories = [estimate.memory.categories for estimate in estimates]
+    bars = [{name: size / GIB for name, size in sizes.items()} for sizes in categories]
+    _bars(axes, bars, estimates, family)
     axes.axvline(
         capacity / GIB,
         color="black",
@@ -118,45 +134,52 @@ def _memory(axes: Any, prices: Sequence[Price], capacity: int) -> None:
         linewidth=1.4,
         label=f"capacity: {capacity / GIB:.4g} GiB",
     )
-    axes.set_xlim(right=1.04 * max(capacity, *(price.memory.total for price in prices)) / GIB)
-    _finish(axes, "Memory of a GPU at its peak", "GiB", [price.memory.total / GIB for price in prices])
+    axes.set_xlim(right=1.04 * max(capacity, *(estimate.memory.total for estimate in estimates)) / GIB)
+    totals = [estimate.memory.total / GIB for estimate in estimates]
+    _finish(axes, "Memory of a GPU at its peak", "GiB", totals)
 
 
-def _time(axes: Any, prices: Sequence[Price]) -> None:
-    unit, scale = ("s", 1.0) if max(price.seconds for price in prices) >= 1 else ("ms", 1e3)
-    causes = {piece.name: piece.cause for price in prices for piece in price.pieces}
+def _time(axes: Any, estimates: Sequence[StepEstimate]) -> None:
+    longest = max(estimate.seconds for estimate in estimates)
+    unit, scale = ("s", 1.0) if longest >= 1 else ("ms", 1e3)
+    causes = {term.name: term.cause for estimate in estimates for term in estimate.terms}
 
     def family(name: str) -> tuple[str, ...]:
         return {COMPUTE: COOL, PIPELINE: VIOLET}.get(causes[name], WARM)
 
-    _bars(
-        axes,
-        [{piece.name: piece.exposed * scale for piece in price.pieces if piece.exposed} for price in prices],
-        prices,
-        family,
-    )
-    lower, upper = ([getattr(price, bound) * scale for price in prices] for bound in ("lower", "upper"))
-    below = [row + 0.4 for row in range(len(prices))]
+    bars = [
+        {term.name: term.exposed * scale for term in estimate.terms if term.exposed} for estimate in estimates
+    ]
+    _bars(axes, bars, estimates, family)
+    _bounds(axes, estimates, scale)
+    totals = [estimate.seconds * scale for estimate in estimates]
+    _finish(axes, "Time of a step: what each piece adds to the estimate", unit, totals)
+
+
+def _bounds(axes: Any, estimates: Sequence[StepEstimate], scale: float) -> None:
+    """A line below each bar from its lower to its upper bound."""
+    lower = [estimate.lower * scale for estimate in estimates]
+    upper = [estimate.upper * scale for estimate in estimates]
+    below = [row + 0.4 for row in range(len(estimates))]
     axes.hlines(below, lower, upper, color="black", linewidth=1)
     axes.scatter(lower, below, marker="<", s=20, color="black", label="lower bound: everything overlaps")
     axes.scatter(upper, below, marker=">", s=20, color="black", label="upper bound: nothing overlaps")
     axes.set_xlim(right=1.04 * max(upper))
-    _finish(
-        axes,
-        "Time of a step: what each piece adds to the estimate",
-        unit,
-        [price.seconds * scale for price in prices],
-    )
 
 
-def _bars(axes: Any, bars: Bars, prices: Sequence[Price], family: Callable[[str], tuple[str, ...]]) -> None:
-    """Stacked bars, each part in the next colour of its family; those of points that do not fit are hatched."""
-    lefts, used = [0.0] * len(bars), Counter[tuple[str, ...]]()
+def _bars(
+    axes: Any, bars: Bars, estimates: Sequence[StepEstimate], family: Callable[[str], tuple[str, ...]]
+) -> None:
+    """Stacked bars, each part in the next colour of its family.
+
+    Those of points that do not fit are hatched.
+    """
+    lefts = [0.0] * len(bars)
+    used = Counter[tuple[str, ...]]()
     for name, sizes in parts(bars).items():
         colours = (GREY,) if name == OTHER else family(name)
         colour = colours[used[colours] % len(colours)]
         used[colours] += 1
-        text = name.replace("_", " ")
         drawn = axes.barh(
             range(len(bars)),
             sizes,
@@ -165,10 +188,10 @@ def _bars(axes: Any, bars: Bars, prices: Sequence[Price], family: Callable[[str]
             color=colour,
             edgecolor="white",
             linewidth=0.6,
-            label=text,
+            label=name.replace("_", " "),
         )
-        for bar, price in zip(drawn, prices, strict=True):
-            bar.set_hatch(None if price.fits else "////")
+        for bar, estimate in zip(drawn, estimates, strict=True):
+            bar.set_hatch(None if estimate.fits else "////")
         lefts = [left + size for left, size in zip(lefts, sizes, strict=True)]
 
 

@@ -1,272 +1,196 @@
 """What `seqmesh plan` prints: the best few, why, why not the next, and what the answer rests on."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Any
 
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from seqmesh.planner.cost.estimate import Price
-from seqmesh.planner.cost.step import Pricer
+from seqmesh.planner.candidates import Pins
+from seqmesh.planner.cost.estimate import StepEstimate
+from seqmesh.planner.cost.step import CostModel
 from seqmesh.planner.inputs.job import Job
-from seqmesh.planner.inputs.units import (
-    about_tokens,
-    format_bytes,
-    format_count,
-    format_seconds,
-    format_tokens,
-)
-from seqmesh.planner.one_attention import Split
-from seqmesh.planner.reasons import Rests, reasons, rests_on, why_not
-from seqmesh.planner.search import Found, Pins
+from seqmesh.planner.inputs.units import about_tokens, format_bytes, format_count, format_seconds
+from seqmesh.planner.output.console import link_bytes, link_name, plain_table, print_list
+from seqmesh.planner.reasons import reasons, why_not
+from seqmesh.planner.search import Found
+from seqmesh.planner.sensitivity import Sensitivity, Trial, sensitivities
 
-WIDTH = 150
-"""Columns where the output is not a terminal."""
-MOST_RESTS = 5
+MOST_SENSITIVITIES = 5
+"""Assumptions that change the time only, of which so many are named."""
 
 
-def console() -> Console:
-    """Standard output: as wide as the terminal, or WIDTH in a pipe."""
-    plain = Console(highlight=False, soft_wrap=False)
-    return plain if plain.is_terminal else Console(highlight=False, width=WIDTH)
+def show_found(out: Console, costs: CostModel, found: Found, pins: Pins, top: int) -> None:
+    """The answer to a search.
 
-
-def show_found(out: Console, pricer: Pricer, found: Found, pins: Pins, top: int) -> None:
-    """The answer to a search: `top` of what was found; all of it competes in what would change the answer."""
-    _heading(out, pricer.job)
+    `top` of what was found is shown; all of it competes in what would change the answer.
+    """
+    _heading(out, costs.job)
     out.print(
-        f"{found.meshes} legal meshes compared; one line for each of the best. Times are predicted, not measured.\n"
+        f"{found.meshes} legal meshes compared; one line for each of the best."
+        " Times are predicted, not measured.\n"
     )
-    shown = (*found.best[:top], *found.misfits[:top])
-    out.print(candidates_table(shown))
+    out.print(candidates_table((*found.best[:top], *found.infeasible[:top])))
     if not found.best:
         return
     best = found.best[0]
-    show_memory(out, pricer, best)
-    _list(out, "Why this one (the practices are listed in docs/planner.md)", reasons(pricer, best, pins))
-    _list(out, "Why not the next", [why_not(best, other) for other in found.best[1:3]])
-    _list(out, "What would change the answer", would_change(pricer, found.best, pins))
+    show_memory(out, costs, best)
+    why = reasons(costs, best, pins)
+    print_list(out, "Why this one (the practices are listed in docs/planner.md)", why)
+    print_list(out, "Why not the next", [why_not(best, other) for other in found.best[1:3]])
+    print_list(out, "What would change the answer", _would_change(costs, found.best, pins))
 
 
-def show_one(out: Console, pricer: Pricer, price: Price, pins: Pins) -> None:
+def show_one(out: Console, costs: CostModel, estimate: StepEstimate, pins: Pins) -> None:
     """One point in full: `--explain`."""
-    _heading(out, pricer.job)
+    _heading(out, costs.job)
     out.print()
-    out.print(candidates_table([price]))
-    show_memory(out, pricer, price)
-    _show_time(out, price)
-    _show_bytes(out, price)
-    _list(out, "Why", reasons(pricer, price, pins))
-    _list(out, "What it rests on", would_change(pricer, [price], asdict(price.point)))
-    show_assumptions(out, pricer.job)
+    out.print(candidates_table([estimate]))
+    show_memory(out, costs, estimate)
+    _show_time(out, estimate)
+    sent = ", ".join(link_bytes(estimate.bytes_per_step)) or "none"
+    out.print(f"\n[bold]Bytes that a GPU sends in a step, on average[/]: {sent}")
+    print_list(out, "Why", reasons(costs, estimate, pins))
+    print_list(out, "What it rests on", _rests_on(costs, estimate))
+    show_assumptions(out, costs.job)
 
 
 def _heading(out: Console, job: Job) -> None:
     c, m = job.cluster, job.model
-    batch = f"global batch {job.global_batch}"
-    packed = (
-        f", {len(job.documents)} packed document{'s' if len(job.documents) > 1 else ''}"
-        if job.documents
-        else ""
-    )
+    documents = len(job.documents)
+    packed = f", {documents} packed document{'s' if documents > 1 else ''}" if documents else ""
     state = "measured profile" if c.gpu.measured else "rates by data sheet, unmeasured"
     out.print(
-        f"[bold]{escape(m.name)}[/] ({format_count(m.parameters)} parameters), {about_tokens(job.seq_len)} tokens{packed}, {batch},"
-        f" on {c.nodes} x {c.gpus_per_node} {escape(c.gpu.name)} ({format_bytes(job.capacity)} each; {state})"
+        f"[bold]{escape(m.name)}[/] ({format_count(m.parameters)} parameters),"
+        f" {about_tokens(job.seq_len)} tokens{packed}, global batch {job.global_batch},"
+        f" on {c.nodes} x {c.gpus_per_node} {escape(c.gpu.name)}"
+        f" ({format_bytes(job.capacity)} each; {state})"
     )
 
 
-def candidates_table(prices: Sequence[Price]) -> Table:
+LEFT_COLUMNS = ("", "tp", "uly", "ring", "dp", "pp", "zero", "savers")
+RIGHT_COLUMNS = (
+    "step\n(lower - upper)",
+    "tokens/s",
+    "TFLOP/s\nper GPU",
+    "MFU\ncausal\n(non-causal)",
+    "memory",
+    "sent per GPU\nand step",
+    "limited\nby",
+)
+
+
+def candidates_table(estimates: Sequence[StepEstimate]) -> Table:
     """One line a point."""
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    for title in ("", "tp", "uly", "ring", "dp", "pp", "zero", "savers"):
+    table = plain_table()
+    for title in LEFT_COLUMNS:
         table.add_column(title, no_wrap=True)
-    for title in (
-        "step\n(lower - upper)",
-        "tokens/s",
-        "TFLOP/s\nper GPU",
-        "MFU\ncausal\n(non-causal)",
-        "memory",
-        "sent per GPU\nand step",
-        "limited\nby",
-    ):
+    for title in RIGHT_COLUMNS:
         table.add_column(title, justify="right", no_wrap=True)
-    for number, price in enumerate(prices, 1):
-        p = price.point
-        savers = [
-            f"{key} {value}"
-            for key in ("checkpointing", "offload", "tiling")
-            if (value := getattr(p, key)) != "none"
-        ]
-        savers += [f"micro-batch {p.micro_batch}"] if p.micro_batch > 1 else []
-        sent = "\n".join(
-            f"{link.replace('_', '-')} {format_bytes(size)}" for link, size in price.bytes_per_step.items()
-        )
-        table.add_row(
-            str(number),
-            *map(str, (p.tp, p.ulysses, p.ring, p.dp, p.pp, p.zero)),
-            "\n".join(savers) or "-",
-            f"{format_seconds(price.seconds)}\n({format_seconds(price.lower)} - {format_seconds(price.upper)})",
-            f"{price.tokens_per_second:,.0f}",
-            f"{price.tflops_per_gpu:.3g}" if price.tflops_per_gpu < 10 else f"{price.tflops_per_gpu:.1f}",
-            f"{price.mfu_causal:.1%}\n({price.mfu_noncausal:.1%})",
-            format_bytes(price.memory.total) + ("" if price.fits else "\nDOES NOT FIT"),
-            sent or "-",
-            price.bound_by.replace("_", "-"),
-        )
+    for number, estimate in enumerate(estimates, 1):
+        table.add_row(str(number), *_point_cells(estimate), *_cost_cells(estimate))
     return table
 
 
-def show_memory(out: Console, pricer: Pricer, price: Price) -> None:
-    """Memory at the peak by category."""
-    out.print(
-        f"\n[bold]Memory of a rank at the peak[/]: {format_bytes(price.memory.total)} of {format_bytes(pricer.job.capacity)}"
-    )
-    parts = [
-        f"{name.replace('_', ' ')} {format_bytes(size)}" for name, size in price.memory.categories.items()
+def _point_cells(estimate: StepEstimate) -> list[str]:
+    p = estimate.point
+    savers = [f"{saver} {value}" for saver, value in p.savers.items()]
+    if p.micro_batch > 1:
+        savers.append(f"micro-batch {p.micro_batch}")
+    return [*map(str, (p.tp, p.ulysses, p.ring, p.dp, p.pp, p.zero)), "\n".join(savers) or "-"]
+
+
+def _cost_cells(estimate: StepEstimate) -> list[str]:
+    bounds = f"({format_seconds(estimate.lower)} - {format_seconds(estimate.upper)})"
+    tflops = estimate.tflops_per_gpu
+    return [
+        f"{format_seconds(estimate.seconds)}\n{bounds}",
+        f"{estimate.tokens_per_second:,.0f}",
+        f"{tflops:.3g}" if tflops < 10 else f"{tflops:.1f}",
+        f"{estimate.mfu_causal:.1%}\n({estimate.mfu_noncausal:.1%})",
+        format_bytes(estimate.memory.total) + ("" if estimate.fits else "\nDOES NOT FIT"),
+        "\n".join(link_bytes(estimate.bytes_per_step)) or "-",
+        link_name(estimate.bound_by),
     ]
+
+
+def show_memory(out: Console, costs: CostModel, estimate: StepEstimate) -> None:
+    """Memory at the peak by category."""
+    memory = estimate.memory
+    out.print(
+        f"\n[bold]Memory of a rank at the peak[/]: {format_bytes(memory.total)}"
+        f" of {format_bytes(costs.job.capacity)}"
+    )
+    parts = [f"{name.replace('_', ' ')} {format_bytes(size)}" for name, size in memory.categories.items()]
     out.print("  " + ", ".join(parts))
-    taken, *others = sorted(price.memory.moments.items(), key=lambda moment: -moment[1])
+    moments = sorted(memory.moments.items(), key=lambda moment: -moment[1])
+    (peak, peak_bytes), *others = moments
     lesser = ", ".join(f"{name} {format_bytes(size)}" for name, size in others if size)
     out.print(
-        f"  the peak comes with {taken[0]} ({format_bytes(taken[1])}); at other moments, in its place: {lesser or 'less'}"
+        f"  the peak comes with {peak} ({format_bytes(peak_bytes)});"
+        f" at other moments, in its place: {lesser or 'less'}"
     )
-    if price.memory.host:
-        out.print(f"  on the host: {format_bytes(price.memory.host)}")
+    if memory.host:
+        out.print(f"  on the host: {format_bytes(memory.host)}")
 
 
-def _show_time(out: Console, price: Price) -> None:
+def _show_time(out: Console, estimate: StepEstimate) -> None:
     out.print("\n[bold]Time of a step[/]")
-    table = Table(box=None, pad_edge=False, header_style="bold")
+    table = plain_table()
     for title in ("  piece", "cause"):
         table.add_column(title)
     for title in ("alone", "adds", "share"):
         table.add_column(title, justify="right")
-    for piece in sorted(price.pieces, key=lambda piece: -piece.exposed):
-        row = (
-            format_seconds(piece.seconds),
-            format_seconds(piece.exposed),
-            f"{piece.exposed / price.seconds:.1%}",
+    for term in sorted(estimate.terms, key=lambda term: -term.exposed):
+        table.add_row(
+            f"  {term.name}",
+            link_name(term.cause),
+            format_seconds(term.seconds),
+            format_seconds(term.exposed),
+            f"{term.exposed / estimate.seconds:.1%}",
         )
-        table.add_row(f"  {piece.name}", piece.cause.replace("_", "-"), *row)
     out.print(table)
-
-
-def _show_bytes(out: Console, price: Price) -> None:
-    parts = [f"{link.replace('_', '-')} {format_bytes(size)}" for link, size in price.bytes_per_step.items()]
-    out.print(f"\n[bold]Bytes that a GPU sends in a step, on average[/]: {', '.join(parts) or 'none'}")
 
 
 def show_assumptions(out: Console, job: Job) -> None:
     """Every constant with its source."""
+    gpu = job.cluster.gpu
     out.print(
         "\n[bold]Constants[/] (override with --assume name=value, or a measured profile with --profile)"
     )
-    out.print(f"  {job.cluster.gpu.name}: {job.cluster.gpu.source or 'no source given'}", markup=False)
-    given = job.cluster.gpu.overrides
-    table = Table(box=None, pad_edge=False, show_header=False)
+    out.print(f"  {gpu.name}: {gpu.source or 'no source given'}", markup=False)
+    table = plain_table(header=False)
     for name, value, unit, source in job.assumptions.explain():
-        note = escape(f"of {job.cluster.gpu.name}'s file; else {source}" if name in given else source)
-        table.add_row(f"  {name}", f"{value:g} {unit}".strip(), note)
+        note = f"of {gpu.name}'s file; else {source}" if name in gpu.overrides else source
+        table.add_row(f"  {name}", f"{value:g} {unit}".strip(), escape(note))
     out.print(table)
 
 
-def would_change(pricer: Pricer, best: Sequence[Price], pins: Pins) -> list[str]:
+def _rests_on(costs: CostModel, estimate: StepEstimate) -> list[str]:
+    """The assumptions that the time of one point rests on most; with all of it pinned nothing competes."""
+    found = sensitivities(costs, [estimate], asdict(estimate.point))
+    return [_moves(one) for one in found][:MOST_SENSITIVITIES]
+
+
+def _would_change(costs: CostModel, best: Sequence[StepEstimate], pins: Pins) -> list[str]:
     """Assumptions that change the winner, and those that its time rests on most."""
-    rests = rests_on(pricer, best, pins)
-    flips = [f"{_rest(one)}" for one in rests if one.flips]
-    strongest = [_rest(one) for one in rests if not one.flips][:MOST_RESTS]
-    if len(best) == 1:
-        return [_rest(one) for one in rests][:MOST_RESTS]
-    verdict = (
-        "the winner changes with:"
-        if flips
-        else "no assumption that was moved changes the winner; its time rests most on:"
-    )
-    return [verdict, *flips, *(["its time rests most on:"] if flips and strongest else []), *strongest]
+    found = sensitivities(costs, best, pins)
+    if len(best) == 1:  # no verdict: no other mesh could win in its place
+        return [_moves(one) for one in found][:MOST_SENSITIVITIES]
+    flips = [_moves(one) for one in found if one.flips]
+    strongest = [_moves(one) for one in found if not one.flips][:MOST_SENSITIVITIES]
+    if not flips:
+        verdict = "no assumption that was moved changes the winner; its time rests most on:"
+        return [verdict, *strongest]
+    rest = ["its time rests most on:", *strongest] if strongest else []
+    return ["the winner changes with:", *flips, *rest]
 
 
-def _rest(one: Rests) -> str:
-    cases = (
-        f"{value:.3g}: step {change:+.1%}" + (f", {winner} wins" if winner else "")
-        for value, change, winner in one.cases
-    )
-    return f"{one.name} {'; '.join(cases)}"
+def _moves(one: Sensitivity) -> str:
+    return f"{one.name} {'; '.join(map(_outcome, one.trials))}"
 
 
-def _list(out: Console, title: str, lines: Sequence[str]) -> None:
-    if lines:
-        out.print(f"\n[bold]{title}[/]")
-        for line in lines:
-            out.print(f"  - {line}", markup=False)
-
-
-def show_traced(out: Console, job: Job, result: Mapping[str, Any]) -> None:
-    """Traced memory beside predicted: `--trace-memory`."""
-    traced, predicted = dict(result["traced_bytes"]), result["predicted_bytes"]
-    out.print(
-        f"one rank's peak in a step of seqmesh train as it stands (fp32, weights replicated): {escape(job.model.name)},"
-        f" {format_tokens(job.seq_len)} tokens, ulysses {result['ulysses']} x ring {result['ring']}\n"
-    )
-    peak, phase = traced.pop("peak_bytes"), traced.pop("peak_phase")
-    phases = {
-        name.removesuffix("_peak_bytes"): traced.pop(name)
-        for name in list(traced)
-        if name.endswith("_peak_bytes")
-    }
-    out.print(f"traced     {format_bytes(peak)} in the {phase}: {_sizes(traced)}")
-    out.print(f"           peaks of the phases: {_sizes(phases)}")
-    out.print(
-        f"predicted  {format_bytes(predicted['total'])}: {_sizes({k: v for k, v in predicted.items() if k != 'total'})}"
-    )
-    out.print(f"predicted / traced  {result['predicted_over_traced']:.3f}")
-
-
-def _sizes(sizes: Mapping[str, int]) -> str:
-    return ", ".join(f"{name.replace('_', ' ')} {format_bytes(size)}" for name, size in sizes.items() if size)
-
-
-def show_splits(out: Console, job: Job, splits: Sequence[Split]) -> None:
-    """The table of `--kernel`."""
-    c, m = job.cluster, job.model
-    out.print(
-        f"one attention forward: {m.heads} query heads, {m.kv_heads} K/V heads, head dim {m.head_dim}, {format_tokens(job.seq_len)} tokens,"
-        f" batch {job.global_batch}, on {c.nodes} x {c.gpus_per_node} {escape(c.gpu.name)}; predicted, not measured\n"
-    )
-    table = Table(box=None, pad_edge=False, header_style="bold")
-    columns = (
-        "uly",
-        "ring",
-        "layout",
-        "iterations/s",
-        "time",
-        "kernel",
-        "merge",
-        "heads exchange",
-        "rows exchange",
-        "of it exposed",
-    )
-    for title in (*columns, "sent per GPU", "limited by"):
-        table.add_column(title, justify="right")
-    for split in splits:
-        times = (
-            split.seconds,
-            split.parts.kernel,
-            split.parts.merge,
-            split.parts.heads,
-            split.parts.rows,
-            split.parts.rows_exposed,
-        )
-        sent = ", ".join(
-            f"{link.replace('_', '-')} {format_bytes(size)}" for link, size in split.bytes_sent.items()
-        )
-        table.add_row(
-            *map(str, (split.ulysses, split.ring, split.layout)),
-            f"{1 / split.seconds:.2f}",
-            *map(format_seconds, times),
-            sent or "-",
-            split.bound_by.replace("_", "-"),
-        )
-    out.print(table)
+def _outcome(trial: Trial) -> str:
+    wins = f", {trial.winner} wins" if trial.winner else ""
+    return f"{trial.value:.3g}: step {trial.change:+.1%}{wins}"

@@ -1,23 +1,25 @@
-"""The paper's measured tables beside what the planner predicts for the same set-ups: `seqmesh plan
---published`.
+"""The paper's measured tables beside what the planner predicts for the same set-ups.
+
+`seqmesh plan --published` prints them.
 
 For each table: the rank correlation (Spearman) of predicted and published speeds; and the mean error of the
 absolute figures after ONE constant is fitted on every other row, on those rows and on the rest. Nothing is
-fitted for a row; what was chosen with a table in view is named in assumptions.py.
+fitted for a row; what was chosen with a table in view is named in inputs/assumptions.py.
 
 Source: PAPER.md (USP, arXiv 2405.07719), Tables 3, 5, 6 and the 208K row.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import exp, log
 from statistics import fmean
 
-from seqmesh.planner.cost.estimate import Price
-from seqmesh.planner.cost.step import Pricer
+from seqmesh.planner.cost.estimate import StepEstimate
+from seqmesh.planner.cost.step import CostModel
 from seqmesh.planner.inputs.hardware import Cluster, load_gpu
-from seqmesh.planner.inputs.job import Job, Point
+from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.models import load_model
+from seqmesh.planner.inputs.point import Point
 from seqmesh.planner.inputs.request import assumptions_for
 from seqmesh.planner.one_attention import attention_model, splits
 
@@ -25,7 +27,7 @@ K = 1024
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trained:
+class TrainingRow:
     """A row of Tables 5 and 6: a training step."""
 
     model: str
@@ -42,13 +44,14 @@ class Trained:
     """False for the tp = 2 rows of Table 6, which the paper leaves unexplained."""
 
     def __str__(self) -> str:
-        return f"{self.seq_len // K}K batch {self.global_batch}, tp{self.tp} u{self.ulysses} r{self.ring} dp{self.dp}"
+        mesh = f"tp{self.tp} u{self.ulysses} r{self.ring} dp{self.dp}"
+        return f"{self.seq_len // K}K batch {self.global_batch}, {mesh}"
 
 
 def _five(
     seq_len: int, batch: int, tp: int, ulysses: int, ring: int, dp: int, tflops: float | None
-) -> Trained:
-    return Trained(
+) -> TrainingRow:
+    return TrainingRow(
         model="llama2-7b",
         nodes=1,
         seq_len=seq_len,
@@ -63,8 +66,8 @@ def _five(
 
 def _six(
     tp: int, ulysses: int, ring: int, tflops: float | None, *, dp: int = 1, seq_len: int = 64 * K
-) -> Trained:
-    return Trained(
+) -> TrainingRow:
+    return TrainingRow(
         model="llama3-8b",
         nodes=2,
         seq_len=seq_len,
@@ -78,7 +81,7 @@ def _six(
     )
 
 
-TABLE_5 = (
+TABLE_5 = (  # tokens, batch, tp, ulysses, ring, dp, TFLOP/s
     _five(64 * K, 1, 4, 2, 1, 1, 154.49),
     _five(64 * K, 1, 4, 1, 2, 1, 151.40),
     _five(64 * K, 1, 8, 1, 1, 1, 141.85),
@@ -89,7 +92,7 @@ TABLE_5 = (
     _five(30 * K, 16, 1, 1, 8, 1, 142.16),
     _five(30 * K, 16, 8, 1, 1, 1, 129.12),
 )
-TABLE_6 = (
+TABLE_6 = (  # tp, ulysses, ring, TFLOP/s
     _six(1, 8, 2, 136.31),
     _six(1, 4, 4, 137.48),
     _six(1, 2, 8, 129.44),
@@ -110,7 +113,7 @@ OUT_OF_MEMORY = (
 
 
 @dataclass(frozen=True, kw_only=True)
-class Attended:
+class AttentionRow:
     """An entry of Table 3: iterations per second of one attention forward on 8 L20."""
 
     seq_len: int
@@ -123,21 +126,33 @@ class Attended:
         return f"{self.seq_len // K}K, u{self.ulysses} r{8 // self.ulysses}, {self.layout}"
 
 
-_THREE = {  # (basic, load-balanced) for u = 8, 4, 2, 1
-    8: ((57.3, 57.1), (153.1, 152.2), (415.5, 454.9), (358.6, 362.0)),
-    32: ((15.2, 14.3), (28.6, 32.8), (44.3, 62.8), (40.5, 58.4)),
-    128: ((2.56, 2.59), (3.22, 4.24), (3.40, 5.48), (3.13, 5.19)),
+_SPLITS = (8, 4, 2, 1)
+"""Ulysses degrees of Table 3's columns."""
+_BASIC = {
+    8: (57.3, 153.1, 415.5, 358.6),
+    32: (15.2, 28.6, 44.3, 40.5),
+    128: (2.56, 3.22, 3.40, 3.13),
 }
-TABLE_3 = tuple(
-    Attended(seq_len=length * K, ulysses=ulysses, layout=layout, per_second=pair[column])
-    for length, row in _THREE.items()
-    for column, layout in enumerate(("contiguous", "zigzag"))
-    for ulysses, pair in zip((8, 4, 2, 1), row, strict=True)
-)
+_BALANCED = {
+    8: (57.1, 152.2, 454.9, 362.0),
+    32: (14.3, 32.8, 62.8, 58.4),
+    128: (2.59, 4.24, 5.48, 5.19),
+}
+"""Iterations per second by length in K tokens."""
 
 
-def price_row(row: Trained) -> Price:
-    """The planner's price of a row, with ZeRO-1 and no recomputation, as in the paper."""
+def _table_3() -> Iterator[AttentionRow]:
+    for length in _BASIC:
+        for layout, measured in (("contiguous", _BASIC), ("zigzag", _BALANCED)):
+            for ulysses, per_second in zip(_SPLITS, measured[length], strict=True):
+                yield AttentionRow(seq_len=length * K, ulysses=ulysses, layout=layout, per_second=per_second)
+
+
+TABLE_3 = tuple(_table_3())
+
+
+def estimate_row(row: TrainingRow) -> StepEstimate:
+    """The planner's estimate of a row, with ZeRO-1 and no recomputation, as in the paper."""
     gpu = load_gpu("a800-sxm")
     job = Job(
         model=load_model(row.model),
@@ -146,10 +161,10 @@ def price_row(row: Trained) -> Price:
         global_batch=row.global_batch,
         assumptions=assumptions_for(gpu, ()),
     )
-    return Pricer(job).price(Point(tp=row.tp, ulysses=row.ulysses, ring=row.ring, dp=row.dp, zero=1))
+    return CostModel(job).estimate(Point(tp=row.tp, ulysses=row.ulysses, ring=row.ring, dp=row.dp, zero=1))
 
 
-def predict_attention(row: Attended) -> float:
+def predict_attention(row: AttentionRow) -> float:
     """Iterations per second of an entry of Table 3."""
     gpu = load_gpu("l20")
     job = Job(
@@ -163,34 +178,43 @@ def predict_attention(row: Attended) -> float:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PublishedRow:
+    """A row of a table against the planner."""
+
+    setup: str
+    published: float
+    predicted: float
+    """Without any fitted constant."""
+
+
+@dataclass(frozen=True, kw_only=True)
 class Agreement:
     """A table against the planner."""
 
     name: str
     unit: str
-    rows: tuple[tuple[str, float, float], ...]
-    """(set-up, published, predicted without any fitted constant)."""
+    rows: tuple[PublishedRow, ...]
 
     @property
     def spearman(self) -> float:
         """Rank correlation of published and predicted."""
-        return spearman([row[1] for row in self.rows], [row[2] for row in self.rows])
+        return spearman([row.published for row in self.rows], [row.predicted for row in self.rows])
 
     @property
     def constant(self) -> float:
         """Published over predicted, the geometric mean over every other row."""
-        return exp(fmean(log(published / predicted) for _, published, predicted in self.rows[::2]))
+        return exp(fmean(log(row.published / row.predicted) for row in self.rows[::2]))
 
     def errors(self) -> tuple[float, float]:
         """Mean error after the constant: of the rows that it was fitted on, and of the others."""
-        errors = [abs(self.constant * predicted / published - 1) for _, published, predicted in self.rows]
+        errors = [abs(self.constant * row.predicted / row.published - 1) for row in self.rows]
         return fmean(errors[::2]), fmean(errors[1::2])
 
 
 def agreements() -> list[Agreement]:
     """Every table, Table 3 by length and ring, and Table 6 with and without its unexplained rows."""
     found = []
-    for length in _THREE:
+    for length in _BASIC:
         for layout, ring in (("contiguous", "basic"), ("zigzag", "load-balanced")):
             rows = [row for row in TABLE_3 if row.seq_len == length * K and row.layout == layout]
             found.append(_attended(f"Table 3, {length}K, {ring} ring", rows))
@@ -201,21 +225,21 @@ def agreements() -> list[Agreement]:
     return found
 
 
-def _attended(name: str, rows: Sequence[Attended]) -> Agreement:
-    return Agreement(
-        name=name,
-        unit="iterations/s",
-        rows=tuple((str(row), row.per_second, predict_attention(row)) for row in rows),
-    )
+def _attended(name: str, rows: Sequence[AttentionRow]) -> Agreement:
+    compared = [
+        PublishedRow(setup=str(row), published=row.per_second, predicted=predict_attention(row))
+        for row in rows
+    ]
+    return Agreement(name=name, unit="iterations/s", rows=tuple(compared))
 
 
-def _trained(name: str, rows: Sequence[Trained]) -> Agreement:
-    measured = [(row, row.tflops) for row in rows if row.tflops is not None]
-    return Agreement(
-        name=name,
-        unit="TFLOP/s per GPU",
-        rows=tuple((str(row), tflops, price_row(row).tflops_per_gpu) for row, tflops in measured),
-    )
+def _trained(name: str, rows: Sequence[TrainingRow]) -> Agreement:
+    compared = []
+    for row in rows:
+        if row.tflops is not None:
+            predicted = estimate_row(row).tflops_per_gpu
+            compared.append(PublishedRow(setup=str(row), published=row.tflops, predicted=predicted))
+    return Agreement(name=name, unit="TFLOP/s per GPU", rows=tuple(compared))
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
@@ -232,35 +256,56 @@ def _ranks(values: Sequence[float]) -> list[float]:
     return [ordered.index(value) + (ordered.count(value) - 1) / 2 for value in values]
 
 
-def memory_outcomes() -> list[tuple[str, bool, Price]]:
-    """(set-up, whether it fitted, the planner's price) of everything that the paper reports."""
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """A set-up that the paper reports, with what the planner says of its memory."""
+
+    setup: str
+    fitted: bool
+    """Whether it fitted, in the paper."""
+    estimate: StepEstimate
+
+
+def memory_outcomes() -> list[Outcome]:
+    """Everything that the paper reports."""
     rows = (*TABLE_5, *TABLE_6, HEADLINE, *OUT_OF_MEMORY)
-    return [(str(row), row.tflops is not None, price_row(row)) for row in rows]
+    return [
+        Outcome(setup=str(row), fitted=row.tflops is not None, estimate=estimate_row(row)) for row in rows
+    ]
 
 
 def render() -> str:
     """Everything, as text."""
-    lines = []
-    for table in agreements():
-        fitted, checked = table.errors()
-        lines.append(
-            f"{table.name}: Spearman {table.spearman:.2f}; one constant {table.constant:.3f} fitted on every other row,"
-        )
-        lines.append(f"  mean error {fitted:.1%} on those, {checked:.1%} on the others ({table.unit})")
-        if not table.name.startswith("Table 3, ") or table.name.endswith("all"):
-            lines += [_line(table, *row) for row in table.rows]
-    headline = price_row(HEADLINE)
+    lines = [line for table in agreements() for line in _agreement_lines(table)]
+    headline = estimate_row(HEADLINE)
     predicted = f"predicted {headline.tflops_per_gpu:.2f} ({headline.mfu_causal:.3f})"
     lines.append(f"208K headline, tp8 r2: published {HEADLINE.tflops} TFLOP/s (MFU 0.47), {predicted}")
     capacity = load_gpu("a800-sxm").memory_bytes / 1e9
     lines.append(f"fit or out of memory, of {capacity:.1f} GB:")
-    for setup, fitted_there, price in memory_outcomes():
-        verdict = "agrees" if price.fits == fitted_there else "DISAGREES"
-        outcome = "fitted" if fitted_there else "out of memory"
-        lines.append(f"    {setup:40} {outcome:14} predicted {price.memory.total / 1e9:6.1f} GB: {verdict}")
+    lines += [_outcome_line(outcome) for outcome in memory_outcomes()]
     return "\n".join(lines)
 
 
-def _line(table: Agreement, setup: str, published: float, predicted: float) -> str:
-    off = table.constant * predicted / published - 1
-    return f"    {setup:40} published {published:7.2f}   predicted {predicted:7.2f}   with the constant {off:+.1%}"
+def _agreement_lines(table: Agreement) -> Iterator[str]:
+    fitted, checked = table.errors()
+    yield (
+        f"{table.name}: Spearman {table.spearman:.2f};"
+        f" one constant {table.constant:.3f} fitted on every other row,"
+    )
+    yield f"  mean error {fitted:.1%} on those, {checked:.1%} on the others ({table.unit})"
+    # Table 3 by length and ring has the same rows as the whole of it.
+    if table.name.startswith("Table 3, ") and not table.name.endswith("all"):
+        return
+    for row in table.rows:
+        off = table.constant * row.predicted / row.published - 1
+        yield (
+            f"    {row.setup:40} published {row.published:7.2f}   predicted {row.predicted:7.2f}"
+            f"   with the constant {off:+.1%}"
+        )
+
+
+def _outcome_line(outcome: Outcome) -> str:
+    verdict = "agrees" if outcome.estimate.fits == outcome.fitted else "DISAGREES"
+    reported = "fitted" if outcome.fitted else "out of memory"
+    size = outcome.estimate.memory.total / 1e9
+    return f"    {outcome.setup:40} {reported:14} predicted {size:6.1f} GB: {verdict}"

@@ -1,8 +1,7 @@
-"""Costs as the paper's Table 2 writes them: exact multiples of a few symbols, added, and rendered as the
-table prints them.
+"""Costs as the paper's Table 2 writes them: exact multiples of a few symbols, added, and printed as there.
 
     Call(8, "all-to-all", BSLD / "N")      collectives of a block and what one of them carries
-    cost([...])                            (8/N)·bsLd: the count, times the factor of nccl-tests, times what is carried
+    cost([...])                            (8/N)·bsLd: count x factor of nccl-tests x what is carried
 
 Symbols: d² of weights; bsLd, an activation of b sequences of L tokens and width d; P, G, OS of a block and A,
 its activations. Divisors: N ranks, u ulysses ranks, G query heads to a K/V head (as a unit, G means
@@ -87,15 +86,16 @@ class Cost:
             return "0"
         if self.terms[0].unit in ("bsLd", "d²"):
             return ("<= " if self.at_most else "") + " + ".join(map(str, self.terms))
-        parts = []
-        for over, members in groupby(self.terms, key=lambda term: term.over):
-            texts = [str(term) for term in members]
-            joined = "+".join(texts)
-            parts.append(
-                (f"({joined})" if over and len(texts) > 1 else joined)
-                + "".join(f"/{symbol}" for symbol in over)
-            )
-        return "+".join(parts)
+        by_divisor = groupby(self.terms, key=lambda term: term.over)
+        return "+".join(_shared(over, [str(term) for term in members]) for over, members in by_divisor)
+
+
+def _shared(over: tuple[str, ...], texts: list[str]) -> str:
+    """Terms with the same divisors: (P+G)/N."""
+    joined = "+".join(texts)
+    if over and len(texts) > 1:
+        joined = f"({joined})"
+    return joined + "".join(f"/{symbol}" for symbol in over)
 
 
 def symbol(unit: str, coefficient: int | Fraction = 1) -> Cost:
@@ -128,15 +128,20 @@ def cost(calls: Iterable[Call]) -> Cost:
 
 
 def words(calls: Iterable[Call], *, none: str, spelled: bool = False) -> str:
-    """The calls as the table names them: in full where there is one kind, else in short ("2 AG + RS"), unless
-    spelled out.
+    """The calls as the table names them: in full where there is one kind, else in short ("2 AG + RS").
+
+    Args:
+        calls: of a block.
+        none: what stands for no calls.
+        spelled: whether several kinds are named in full too.
     """
     counts: dict[str, int] = {}
     for call in calls:
         counts[call.op] = counts.get(call.op, 0) + call.count
     short = len(counts) > 1 and not spelled
-    named = ((SHORT[op] if short else op, op, count) for op, count in counts.items())
-    return (
-        " + ".join(name if count == 1 or op == "P2P" else f"{count} {name}" for name, op, count in named)
-        or none
-    )
+    named = []
+    for op, count in counts.items():
+        name = SHORT[op] if short else op
+        counted = count > 1 and op != "P2P"  # the table counts no messages of a ring
+        named.append(f"{count} {name}" if counted else name)
+    return " + ".join(named) or none

@@ -1,12 +1,11 @@
-"""The rows of the paper's Table 2 as rules: which collectives a block needs, what they carry, who keeps how
-much.
+"""The rows of the paper's Table 2 as rules: a block's collectives, what they carry, who keeps how much.
 
-    rule                                     as printed               corrected
-    block                                    12d²                     the model's own layer over d²
-    parameter column                         half of what the rule    the rule: all-reduce counts 2
-                                             of all-reduce = 2 gives
-    K/V heads                                as many as query heads   1/G of them
-    ring, backward                           K, V once more           K, V once more, and dK, dV, in fp32: twice their size
+    rule                as printed                     corrected
+    block               12d²                           the model's own layer over d²
+    parameter column    half of what the rule of       the rule: all-reduce counts 2
+                        all-reduce = 2 gives
+    K/V heads           as many as query heads         1/G of them
+    ring, backward      K, V once more                 K, V once more, and dK, dV in fp32, twice the size
 
 The same functions make both tables, so the printed one is computed too (tests/test_plan_compare.py has every
 printed cell).
@@ -24,11 +23,17 @@ from fractions import Fraction
 
 from seqmesh.planner.paper.symbols import Call, Cost, cost, symbol
 
-P, G, A = symbol("P"), symbol("G"), symbol("A")
+P = symbol("P")
+G = symbol("G")
+A = symbol("A")
 HIDDEN = symbol("bsLd")
-WHOLE, OPTIMIZER = P + G, symbol("P", 6)
+"""An activation of hidden size, of the whole batch."""
+WHOLE = P + G
+OPTIMIZER = symbol("P", 6)
+
 EXPERTS = "EP (derived)"
-SEQMESH_RING, SEQMESH_UNIFIED = "SP-Ring (seqmesh)", "Unified (seqmesh)"
+SEQMESH_RING = "SP-Ring (seqmesh)"
+SEQMESH_UNIFIED = "Unified (seqmesh)"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,8 +51,9 @@ class Rules:
     kv: Cost
     """K, or V, of the whole batch."""
     kv_ranks: str
-    """Over how many ranks Ulysses alone splits K/V heads: N, or K where ranks outnumber the K/V heads and
-    hold copies.
+    """Over how many ranks Ulysses alone splits K/V heads.
+
+    N, or K where ranks outnumber the K/V heads and hold copies.
     """
     ring_backward: int
     """Transfers of K or V, or of as much, in a rotating ring's backward."""
@@ -93,8 +99,9 @@ def ring_calls(rules: Rules) -> tuple[Call, ...]:
 
 
 def exact_ring_calls(rules: Rules) -> tuple[Call, ...]:
-    """seqmesh on a causal zigzag: 3/4 of the rows of K, V, of K, V once more, and of dK, dV in the inputs'
-    precision.
+    """seqmesh on a causal zigzag: 3/4 of the rows of K, V, of K, V once more, and of dK, dV.
+
+    All in the inputs' precision.
     """
     return (Call(6, "P2P", rules.kv * Fraction(3, 4)),)
 
@@ -122,20 +129,24 @@ def derived(rules: Rules) -> tuple[Method, ...]:
 
 def mixed(rules: Rules, ring_ranks: int, ulysses_ranks: int, *, exact: bool) -> Cost:
     """Activation cost on a concrete mesh: an axis of one rank exchanges nothing."""
-    ring = cost(exact_ring_calls(rules) if exact else ring_calls(rules)) / "u" if ring_ranks > 1 else Cost()
-    return cost(ulysses_calls(rules)) + ring if ulysses_ranks > 1 else ring
+    total = Cost()
+    if ulysses_ranks > 1:
+        total += cost(ulysses_calls(rules))
+    if ring_ranks > 1:
+        total += cost(exact_ring_calls(rules) if exact else ring_calls(rules)) / "u"
+    return total
 
 
 def _sequence_and_data(rules: Rules) -> tuple[Method, ...]:
-    gather, scatter = Call(1, "all-gather", rules.block), Call(1, "reduce-scatter", rules.block)
+    weights = (Call(1, "all-gather", rules.block), Call(1, "reduce-scatter", rules.block))
     return (
         _replicated(rules, "SP-Ulysses", pure_ulysses_calls(rules), "heads / L"),
         _replicated(rules, "SP-Ring", ring_calls(rules), "L / L"),
         _replicated(rules, "DP", (), "bs / bs"),
         Method(
             name="ZeRO-1",
-            parameter_calls=(gather, scatter),
-            parameter_cost=cost((gather, scatter)) * rules.parameter_share,
+            parameter_calls=weights,
+            parameter_cost=cost(weights) * rules.parameter_share,
             activation_cost=Cost(),
             states=WHOLE,
             optimizer=OPTIMIZER / "N",

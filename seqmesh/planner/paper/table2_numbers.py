@@ -1,10 +1,11 @@
 """Table 2's corrected rules for a model, and their values in elements.
 
-Source: PAPER.md, Table 2; memory.py for the activations.
+Source: PAPER.md, Table 2; cost/fused_memory.py for the activations.
 """
 
 from dataclasses import dataclass
 from fractions import Fraction
+from typing import NamedTuple
 
 from seqmesh.planner.inputs.models import ModelShape
 from seqmesh.planner.paper.symbols import Cost, symbol
@@ -31,9 +32,7 @@ class Numbers:
 
 
 def corrected_rules(model: ModelShape, ranks: int) -> Rules:
-    """The rules for a model's own layer: its parameters, its K/V heads, a width of attention that need not be
-    d.
-    """
+    """The rules for a model's own layer: its parameters and K/V heads; attention need not be d wide."""
     d2 = model.hidden**2
     attention = model.layer_parameters - feed_forward(model)
     q = HIDDEN * Fraction(model.heads * model.head_dim, model.hidden)
@@ -54,20 +53,25 @@ def feed_forward(model: ModelShape) -> int:
     return (3 if model.gated else 2) * model.hidden * model.intermediate
 
 
+_BATCH_SPLIT = ("DP", "ZeRO-1", EXPERTS)
+"""Rows that spread the batch."""
+_HEADS_SPLIT = ("TP", "TP-sp")
+"""Rows that spread heads and widths; all others spread the sequence."""
+
+
 class Evaluation:
     """The corrected rows of one model, evaluated."""
 
     def __init__(
-        self, model: ModelShape, rules: Rules, ranks: int, batch: int, seq_len: int, top_k: int
+        self, model: ModelShape, rules: Rules, *, ranks: int, batch: int, seq_len: int, top_k: int
     ) -> None:
-        self.model, self.rules, self.ranks, self.batch, self.seq_len, self.top_k = (
-            model,
-            rules,
-            ranks,
-            batch,
-            seq_len,
-            top_k,
-        )
+        self.model = model
+        self.rules = rules
+        self.ranks = ranks
+        self.batch = batch
+        self.seq_len = seq_len
+        self.top_k = top_k
+        # As many ulysses ranks as there are K/V heads for: more of them would hold copies.
         self.ulysses = max(u for u in range(1, ranks + 1) if ranks % u == 0 and u <= model.kv_heads)
 
     def impossible(self, name: str) -> str:
@@ -75,22 +79,27 @@ class Evaluation:
         m, n = self.model, self.ranks
         if name == "SP-Ulysses" and n > m.heads:
             return f"{m.heads} query heads leave {n - m.heads} ranks without one"
-        if name in ("TP", "TP-sp"):
-            if n > m.kv_heads:
-                return f"{m.kv_heads} K/V heads leave {n - m.kv_heads} ranks without one"
-            sizes = {
-                "query heads": m.heads,
-                "K/V heads": m.kv_heads,
-                "intermediate": m.intermediate,
-                "hidden": m.hidden,
-            }
-            return next(
-                (f"{n} ranks do not divide {what} {size}" for what, size in sizes.items() if size % n), ""
-            )
-        if name in ("DP", "ZeRO-1", EXPERTS) and self.batch % n:
-            return f"a batch of {self.batch} does not split over {n} ranks"
-        if name not in ("DP", "ZeRO-1", EXPERTS, "TP", "TP-sp") and self.seq_len < n:
+        if name in _HEADS_SPLIT:
+            return self._impossible_heads()
+        if name in _BATCH_SPLIT:
+            return f"a batch of {self.batch} does not split over {n} ranks" if self.batch % n else ""
+        if self.seq_len < n:
             return f"{self.seq_len} tokens leave {n - self.seq_len} ranks without one"
+        return ""
+
+    def _impossible_heads(self) -> str:
+        m, n = self.model, self.ranks
+        if n > m.kv_heads:
+            return f"{m.kv_heads} K/V heads leave {n - m.kv_heads} ranks without one"
+        sizes = {
+            "query heads": m.heads,
+            "K/V heads": m.kv_heads,
+            "intermediate": m.intermediate,
+            "hidden": m.hidden,
+        }
+        for what, size in sizes.items():
+            if size % n:
+                return f"{n} ranks do not divide {what} {size}"
         return ""
 
     def mesh_of(self, name: str) -> str:
@@ -105,42 +114,57 @@ class Evaluation:
         if method.name.startswith("Unified"):
             exact = method.name == SEQMESH_UNIFIED
             moved = mixed(self.rules, self.ranks // self.ulysses, self.ulysses, exact=exact)
-        costs = (method.parameter_cost, moved, method.states, method.optimizer, method.kept)
-        parameters, activations, states, optimizer, kept = (
-            self._elements(one, method.name == EXPERTS) for one in costs
-        )
+        experts = method.name == EXPERTS
         return Numbers(
-            parameter_elements=parameters,
-            activation_elements=activations,
-            states_elements=states,
-            optimizer_elements=optimizer,
-            kept_elements=kept,
+            parameter_elements=self._elements(method.parameter_cost, experts),
+            activation_elements=self._elements(moved, experts),
+            states_elements=self._elements(method.states, experts),
+            optimizer_elements=self._elements(method.optimizer, experts),
+            kept_elements=self._elements(method.kept, experts),
         )
 
     def _elements(self, cost: Cost, experts: bool) -> int:
+        """The value of a cost.
+
+        Args:
+            cost: in the table's symbols.
+            experts: whether each token's activations exist once for each of its experts.
+        """
         m, n = self.model, self.ranks
         whole, expert = m.layer_parameters, feed_forward(m)
-        units = {
-            "d²": m.hidden**2,
-            "bsLd": self.batch * self.seq_len * m.hidden,
-            **dict.fromkeys(("P", "G"), whole),
-            **dict.fromkeys(("Pₐ", "Gₐ"), whole - expert),
-            **dict.fromkeys(("Pₑ", "Gₑ"), n * expert),
-        }
         tokens, copies = self.batch * self.seq_len, self.top_k if experts else 1
-        outside, inside = activations_per_token(m)
-        exact = {name: Fraction(size) for name, size in units.items()}
-        exact["A"] = Fraction(tokens * (outside[0] + outside[1] + copies * inside))
-        exact["αA"] = Fraction(tokens) * (outside[0] + Fraction(outside[1] + inside, n))
+        kept = activations_per_token(m)
+        units = {
+            "d²": Fraction(m.hidden**2),
+            "bsLd": Fraction(tokens * m.hidden),
+            "P": Fraction(whole),
+            "G": Fraction(whole),
+            "Pₐ": Fraction(whole - expert),
+            "Gₐ": Fraction(whole - expert),
+            "Pₑ": Fraction(n * expert),
+            "Gₑ": Fraction(n * expert),
+            "A": Fraction(tokens * (kept.norms + kept.attention + copies * kept.feed_forward)),
+            # Tensor parallelism without its sequence parallelism keeps the norms whole.
+            "αA": Fraction(tokens) * (kept.norms + Fraction(kept.attention + kept.feed_forward, n)),
+        }
         symbols = {"N": n, "K": m.kv_heads, "u": self.ulysses, "k": self.top_k, "G": m.heads // m.kv_heads}
-        return round(cost.value(exact, symbols))
+        return round(cost.value(units, symbols))
 
 
-def activations_per_token(model: ModelShape) -> tuple[tuple[int, int], int]:
-    """Elements that autograd keeps of a token and layer, as memory.py counts them: ((norms, attention),
-    feed-forward network).
-    """
-    attention = (
-        2 * (model.heads + model.kv_heads) * model.head_dim + 2 * model.heads
-    )  # q, k, v, out; lse in fp32
-    return (4 * model.hidden, attention), (3 if model.gated else 2) * model.intermediate
+class KeptPerToken(NamedTuple):
+    """Elements that autograd keeps of a token and layer, by module."""
+
+    norms: int
+    attention: int
+    feed_forward: int
+
+
+def activations_per_token(model: ModelShape) -> KeptPerToken:
+    """Elements that autograd keeps of a token and layer, as cost/fused_memory.py counts them."""
+    # q, k, v and out; the lse is fp32, two elements
+    attention = 2 * (model.heads + model.kv_heads) * model.head_dim + 2 * model.heads
+    return KeptPerToken(
+        norms=4 * model.hidden,
+        attention=attention,
+        feed_forward=(3 if model.gated else 2) * model.intermediate,
+    )

@@ -2,10 +2,10 @@
 
     trainer_memory(load_model("llama3-8b"), seq_len=212_992, ulysses=8, ring=2)["total"]        # bytes
 
-The step (train/trainer.py: fp32, weights replicated, nothing recomputed but the loss's softmax) can peak at a
-few moments only:
+The step (train/trainer.py: fp32, weights replicated, nothing recomputed but the loss's softmax) can peak at
+a few moments only:
 
-    loss forward, loss backward, output head, last norm      all activations, the first with logits up to five times
+    loss forward and backward, output head, last norm        all activations; logits up to five times
     feed-forward, attention of the last layer                all activations, no gradients yet
     feed-forward, attention of the first layer               one layer's activations, nearly all gradients
     embedding, all-reduce, AdamW, checksum                   no activations, all gradients
@@ -15,13 +15,12 @@ the sum peaks at an end. Every term counts tensors that autograd saves or the co
 transformers' Llama, PyTorch 2.13's derivatives and our engine; none is fitted. Assumed: one causal sequence,
 zigzag over the ring; rank 0, whose late rows need every other rank's keys.
 
-Legend: n tokens of a rank, N rows of its ring rank, h hidden, q heads x head dim, kv K/V heads x head dim, f
-intermediate, V vocabulary, s tokens in all, U ulysses degree, R ring degree, W and K widths of a chunk's
-queries and of its keys and values.
+Legend: n tokens of a rank, N rows of its ring rank, h hidden, f intermediate, V vocabulary, U ulysses degree,
+R ring degree. Sizes are in elements of 4 bytes until a `Moment` is made; int64 numbers count twice.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cached_property
 
 from seqmesh.layouts import split_evenly, zigzag
@@ -53,15 +52,22 @@ class Moment:
     layer_transients: int = 0
     """Gradients of activations on their way."""
     attention_transients: int = 0
-    """Our engine's buffers in one backward: gradients, received and returned rows, the kernel's compact
-    copies.
+    """Our engine's buffers in one backward.
+
+    Gradients, received and returned rows, the kernel's compact copies.
     """
     update_transients: int = 0
+    """Of AdamW or of the checksum, for one weight at a time."""
+
+    @property
+    def categories(self) -> dict[str, int]:
+        """Bytes by field."""
+        return {field.name: getattr(self, field.name) for field in fields(self) if field.name != "name"}
 
     @property
     def total(self) -> int:
         """All together."""
-        return sum(value for name, value in vars(self).items() if name != "name")
+        return sum(self.categories.values())
 
 
 def trainer_memory(shape: ModelShape, *, seq_len: int, ulysses: int, ring: int) -> dict[str, int]:
@@ -70,10 +76,9 @@ def trainer_memory(shape: ModelShape, *, seq_len: int, ulysses: int, ring: int) 
     Raises:
         ValueError: a shape that the trainer cannot train.
     """
-    peak = max(
-        trainer_moments(shape, seq_len=seq_len, ulysses=ulysses, ring=ring), key=lambda moment: moment.total
-    )
-    return {name: value for name, value in vars(peak).items() if name != "name"} | {"total": peak.total}
+    moments = trainer_moments(shape, seq_len=seq_len, ulysses=ulysses, ring=ring)
+    peak = max(moments, key=lambda moment: moment.total)
+    return {**peak.categories, "total": peak.total}
 
 
 def trainer_moments(shape: ModelShape, *, seq_len: int, ulysses: int, ring: int) -> list[Moment]:
@@ -96,17 +101,36 @@ def check_trainable(shape: ModelShape) -> None:
     """Raise ValueError if the trainer has no such model: it trains a Llama whose heads fill its width."""
     if shape.heads * shape.head_dim != shape.hidden:
         raise ValueError(
-            f"model {shape.name!r} has {shape.heads} heads of {shape.head_dim} for hidden={shape.hidden}, but our trainer's heads fill the"
-            f" width; trace a model with head_dim={shape.hidden // shape.heads}"
+            f"model {shape.name!r} has {shape.heads} heads of {shape.head_dim} for hidden={shape.hidden},"
+            " but our trainer's heads fill the width;"
+            f" trace a model with head_dim={shape.hidden // shape.heads}"
         )
-    for rule, what in (
-        (shape.gated, "no gate"),
-        (shape.sliding_window is None, f"a sliding window of {shape.sliding_window}"),
-    ):
-        if not rule:
-            raise ValueError(
-                f"model {shape.name!r} has {what}, which our trainer's Llama cannot have; trace a gated model without a window"
-            )
+    if not shape.gated:
+        raise _not_a_llama(shape, "no gate")
+    if shape.sliding_window is not None:
+        raise _not_a_llama(shape, f"a sliding window of {shape.sliding_window}")
+
+
+def _not_a_llama(shape: ModelShape, what: str) -> ValueError:
+    return ValueError(
+        f"model {shape.name!r} has {what}, which our trainer's Llama cannot have;"
+        " trace a gated model without a window"
+    )
+
+
+@dataclass(frozen=True)
+class _Chunk:
+    """One chunk of this rank's heads: elements of a row."""
+
+    q: int
+    """Of the queries."""
+    kv: int
+    """Of keys and values together."""
+
+    @property
+    def width(self) -> int:
+        """Of queries, keys and values."""
+        return self.q + self.kv
 
 
 @dataclass(frozen=True)
@@ -129,17 +153,18 @@ class _Rank:
         return split_evenly(self.rows, self.ulysses)[1]
 
     @cached_property
-    def chunks(self) -> list[tuple[int, int]]:
-        """W and K of each head chunk of this rank."""
+    def chunks(self) -> list[_Chunk]:
+        """The head chunks that the engine takes one after the other."""
         m = self.shape
         wanted = default_chunks(self.ulysses, self.ring, self.seq_len, m.kv_heads * m.head_dim)
         shares = [chunk[0] for chunk in split_heads(m.heads, m.kv_heads, self.ulysses, wanted)]
-        return [(share.q * m.head_dim, 2 * share.kv * m.head_dim) for share in shares]
+        return [_Chunk(q=share.q * m.head_dim, kv=2 * share.kv * m.head_dim) for share in shares]
 
     def moments(self) -> Iterator[Moment]:
         """All that can be the peak."""
         yield from self._of_loss()
         yield self._last_norm()
+        # The sum over layers peaks at an end; with one layer the two ends are the same.
         for layer in dict.fromkeys((self.shape.layers - 1, 0)):
             yield self._feed_forward(layer)
             yield self._attention(layer)
@@ -154,9 +179,8 @@ class _Rank:
         return {
             "input norm": self._norm,
             "attention": self._attention_inputs,
-            "output": 0
-            if self.ulysses == 1
-            else n * h,  # the engine's, for the output projection's weight; U = 1: saved above
+            # The engine's output, for the weight of the output projection; U = 1: saved above.
+            "output": 0 if self.ulysses == 1 else n * h,
             "feed-forward norm": self._norm,
             "gate": n * f,  # before silu
             "silu": n * f,  # a factor of the product
@@ -166,20 +190,24 @@ class _Rank:
 
     @cached_property
     def _norm(self) -> int:
-        """Its input x, for the gradient of the mean square; x/rms, for its weight's; x/rms * weight, for the
+        """What a norm saves.
+
+        Its input x, for the gradient of the mean square; x/rms, for its weight's; x/rms * weight, for the
         matrices after it; 1/rms.
         """
         return self.tokens * (3 * self.shape.hidden + 1)
 
     @cached_property
     def _attention_inputs(self) -> int:
-        """For the engine: rotated q and k, v, out and lse; U = 1: of this rank's n tokens, U > 1: of its
-        heads, as they were received.
+        """What the engine saves: rotated q and k, v, out and lse.
+
+        U = 1: of this rank's n tokens, all heads. U > 1: of all N rows, the rank's own heads, as received.
         """
         m = self.shape
         if self.ulysses == 1:
             return self.tokens * (2 * m.hidden + 2 * m.kv_heads * m.head_dim + m.heads)
-        return self.rows * sum(2 * W + K + W // m.head_dim for W, K in self.chunks)
+        lse_widths = (chunk.q // m.head_dim for chunk in self.chunks)
+        return self.rows * (sum(2 * chunk.q + chunk.kv for chunk in self.chunks) + sum(lse_widths))
 
     @cached_property
     def _layer(self) -> int:
@@ -187,18 +215,23 @@ class _Rank:
 
     @cached_property
     def _beside_layers(self) -> int:
-        """cos and sin of the rotary embedding; int64: the batch's ids, labels and positions of all s tokens,
+        """What lives through the whole step beside the layers.
+
+        cos and sin of the rotary embedding; int64: the batch's ids, labels and positions of all tokens, and
         ids and labels of ours.
         """
-        return 2 * self.tokens * self.shape.head_dim + 2 * (3 * self.seq_len + 2 * self.tokens)
+        rotary = 2 * self.tokens * self.shape.head_dim
+        batch = 2 * (3 * self.seq_len + 2 * self.tokens)
+        return rotary + batch
 
     @cached_property
     def _all_activations(self) -> int:
         return self._beside_layers + self.shape.layers * self._layer + self._norm
 
     def _gradients_after(self, layer: int) -> int:
-        """Gradients made when the backward arrives at a layer's end: of the output head, the last norm and
-        the layers behind it.
+        """Gradients made when the backward arrives at a layer's end.
+
+        Of the output head, the last norm and the layers behind it.
         """
         m = self.shape
         return m.embedding_parameters + m.hidden + (m.layers - 1 - layer) * m.layer_parameters
@@ -206,6 +239,7 @@ class _Rank:
     # Moments.
 
     def _moment(self, name: str, *, gradients: int = 0, activations: int, **transients: int) -> Moment:
+        """A moment in bytes, from sizes in elements; weights and AdamW's two states are always there."""
         weights = self.shape.parameters
         sizes = {
             "parameters": weights,
@@ -217,24 +251,41 @@ class _Rank:
         return Moment(name=name, **{kind: ELEMENT * size for kind, size in sizes.items()})
 
     def _of_loss(self) -> Iterator[Moment]:
-        """Chunk by chunk from the last: softmax, its gradient, the logits' gradient; that one, padded with
-        zeros to all rows, is added.
+        """The loss and the output head, with all activations.
 
-        So at most either three of a chunk and the sum so far, or three of all rows: the sum, the padded one,
-        the new sum.
+        The loss goes chunk by chunk. Its backward, from the last: softmax, its gradient, the logits'
+        gradient; that one, padded with zeros to all rows, is added to the sum so far.
         """
-        n, V, h, saved = self.tokens, self.shape.vocabulary, self.shape.hidden, self._all_activations
-        chunk, chunks = min(n, LOSS_ROWS), -(-n // LOSS_ROWS)
-        transients = {1: 3 * n, 2: n + 3 * chunk}.get(chunks, max(3 * n, n + 3 * chunk))
+        n, V, h = self.tokens, self.shape.vocabulary, self.shape.hidden
+        saved = self._all_activations
+        chunk = min(n, LOSS_ROWS)
         yield self._moment("loss forward", activations=saved, logits=n * V, logits_transients=chunk * V)
-        yield self._moment("loss backward", activations=saved, logits=n * V, logits_transients=transients * V)
+        yield self._moment(
+            "loss backward",
+            activations=saved,
+            logits=n * V,
+            logits_transients=self._loss_backward_rows() * V,
+        )
         yield self._moment(
             "output head", activations=saved, logits_transients=n * V, layer_transients=n * h, gradients=V * h
         )
 
+    def _loss_backward_rows(self) -> int:
+        """Rows of logits that the loss's backward holds at most, besides the logits themselves."""
+        n = self.tokens
+        chunks = -(-n // LOSS_ROWS)
+        in_a_chunk = n + 3 * min(n, LOSS_ROWS)  # the sum so far, and the three of a chunk
+        adding = 3 * n  # the sum so far, the padded one, and the new sum
+        if chunks == 1:  # nothing to add: the three of the only chunk
+            return 3 * n
+        if chunks == 2:  # the trace shows that the one addition holds less than the second chunk's backward
+            return in_a_chunk
+        return max(adding, in_a_chunk)
+
     def _last_norm(self) -> Moment:
-        """At the square's backward: gradients of x through x/rms, and of the squares; x, 2 x, and their
-        product with those.
+        """At the backward of the square in the last norm.
+
+        Gradients of x through x/rms, and of the squares; x, 2 x, and their product with those.
         """
         n, m = self.tokens, self.shape
         return self._moment(
@@ -245,8 +296,9 @@ class _Rank:
         )
 
     def _feed_forward(self, layer: int) -> Moment:
-        """At the product's backward: gradients of the residual stream, of the product (which itself is
-        freed), of both factors.
+        """At the backward of the product of silu and up.
+
+        Gradients of the residual stream, of the product (which itself is freed), of both factors.
         """
         n, h, f = self.tokens, self.shape.hidden, self.shape.intermediate
         return self._moment(
@@ -257,15 +309,18 @@ class _Rank:
         )
 
     def _attention(self, layer: int) -> Moment:
-        """In the engine's backward: gradients of the residual stream and of the engine's output, and what the
-        engine holds.
+        """In the engine's backward: what it holds, and what waits around it.
+
+        Gradients of the residual stream and of the engine's output. Of the layer's weights, those of the
+        feed-forward network, the norm before it and the output projection are made.
         """
         n, h, f = self.tokens, self.shape.hidden, self.shape.intermediate
+        layers_before = layer * self._layer
         return self._moment(
             f"attention of layer {layer}",
             gradients=self._gradients_after(layer) + 3 * f * h + h + h * h,
             activations=self._beside_layers
-            + layer * self._layer
+            + layers_before
             + self._saved["input norm"]
             + self._saved["attention"],
             layer_transients=2 * n * h,
@@ -273,51 +328,49 @@ class _Rank:
         )
 
     def _engine(self) -> int:
-        """Gradients of all heads, and the fullest chunk; the chunk before it has left its dq and dkv in
-        variables.
+        """Gradients of all heads, and the fullest chunk.
+
+        The chunk before it has left its dq and dkv in variables until the loop overwrites them.
         """
         m, exchanged = self.shape, self.ulysses > 1
-        fullest, before = 0, 0
-        for W, K in self.chunks:
-            received = self.rows * W if exchanged else 0  # the gradient of out, of this rank's heads
-            home = (
-                3 * self.rows * (W + K) if exchanged else 0
-            )  # dq and dkv: as they are, in one buffer, and what arrives
-            fullest = max(fullest, received + max(before + max(self._stages(W, K)), home))
-            before = self.rows * (W + K)
+        fullest = before = 0
+        for chunk in self.chunks:
+            # The gradient of out, of this rank's heads.
+            received = self.rows * chunk.q if exchanged else 0
+            # dq and dkv: as they are, in one buffer, and what arrives.
+            home = 3 * self.rows * chunk.width if exchanged else 0
+            in_stages = before + max(self._stages(chunk))
+            fullest = max(fullest, received + max(in_stages, home))
+            before = self.rows * chunk.width
         return self.tokens * (m.hidden + 2 * m.kv_heads * m.head_dim) + fullest
 
-    def _stages(self, W: int, K: int) -> Iterator[int]:
+    def _stages(self, chunk: _Chunk) -> Iterator[int]:
         """What the ring holds at the end of each stage's kernel.
 
         Rank 0 receives N rows a stage, for half its queries, and sends N/2.
         """
-        N, R = self.rows, self.ring
-        compact = (
-            3 if self.ulysses == 1 or self.shape.head_dim < W else 1
-        )  # q, dout and out; one head received alone is compact
-        fetch = 3 * N * K // 2  # rows sent and rows received, for the next stage
-        yield (
-            (compact + 1) * N * W + 2 * N * K + (fetch if R > 1 else 0)
-        )  # compact inputs, dq, compact k and v, dk and dv
-        for stage in range(1, R):
-            held = (
-                N * W + 3 * N * K
-            )  # sums of dq and of own dk, dv; this stage's rows; dk and dv of the stage before, in variables
-            kernel = (compact + 1) * N * W // 2 + 2 * N * K
-            coming = fetch if stage < R - 1 else 0
-            going = (
-                N * W // 2 + fetch if stage > 1 else 0
-            )  # dq of the stage before; its dk and dv, under way, and ours that come back
+        q, kv = self.rows * chunk.q, self.rows * chunk.kv
+        # The kernel copies q, dout and out to compact ones; one head received alone is compact already.
+        copied = self.ulysses == 1 or self.shape.head_dim < chunk.q
+        inputs = 3 if copied else 1
+        fetch = 3 * kv // 2  # rows sent and rows received, for the next stage
+        # Own rows: compact inputs and dq, compact k and v, dk and dv.
+        yield (inputs + 1) * q + 2 * kv + (fetch if self.ring > 1 else 0)
+        for stage in range(1, self.ring):
+            # Sums of dq and of own dk, dv; this stage's rows; dk and dv of the stage before, in variables.
+            held = q + 3 * kv
+            kernel = (inputs + 1) * q // 2 + 2 * kv
+            coming = fetch if stage < self.ring - 1 else 0
+            # dq of the stage before; its dk and dv, under way, and ours that come back.
+            going = q // 2 + fetch if stage > 1 else 0
             yield held + kernel + coming + going
 
     def _of_weights(self) -> Iterator[Moment]:
-        """Without activations but for the batch."""
-        m, batch = self.shape, 6 * self.seq_len
-        largest = max(m.embedding_parameters, m.hidden * m.intermediate, m.hidden**2)
-        tied = (
-            2 * m.embedding_parameters if m.tied_embeddings else 0
-        )  # the head's gradient, the embedding's, and their sum
+        """After the layers' backward: all gradients, and no activations but the batch."""
+        m = self.shape
+        batch = 6 * self.seq_len  # int64 ids, labels and positions
+        # Tied: the head's gradient, the embedding's, and their sum.
+        tied = 2 * m.embedding_parameters if m.tied_embeddings else 0
         yield self._moment(
             "embedding",
             gradients=m.parameters + tied,
@@ -326,10 +379,9 @@ class _Rank:
         )
         if self.ulysses * self.ring > 1:
             yield self._moment("all-reduce", gradients=2 * m.parameters, activations=batch)
-        for name, copies in (
-            ("AdamW", 2),
-            ("checksum", 4),
-        ):  # sqrt of a weight's second moment, and that divided; fp64: weight, square
+        largest = max(m.embedding_parameters, m.hidden * m.intermediate, m.hidden**2)
+        # AdamW: the root of a weight's second moment, and that divided. Checksum, in fp64: weight, square.
+        for name, copies in (("AdamW", 2), ("checksum", 4)):
             yield self._moment(
                 name, gradients=m.parameters, activations=batch, update_transients=copies * largest
             )

@@ -1,5 +1,6 @@
-"""Trace one rank's memory over a real training step, of any size, without the memory: `seqmesh plan
---trace-memory`.
+"""Trace one rank's memory over a real training step, of any size, without having that memory.
+
+`seqmesh plan --trace-memory` shows it beside the prediction of memory.py.
 
     traced = trace_training_step(load_model("llama3-8b"), seq_len=212_992, ulysses=8, ring=2)
     traced.peak_bytes, traced.activations, ...
@@ -17,7 +18,7 @@ buffers inside one operator (the flash kernel's backward: 1 MiB a thread, and a 
 what an allocator rounds up or keeps. Two steps run; the second counts, for AdamW makes its states in the
 first.
 
-    forward     |  the model, then the loss                        activations: what lives when the backward begins
+    forward     |  the model, then the loss                        activations: what lives at its end
     backward    |  of the loss, of the layers from last to first   gradients appear, activations go
     update      |  all-reduce, clip, AdamW, checksum of the weights
 
@@ -61,9 +62,7 @@ class TracedMemory:
     parameters: int
     """Weights, with the model's few buffers."""
     gradients: int
-    """Of weights: what the backward made of them so far, or during the all-reduce twice: as made, and the
-    copy that is summed.
-    """
+    """Of weights: what the backward made so far; during the all-reduce also the copy that is summed."""
     optimizer: int
     """AdamW's two states."""
     activations: int
@@ -78,11 +77,10 @@ class TracedMemory:
 def trace_training_step(
     shape: ModelShape, *, seq_len: int, ulysses: int, ring: int, documents: Sequence[int] | None = None
 ) -> TracedMemory:
-    """Peak memory of rank 0 in a step of our trainer: fp32, weights replicated, nothing recomputed but the
-    loss's softmax.
+    """Peak memory of rank 0 in a step of our trainer.
 
-    Takes seconds to minutes (5000 operators a second), and some 100 MB. Leaves no process group and no random
-    state behind.
+    fp32, weights replicated, nothing recomputed but the loss's softmax. Takes seconds to minutes (5000
+    operators a second), and some 100 MB. Leaves no process group and no random state behind.
 
     Args:
         shape: the model, trained as a Llama.
@@ -96,15 +94,8 @@ def trace_training_step(
             process that already has a process group.
     """
     check_trainable(shape)
-    lengths = [seq_len] if documents is None else list(documents)
-    if sum(lengths) != seq_len or min(lengths) < 2:
-        raise ValueError(
-            f"documents of {sum(lengths)} tokens in all, the shortest of {min(lengths)}, for seq_len={seq_len}; fill it exactly"
-        )
     config = _config(shape, seq_len, ulysses, ring)
-    corpus = Corpus(
-        source="traced", documents=tuple(bytes(length - 1) for length in lengths)
-    )  # the end of document is a token too
+    corpus = _corpus(seq_len, [seq_len] if documents is None else documents)
     log = _AllocationLog()
     with (
         _fake_ranks(ulysses, ring) as mesh,
@@ -113,14 +104,30 @@ def trace_training_step(
         log,
     ):
         trainer = Trainer(config, corpus, mesh, peak_flops_per_s=1.0, vocabulary=shape.vocabulary)
-        weights = list(trainer.model.parameters())
-        log.mark((*weights, *trainer.model.buffers()), "parameters")
-        trainer.step()
-        log.mark(tree_leaves(list(trainer.optimizer.state.values())), "optimizer")
-        log.start_step(weights)
-        trainer.step()
-        log.mark((weight.grad for weight in weights), "gradients")
-        return log.summary()
+        return _second_step(trainer, log)
+
+
+def _second_step(trainer: Trainer, log: "_AllocationLog") -> TracedMemory:
+    """Run two steps and sum up the second: AdamW makes its states in the first."""
+    weights = list(trainer.model.parameters())
+    log.mark((*weights, *trainer.model.buffers()), "parameters")
+    trainer.step()
+    log.mark(tree_leaves(list(trainer.optimizer.state.values())), "optimizer")
+    log.start_step(weights)
+    trainer.step()
+    log.mark((weight.grad for weight in weights), "gradients")
+    return log.summary()
+
+
+def _corpus(seq_len: int, lengths: Sequence[int]) -> Corpus:
+    """A text whose documents have these lengths in tokens."""
+    if sum(lengths) != seq_len or min(lengths) < 2:
+        raise ValueError(
+            f"documents of {sum(lengths)} tokens in all, the shortest of {min(lengths)},"
+            f" for seq_len={seq_len}; fill it exactly"
+        )
+    # The end of a document is a token too.
+    return Corpus(source="traced", documents=tuple(bytes(length - 1) for length in lengths))
 
 
 def _config(shape: ModelShape, seq_len: int, ulysses: int, ring: int) -> Config:
@@ -143,7 +150,8 @@ def _fake_ranks(ulysses: int, ring: int) -> Iterator[SequenceMesh]:
     """The mesh of rank 0 among ranks that do not exist."""
     if dist.is_initialized():
         raise ValueError(
-            "this process already has a process group; trace in a process of its own, or destroy the group first"
+            "this process already has a process group; trace in a process of its own,"
+            " or destroy the group first"
         )
     if ulysses * ring == 1:
         yield SequenceMesh.build()
@@ -165,12 +173,21 @@ class _Block:
     kind: str = "temporaries"
 
 
+@dataclass(frozen=True, slots=True)
+class _Live:
+    """A block that is not freed yet, and the storage that it is."""
+
+    block: _Block
+    storage: weakref.ref[torch.UntypedStorage]
+    """Kept for its callback, which sees the storage go."""
+
+
 @dataclass(frozen=True)
-class _Moment:
+class _Peak:
     """A time of the clock and the bytes that live then."""
 
-    nbytes: int = 0
-    time: int = 0
+    nbytes: int
+    time: int
 
 
 class _AllocationLog(TorchDispatchMode):
@@ -183,19 +200,18 @@ class _AllocationLog(TorchDispatchMode):
         super().__init__()
         self._clock = 0
         self._blocks: list[_Block] = []
-        self._alive: dict[
-            int, tuple[_Block, weakref.ref[torch.UntypedStorage]]
-        ] = {}  # by address of the storage
+        self._alive: dict[int, _Live] = {}  # by address of the storage
         self._weights: list[Tensor] = []
         self._phase_starts: list[int] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self._follow_phase()
-        if func is torch.ops.aten._local_scalar_dense.default:
+        if func is torch.ops.aten._local_scalar_dense.default:  # a host read: a fake tensor has no number
             return 1.0 if args[0].is_floating_point() else 1
         if func is torch.ops._c10d_functional.wait_tensor.default:
             return args[0]  # as a real wait does; the fake one makes a second tensor
         result = func(*args, **(kwargs or {}))
+        # Most results are one tensor, and tree_leaves is slow.
         for x in (result,) if isinstance(result, Tensor) else tree_leaves(result):
             if isinstance(x, Tensor) and x.device.type != "meta":
                 self._see(x.untyped_storage())
@@ -208,63 +224,73 @@ class _AllocationLog(TorchDispatchMode):
         self._clock += 1
         block = _Block(storage.nbytes(), self._clock)
         self._blocks.append(block)
-        self._alive[key] = block, weakref.ref(storage, lambda _: self._free(key))
+        self._alive[key] = _Live(block, weakref.ref(storage, lambda _: self._free(key)))
 
     def _free(self, key: int) -> None:
         self._clock += 1
-        self._alive.pop(key)[0].freed = self._clock
+        self._alive.pop(key).block.freed = self._clock
 
     def mark(self, leaves: Iterable[Any], kind: str) -> None:
         """Say what the storages of the tensors among `leaves` are."""
         for x in leaves:
-            if isinstance(x, Tensor) and (found := self._alive.get(x.untyped_storage()._cdata)) is not None:
-                found[0].kind = kind
+            if not isinstance(x, Tensor):
+                continue
+            live = self._alive.get(x.untyped_storage()._cdata)
+            if live is not None:
+                live.block.kind = kind
 
     def start_step(self, weights: Sequence[Tensor]) -> None:
         """From now on the phases count."""
-        self._weights, self._phase_starts = list(weights), [self._clock]
+        self._weights = list(weights)
+        self._phase_starts = [self._clock]
 
     def _follow_phase(self) -> None:
+        """Notice, at an operator, that the backward has begun or ended.
+
+        What lives unnamed when it begins is what the forward left for it.
+        """
         in_backward = torch._C._current_graph_task_id() != -1
         if len(self._phase_starts) == 1 and in_backward:
             self._phase_starts.append(self._clock)
-            for block, _ in self._alive.values():
-                if block.kind == "temporaries":
-                    block.kind = "activations"
+            for live in self._alive.values():
+                if live.block.kind == "temporaries":
+                    live.block.kind = "activations"
         elif len(self._phase_starts) == 2 and not in_backward:
             self._phase_starts.append(self._clock)
             self.mark((weight.grad for weight in self._weights), "gradients")
 
     def summary(self) -> TracedMemory:
         """The peaks of the phases since `start_step`, and the kinds at the highest."""
-        peaks = self._peaks()
-        phase, peak = max(zip(PHASES, peaks, strict=True), key=lambda found: found[1].nbytes)
+        peaks = dict(zip(PHASES, self._peaks(), strict=True))
+        phase = max(PHASES, key=lambda name: peaks[name].nbytes)
+        peak = peaks[phase]
         kinds = dict.fromkeys(KINDS, 0)
         for block in self._blocks:
             if block.made <= peak.time and (block.freed is None or block.freed > peak.time):
                 kinds[block.kind] += block.nbytes
-        forward, backward, update = (found.nbytes for found in peaks)
         return TracedMemory(
             peak_bytes=peak.nbytes,
             peak_phase=phase,
             **kinds,
-            forward_peak_bytes=forward,
-            backward_peak_bytes=backward,
-            update_peak_bytes=update,
+            forward_peak_bytes=peaks["forward"].nbytes,
+            backward_peak_bytes=peaks["backward"].nbytes,
+            update_peak_bytes=peaks["update"].nbytes,
         )
 
-    def _peaks(self) -> list[_Moment]:
+    def _peaks(self) -> list[_Peak]:
+        """The peak of each phase since `start_step`, from what each tick of the clock changed."""
         changes = [0] * (self._clock + 1)
         for block in self._blocks:
             changes[block.made] += block.nbytes
             if block.freed is not None:
                 changes[block.freed] -= block.nbytes
-        live, peaks = sum(changes[: self._phase_starts[0] + 1]), []
+        live = sum(changes[: self._phase_starts[0] + 1])
+        peaks = []
         for start, stop in pairwise((*self._phase_starts, self._clock)):
-            best = _Moment(live, start)
+            best = _Peak(live, start)
             for time in range(start + 1, stop + 1):
                 live += changes[time]
                 if live > best.nbytes:
-                    best = _Moment(live, time)
+                    best = _Peak(live, time)
             peaks.append(best)
         return peaks

@@ -1,0 +1,86 @@
+"""The points that a search goes through: every mesh on the GPUs, micro-batch, ZeRO stage and saver.
+
+Most of them are legal; the few that are not (inputs/legality.py) are left out by those who ask.
+"""
+
+from collections.abc import Iterator, Mapping
+from functools import lru_cache
+from itertools import product
+
+from seqmesh.planner.inputs.job import Job
+from seqmesh.planner.inputs.point import Point
+
+Pins = Mapping[str, int | str]
+"""Values that are fixed, by the keys of `Point`."""
+
+Mesh = tuple[int, ...]
+"""The degrees of a point: tp, ulysses, ring, dp, pp."""
+
+
+def mesh_of(point: Point) -> Mesh:
+    """The degrees of a point."""
+    return point.tp, point.ulysses, point.ring, point.dp, point.pp
+
+
+def divisors(n: int) -> list[int]:
+    """The divisors of n, ascending."""
+    small = [d for d in range(1, int(n**0.5) + 1) if n % d == 0]
+    return sorted({*small, *(n // d for d in small)})
+
+
+def meshes(job: Job, pins: Pins) -> Iterator[Point]:
+    """Every way to write the number of GPUs as tp x ulysses x ring x dp x pp, without savers.
+
+    Each comes with every micro-batch and ZeRO stage that the pins allow and the stack tries.
+    """
+    m, gpus = job.model, job.cluster.gpus
+    for tp in _degrees("tp", gpus, m.kv_heads, pins):
+        after_tp = gpus // tp
+        for ulysses in _degrees("ulysses", after_tp, max(1, m.heads // tp), pins):
+            after_ulysses = after_tp // ulysses
+            for pp in _degrees("pp", after_ulysses, m.layers, pins):
+                after_pp = after_ulysses // pp
+                for dp in _degrees("dp", after_pp, job.global_batch, pins):
+                    ring = after_pp // dp
+                    if pins.get("ring", ring) == ring and job.global_batch % dp == 0:
+                        yield from _variants(
+                            job, Point(tp=tp, ulysses=ulysses, ring=ring, dp=dp, pp=pp), pins
+                        )
+
+
+def _degrees(axis: str, left: int, most: int, pins: Pins) -> list[int]:
+    """Degrees of an axis that divide the GPUs that are left: the pinned one, or all up to `most`."""
+    if axis in pins:
+        pinned = int(pins[axis])
+        return [pinned] if left % pinned == 0 else []
+    return [degree for degree in divisors(left) if degree <= most]
+
+
+def _variants(job: Job, mesh: Point, pins: Pins) -> Iterator[Point]:
+    """A mesh with every ZeRO stage and micro-batch."""
+    stages = job.stack.zero_stages if mesh.replicas > 1 else (0,)
+    if "zero" in pins:
+        stages = (int(pins["zero"]),)
+    micro_batches = divisors(job.global_batch // mesh.dp)
+    if "micro_batch" in pins:
+        micro_batches = [int(pins["micro_batch"])]
+    for zero, micro_batch in product(stages, micro_batches):
+        yield mesh.but(zero=zero, micro_batch=micro_batch)
+
+
+def with_savers(job: Job, point: Point, pins: Pins) -> Iterator[Point]:
+    """A point with every combination of savers that the pins allow and the stack tries, fewest first."""
+    tried = job.stack.savers
+    options = tuple((str(pins[saver]),) if saver in pins else values for saver, values in tried.items())
+    for values in _combinations(options):
+        yield point.but(**dict(zip(tried, values, strict=True)))
+
+
+@lru_cache(maxsize=256)
+def _combinations(options: tuple[tuple[str, ...], ...]) -> list[tuple[str, ...]]:
+    """One value of each saver, in every combination; those with the lowest sum of levels first."""
+
+    def level(values: tuple[str, ...]) -> int:
+        return sum(option.index(value) for option, value in zip(options, values, strict=True))
+
+    return sorted(product(*options), key=level)

@@ -1,0 +1,193 @@
+"""Memory of a fused stack's rank at the peak of a step, by category.
+
+    states        parameters, gradients, optimizer               ZeRO stage, tp, pp
+    activations   what autograd keeps of every layer             2h (6 + 2κ) + 6f bytes a token in bf16
+    a moment      logits and loss, or the backward of            the largest of the three
+                  attention, or that of the MLP
+    overhead      a stated share of the memory                   inputs/assumptions.py
+
+Pipeline stages differ: the first holds the embedding and most micro-batches, the last the head and the
+logits. The fuller one counts.
+
+Source: PAPER.md, "Formulas"; engine/ring.py, ulysses.py and merge.py for the attention's own buffers.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+from seqmesh.planner.cost.attention import Loads
+from seqmesh.planner.cost.memory import StepMemory, overhead
+from seqmesh.planner.cost.parameters import stage_parameters
+from seqmesh.planner.inputs.job import Job
+from seqmesh.planner.inputs.point import Point
+from seqmesh.schedule.heads import default_chunks, split_heads
+
+TILE_ROWS = 4096
+"""Rows of a tile of the loss (train/loss.py's chunk) and of the MLP."""
+
+LOGIT_BYTES = 6
+"""Of one logit: bf16, and fp32 for the loss. PAPER.md."""
+
+
+@dataclass(frozen=True)
+class _Placed:
+    """Bytes by category on the GPU, and bytes on the host."""
+
+    gpu: dict[str, int]
+    host: int = 0
+
+
+class FusedMemory:
+    """The `MemoryModel` of `FusedStack`."""
+
+    def __init__(self, job: Job, loads: Loads) -> None:
+        self._job = job
+        self._loads = loads
+        self._attention_of = lru_cache(maxsize=None)(self._attention_moment)
+        self._layer_of = lru_cache(maxsize=None)(self._layer_activations)
+
+    def of(self, point: Point) -> StepMemory:
+        """The memory of a point."""
+        ends = {0, point.pp - 1}
+        return max((self._stage(point, stage) for stage in ends), key=lambda memory: memory.total)
+
+    def floor(self, point: Point) -> int:
+        """A lower bound of the total that needs no schedule: states and activations of the first stage."""
+        states = self._states(point, first=True, last=point.pp == 1)
+        activations = self._activations(point, 0)
+        return sum(states.gpu.values()) + sum(activations.gpu.values())
+
+    def _stage(self, point: Point, stage: int) -> StepMemory:
+        last = stage == point.pp - 1
+        states = self._states(point, first=stage == 0, last=last)
+        activations = self._activations(point, stage)
+        moments = {
+            "logits": self._logits(point) if last else {},
+            "attention": self._attention_of(point.tp, point.ulysses, point.ring, point.micro_batch),
+            "mlp": self._mlp_moment(point),
+        }
+        peak = max(moments.values(), key=lambda moment: sum(moment.values()))
+        categories = {**states.gpu, **activations.gpu, **peak}
+        present = {name: size for name, size in categories.items() if size}
+        return StepMemory(
+            categories={**present, "overhead": overhead(self._job)},
+            moments={name: sum(moment.values()) for name, moment in moments.items()},
+            host=states.host + activations.host,
+        )
+
+    def _states(self, point: Point, *, first: bool, last: bool) -> _Placed:
+        """Weights, gradients and optimizer states, each whole or sharded by the ZeRO stage."""
+        numerics = self._job.numerics
+        parameters = stage_parameters(self._job, point, first=first, last=last)
+
+        def shards(from_stage: int) -> int:
+            return point.replicas if point.zero >= from_stage else 1
+
+        optimizer = numerics.optimizer * parameters // shards(1)
+        gpu = {
+            "parameters": numerics.element * parameters // shards(3),
+            "gradients": numerics.gradient * parameters // shards(2),
+            "optimizer": 0 if point.offloads_optimizer else optimizer,
+            "zero_buffers": self._zero_buffers(point),
+        }
+        return _Placed(gpu, host=optimizer if point.offloads_optimizer else 0)
+
+    def _zero_buffers(self, point: Point) -> int:
+        """Whole weights and gradients for as long as they are needed."""
+        numerics, model = self._job.numerics, self._job.model
+        layer = model.layer_parameters // point.tp
+        size = 0
+        if point.zero == 3:  # the layer in use and the one that is fetched; or the embedding
+            size = numerics.element * max(2 * layer, model.embedding_parameters // point.tp)
+        if point.zero >= 2:  # gradients of a layer, before they are scattered
+            size += numerics.gradient * layer
+        return size
+
+    def layer_activations(self, point: Point) -> dict[str, int]:
+        """What autograd keeps of one layer for one micro-batch, by module, without checkpointing."""
+        return self._layer_of(point.tp, point.ulysses, self._job.tokens(point), point.tiling == "mlp")
+
+    def _layer_activations(self, tp: int, ulysses: int, n: int, mlp_tiled: bool) -> dict[str, int]:
+        m, element = self._job.model, self._job.numerics.element
+        ffn = (3 if m.gated else 2) * m.intermediate
+        return {
+            "activations_norms": element * 4 * m.hidden * n // tp,  # inputs and outputs of both norms
+            "activations_attention": self._attention_activations(tp, ulysses, n),
+            "activations_mlp": 0 if mlp_tiled else element * ffn * n // tp,
+        }
+
+    def _attention_activations(self, tp: int, ulysses: int, n: int) -> int:
+        """q, k, v and out as the kernel sees them and the fp32 lse; with ulysses out at home once more."""
+        m, element = self._job.model, self._job.numerics.element
+        heads, kv_heads = m.heads // tp, m.kv_heads // tp
+        at_home = 0
+        q_rows, kv_rows = n * heads, n * kv_heads  # rows x heads
+        if ulysses > 1:
+            # A ulysses rank holds all its group's tokens, of its own heads only.
+            (shares,) = split_heads(heads, kv_heads, ulysses)
+            group_rows = n * ulysses
+            q_rows = group_rows * max(share.q for share in shares)
+            kv_rows = group_rows * max(share.kv for share in shares)
+            at_home = element * m.head_dim * n * heads  # the output projection keeps its input
+        return element * m.head_dim * (2 * q_rows + 2 * kv_rows) + 4 * q_rows + at_home
+
+    def _activations(self, point: Point, stage: int) -> _Placed:
+        """Kept activations of a pipeline stage, of all its micro-batches in flight."""
+        job = self._job
+        in_flight = min(point.pp - stage, job.micro_batches(point))  # 1F1B
+        kept_layers = job.layers(point) * in_flight
+        layer = self.layer_activations(point)
+        if point.checkpointing == "none":
+            return _Placed({name: size * kept_layers for name, size in layer.items()})
+        checkpoint = job.numerics.element * job.model.hidden * job.tokens(point) // point.tp
+        checkpoints = checkpoint * kept_layers
+        # Two stay on the GPU: the one that is copied, and the one in use. Its layer is there, recomputed.
+        offloaded = max(0, checkpoints - 2 * checkpoint) if point.offloads_activations else 0
+        return _Placed({"checkpoints": checkpoints - offloaded, **layer}, host=offloaded)
+
+    def _logits(self, point: Point) -> dict[str, int]:
+        job = self._job
+        rows = job.tokens(point)
+        if point.tiling != "none":
+            rows = min(rows, TILE_ROWS)
+        element = job.numerics.element
+        logit_bytes = LOGIT_BYTES if element == 2 else 2 * element
+        return {"logits": rows * job.model.vocabulary // point.tp * logit_bytes}
+
+    def _mlp_moment(self, point: Point) -> dict[str, int]:
+        """Gradients inside the MLP, and its gathered input under tensor parallelism.
+
+        Where it is tiled, a tile's activations too: they are made again in the backward.
+        """
+        m, rows = self._job.model, self._job.tokens(point)
+        ffn = (3 if m.gated else 2) * m.intermediate // point.tp
+        if point.tiling == "mlp":
+            rows = min(rows, TILE_ROWS)
+            ffn *= 2
+        gathered = m.hidden if point.tp > 1 else 0
+        return {"mlp_gradients": self._job.numerics.element * rows * (ffn + gathered)}
+
+    def _attention_moment(self, tp: int, ulysses: int, ring: int, batch: int) -> dict[str, int]:
+        """Buffers of one attention backward, the heads in chunks as engine/ulysses.py takes them."""
+        job, load = self._job, self._loads(ring)
+        element = job.numerics.element
+        d = job.model.head_dim * batch
+        heads, kv_heads = job.model.heads // tp, job.model.kv_heads // tp
+        wanted = default_chunks(ulysses, ring, job.seq_len, kv_heads * d)
+        shares = [share for chunk in split_heads(heads, kv_heads, ulysses, wanted) for share in chunk]
+        q = max(share.q for share in shares)
+        kv = 2 * max(share.kv for share in shares)  # k and v
+        rows = max(load.layout.counts)
+        home_rows = -(-rows // ulysses)
+        # Rows of the fullest stage that does not compute a rank's own.
+        received = max((max(stage.received, stage.sent) for stage in load.stages[1:]), default=0)
+        return {
+            # dout, dq, dk, dv of this rank's tokens
+            "attention_gradients": element * home_rows * d * (2 * heads + 2 * kv_heads),
+            # dout, and dq, dk, dv, each sent and received
+            "attention_exchange": element * rows * d * (2 * q + 2 * (q + kv)) if ulysses > 1 else 0,
+            # K/V here and in flight; dK/dV leaving and arriving
+            "attention_stages": element * received * d * kv * 4,
+            # fp32: sums of dq and of the rank's own dk, dv; and dk, dv of received rows
+            "attention_accumulators": 4 * d * (rows * (q + kv) + received * kv),
+        }

@@ -1,0 +1,128 @@
+"""The options of `seqmesh plan`, each with its help text, as one dataclass; and how typer gets to see it.
+
+typer reads a command's options off a function's signature, which would make a function of 35 parameters.
+`as_command` makes that signature from the fields of `PlanOptions`, and gives the values back as one object.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Annotated, Any, get_type_hints
+
+import typer
+
+from seqmesh.planner.inputs.point import AXES
+
+
+def _option(name: str, text: str) -> Any:
+    return typer.Option(name, help=text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanOptions:
+    """What stands on the command line, unchecked; in the order of `--help`."""
+
+    model: Annotated[
+        str | None, _option("--model", "A known model, a Hugging Face config.json or its folder.")
+    ] = None
+    gpu: Annotated[str | None, _option("--gpu", "A known GPU, or one of --hardware.")] = None
+    cluster: Annotated[str | None, _option("--cluster", "A [cluster.NAME] of --hardware.")] = None
+    nodes: Annotated[int | None, _option("--nodes", "Nodes (default 1).")] = None
+    gpus_per_node: Annotated[int | None, _option("--gpus-per-node", "GPUs of a node (default 8).")] = None
+    seq_len: Annotated[str, _option("--seq-len", "Tokens of a sequence: 65536, 208K, 1M (K = 1024).")] = "8K"
+    global_batch: Annotated[int, _option("--global-batch", "Sequences of a step over all GPUs.")] = 1
+    documents: Annotated[
+        str | None,
+        _option(
+            "--documents",
+            "Packed documents: lognormal:MU,SIGMA, fixed:LENGTH, lengths, or a file of lengths.",
+        ),
+    ] = None
+    layout: Annotated[str, _option("--layout", "auto, contiguous, zigzag, striped or balanced.")] = "auto"
+    pin: Annotated[
+        list[str] | None,
+        _option("--pin", "Fix degrees and knobs: tp=8,ulysses=1,zero=1,... Can be repeated."),
+    ] = None
+    stack: Annotated[
+        str, _option("--stack", "fused (bf16, as Megatron-LM) or trainer (seqmesh train as it stands).")
+    ] = "fused"
+    precision: Annotated[str, _option("--precision", "bf16 (with fp32 master weights) or fp32.")] = "bf16"
+    gradients: Annotated[
+        str, _option("--gradients", "How bf16 training accumulates and reduces gradients: fp32 or bf16.")
+    ] = "fp32"
+    memory_limit: Annotated[
+        str | None, _option("--memory-limit", "Memory of a GPU to use, such as 70GiB.")
+    ] = None
+    max_micro_batch: Annotated[
+        int | None, _option("--max-micro-batch", "Largest micro-batch to consider.")
+    ] = None
+    axes: Annotated[str, _option("--axes", "Mesh axes from the fastest links to the slowest.")] = ",".join(
+        AXES
+    )
+    hardware: Annotated[
+        list[Path] | None,
+        _option("--hardware", "TOML file with GPUs, clusters or models of yours. Can be repeated."),
+    ] = None
+    profile: Annotated[
+        list[Path] | None,
+        _option("--profile", "Measured profile (the same form): overrides rates and assumptions."),
+    ] = None
+    assume: Annotated[
+        list[str] | None,
+        _option("--assume", "Override assumptions: network=0.7,matmul=0.6. See --explain."),
+    ] = None
+    top: Annotated[int, _option("--top", "How many meshes to show.")] = 5
+    explain: Annotated[bool, _option("--explain", "Price the best (or the pinned) point in full.")] = False
+    max_seq: Annotated[bool, _option("--max-seq", "Find the longest sequence that fits, then plan it.")] = (
+        False
+    )
+    compare: Annotated[
+        bool, _option("--compare", "The paper's Table 2 for this model: as printed, and corrected.")
+    ] = False
+    published: Annotated[
+        bool, _option("--published", "The paper's measured tables beside this planner's predictions.")
+    ] = False
+    kernel: Annotated[
+        bool, _option("--kernel", "Rank the ulysses x ring splits of one attention forward instead.")
+    ] = False
+    heads: Annotated[int | None, _option("--heads", "Query heads, with --kernel.")] = None
+    kv_heads: Annotated[
+        int | None, _option("--kv-heads", "K/V heads, with --kernel (default: as --heads).")
+    ] = None
+    head_dim: Annotated[int | None, _option("--head-dim", "Head dim, with --kernel (default 128).")] = None
+    trace_memory: Annotated[
+        bool,
+        _option(
+            "--trace-memory",
+            "Trace the memory of `seqmesh train`'s step with fake tensors, beside the prediction.",
+        ),
+    ] = False
+    as_json: Annotated[bool, _option("--json", "Print JSON.")] = False
+    emit: Annotated[Path | None, _option("--emit", "Write the best point as a recipe for seqmesh train.")] = (
+        None
+    )
+    trace: Annotated[
+        Path | None, _option("--trace", "Write a step's predicted timeline in the Chrome trace format.")
+    ] = None
+    plot: Annotated[
+        Path | None, _option("--plot", "Draw memory and time of the candidates (default plan.png).")
+    ] = None
+
+
+def as_command(run: Callable[[typer.Context, PlanOptions], int]) -> Callable[..., int]:
+    """A function whose parameters are the context and every field of `PlanOptions`, for typer to read."""
+
+    def command(context: typer.Context, **values: Any) -> int:
+        return run(context, PlanOptions(**values))
+
+    types = get_type_hints(PlanOptions, include_extras=True)
+    by_name = inspect.Parameter.KEYWORD_ONLY
+    options = [
+        inspect.Parameter(field.name, by_name, default=field.default, annotation=types[field.name])
+        for field in fields(PlanOptions)
+    ]
+    context = inspect.Parameter("context", inspect.Parameter.POSITIONAL_OR_KEYWORD, annotation=typer.Context)
+    command.__signature__ = inspect.Signature([context, *options])  # type: ignore[attr-defined]
+    command.__annotations__ = {"context": typer.Context, **types}
+    return command

@@ -1,0 +1,110 @@
+"""The rules that make a point legal for a job.
+
+The search leaves illegal points out; for pins that allow no other, the first broken rule becomes the error.
+"""
+
+from collections.abc import Iterator
+
+from seqmesh.planner.inputs.job import Job
+from seqmesh.planner.inputs.point import Point
+
+
+def is_legal(job: Job, point: Point) -> bool:
+    """Whether a point breaks no rule."""
+    return not any(violations(job, point))
+
+
+def violations(job: Job, point: Point) -> Iterator[str]:
+    """The rules that a point breaks, each with what to do.
+
+    The order counts: an error shows the first only, so what is wrong with the mesh comes before its knobs.
+    """
+    yield from _ranks(job, point)
+    yield from _heads(job, point)
+    yield from _layers(job, point)
+    yield from _tokens(job, point)
+    yield from _sequences(job, point)
+    yield from job.stack.violations(point, job.global_batch)
+    yield from _micro_batch(job, point)
+    yield from _savers(point)
+
+
+def _ranks(job: Job, point: Point) -> Iterator[str]:
+    gpus = job.cluster.gpus
+    if point.gpus != gpus:
+        yield (
+            f"tp={point.tp} x ulysses={point.ulysses} x ring={point.ring} x dp={point.dp} x pp={point.pp}"
+            f" = {point.gpus} ranks on {gpus} GPUs; choose degrees whose product is {gpus}"
+        )
+
+
+def _heads(job: Job, point: Point) -> Iterator[str]:
+    """Tensor parallelism and ulysses both split heads; at most one rule is broken at a time."""
+    m, tp = job.model, point.tp
+    # More tensor-parallel ranks than K/V heads could still share them evenly, as copies: a rule of its own.
+    divides_kv = m.kv_heads % tp == 0 or tp % m.kv_heads == 0
+    if m.heads % tp or not divides_kv:
+        yield (
+            f"tp={tp} does not divide {m.heads} query heads and {m.kv_heads} K/V heads; use a common divisor"
+        )
+    elif m.intermediate % tp or m.hidden % tp:
+        yield (
+            f"tp={tp} does not divide hidden={m.hidden} and intermediate={m.intermediate};"
+            " use a common divisor"
+        )
+    elif tp > m.kv_heads:
+        yield (
+            f"tp={tp} with {m.kv_heads} K/V heads would hold copies of them; use tp <= {m.kv_heads},"
+            " ulysses or ring for the rest"
+        )
+    elif point.ulysses > m.heads // tp:
+        left = m.heads // tp
+        yield (
+            f"ulysses={point.ulysses} with {left} query heads on each tp={tp} rank leaves ranks without a"
+            f" head; use ulysses <= {left} and put the rest on ring"
+        )
+
+
+def _layers(job: Job, point: Point) -> Iterator[str]:
+    layers = job.model.layers
+    if point.pp > layers:
+        yield f"pp={point.pp} with {layers} layers leaves stages empty; use pp <= {layers}"
+
+
+def _tokens(job: Job, point: Point) -> Iterator[str]:
+    if point.sp > job.seq_len:
+        yield (f"ulysses x ring = {point.sp} ranks share {job.seq_len} tokens; use at most {job.seq_len}")
+    elif job.seq_len % (point.tp * point.sp) and point.tp > 1:
+        yield (
+            f"tp={point.tp} with its sequence parallelism does not divide {job.seq_len} tokens over"
+            f" {point.sp} ranks; use a length that is a multiple of {point.tp * point.sp}, or tp=1"
+        )
+
+
+def _sequences(job: Job, point: Point) -> Iterator[str]:
+    if job.global_batch % (point.dp * point.micro_batch):
+        yield (
+            f"dp={point.dp} x micro_batch={point.micro_batch} does not divide"
+            f" global_batch={job.global_batch}; use degrees whose product divides {job.global_batch}"
+        )
+
+
+def _micro_batch(job: Job, point: Point) -> Iterator[str]:
+    if job.max_micro_batch is not None and point.micro_batch > job.max_micro_batch:
+        yield (
+            f"micro_batch={point.micro_batch} is above the limit of {job.max_micro_batch};"
+            " raise --max-micro-batch, or use a smaller one"
+        )
+
+
+def _savers(point: Point) -> Iterator[str]:
+    """ZeRO and offload that would have nothing to work on."""
+    if point.zero > 1 and point.replicas == 1:
+        yield (f"zero={point.zero} with dp x ulysses x ring = 1 has nothing to shard over; use zero=0 or 1")
+    if point.offloads_activations and point.checkpointing == "none":
+        yield (
+            f"offload={point.offload} moves checkpoints to the host but checkpointing=none makes none;"
+            " use checkpointing=full"
+        )
+    if point.offloads_optimizer and point.zero == 0 and point.replicas > 1:
+        yield f"offload={point.offload} with zero=0 would step the whole model on every host; use zero >= 1"

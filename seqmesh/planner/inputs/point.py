@@ -1,0 +1,89 @@
+"""One way to run a training step: the degrees of the mesh and the knobs that trade memory for time.
+
+ranks = pp x dp x ring x ulysses x tp        from the slowest links to the fastest (best practice 7)
+"""
+
+from dataclasses import dataclass, fields, replace
+
+from seqmesh.planner.inputs.tables import unknown
+
+AXES = ("tp", "ulysses", "ring", "dp", "pp")
+"""From the fastest links to the slowest: best practice 7."""
+
+CHECKPOINTING = ("none", "full")
+OFFLOAD = ("none", "activations", "optimizer", "both")
+TILING = ("none", "loss", "mlp")
+CHOICES: dict[str, tuple[str, ...]] = {"checkpointing": CHECKPOINTING, "offload": OFFLOAD, "tiling": TILING}
+"""Values of the knobs of a `Point` that are words."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Point:
+    """One way to run a job: the keys of `--pin`.
+
+    Raises:
+        ValueError: a degree below 1, a ZeRO stage beyond 3, or an unknown word.
+    """
+
+    tp: int = 1
+    ulysses: int = 1
+    ring: int = 1
+    dp: int = 1
+    pp: int = 1
+    zero: int = 1
+    checkpointing: str = "none"
+    offload: str = "none"
+    tiling: str = "none"
+    micro_batch: int = 1
+
+    def __post_init__(self) -> None:
+        for name, known in CHOICES.items():
+            if getattr(self, name) not in known:
+                raise unknown(f"value of {name}", str(getattr(self, name)), known)
+        smallest = min(self.tp, self.ulysses, self.ring, self.dp, self.pp, self.micro_batch)
+        if smallest < 1 or not 0 <= self.zero <= 3:
+            raise ValueError(f"{self}: degrees are at least 1, and ZeRO has stages 0 to 3; correct them")
+
+    @property
+    def sp(self) -> int:
+        """Ranks that share a sequence by its tokens."""
+        return self.ulysses * self.ring
+
+    @property
+    def replicas(self) -> int:
+        """Ranks with the same weights: N of the ZeRO formulas."""
+        return self.dp * self.sp
+
+    @property
+    def gpus(self) -> int:
+        """Ranks in all."""
+        return self.tp * self.sp * self.dp * self.pp
+
+    @property
+    def offloads_optimizer(self) -> bool:
+        """Whether the optimizer's states live on the host."""
+        return self.offload in ("optimizer", "both")
+
+    @property
+    def offloads_activations(self) -> bool:
+        """Whether checkpoints live on the host."""
+        return self.offload in ("activations", "both")
+
+    @property
+    def savers(self) -> dict[str, str]:
+        """The memory savers that are in use, by their knob."""
+        values = {name: str(getattr(self, name)) for name in ("checkpointing", "offload", "tiling")}
+        return {name: value for name, value in values.items() if value != "none"}
+
+    def __str__(self) -> str:
+        knobs = [f"zero {self.zero}", f"micro-batch {self.micro_batch}"]
+        knobs += [f"{name} {value}" for name, value in self.savers.items()]
+        return f"tp{self.tp} u{self.ulysses} r{self.ring} dp{self.dp} pp{self.pp}, {', '.join(knobs)}"
+
+    def but(self, **changes: int | str) -> "Point":
+        """The same with some fields replaced."""
+        return replace(self, **changes)  # type: ignore[arg-type]
+
+
+KEYS = tuple(f.name for f in fields(Point))
+"""What can be pinned."""

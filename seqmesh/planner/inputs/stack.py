@@ -1,0 +1,142 @@
+"""The two training stacks that can be planned for, behind one interface.
+
+    fused       bf16, flash attention, fused norms and activations, every parallelism: as Megatron-LM has
+    trainer     `seqmesh train` as it stands: fp32, weights whole on every rank, nothing recomputed
+
+A `Job` holds one of them. What the planner does differently for the two it asks the stack, by the questions
+of `Stack`; no other file compares stacks. Their memory models are in cost/, which this folder may not import:
+cost/step.py hands both over, and the stack takes its own.
+"""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Protocol, TypeVar
+
+from seqmesh.planner.inputs.numerics import FP32, Numerics, numerics_for
+from seqmesh.planner.inputs.point import CHECKPOINTING, OFFLOAD, TILING, Point
+from seqmesh.planner.inputs.tables import unknown
+
+Model = TypeVar("Model")
+
+
+class Stack(Protocol):
+    """What the planner asks of a training stack."""
+
+    @property
+    def zero_stages(self) -> tuple[int, ...]:
+        """ZeRO stages that a search tries where several ranks hold the same weights, the usual one first."""
+
+    @property
+    def savers(self) -> Mapping[str, tuple[str, ...]]:
+        """Values of each memory saver that a search tries, each one at least as slow as those before it."""
+
+    @property
+    def remedy(self) -> str | None:
+        """What to do when nothing fits, where a larger machine or a shorter sequence is not the answer."""
+
+    def numerics(self, precision: str, gradients: str) -> Numerics:
+        """Bytes of numbers for `--precision` and `--gradients`.
+
+        Raises:
+            ValueError: the stack does not compute in them.
+        """
+
+    def violations(self, point: Point, global_batch: int) -> Iterator[str]:
+        """What it does not run of a point, each with what to do."""
+
+    def memory_model(self, *, fused: Model, trainer: Model) -> Model:
+        """Its own of the two memory models."""
+
+
+@dataclass(frozen=True)
+class FusedStack:
+    """bf16 training with every parallelism and memory saver, as Megatron-LM has it."""
+
+    zero_stages: ClassVar[tuple[int, ...]] = (1, 2, 3)
+    """No 0: where there are replicas, ZeRO-1 sends no more and takes less memory."""
+    savers: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "tiling": TILING,
+        "checkpointing": CHECKPOINTING,
+        "offload": OFFLOAD,
+    }
+    remedy: ClassVar[str | None] = None
+
+    def numerics(self, precision: str, gradients: str) -> Numerics:
+        """Any precision that can be asked for."""
+        return numerics_for(precision, gradients)
+
+    def violations(self, point: Point, global_batch: int) -> Iterator[str]:  # noqa: ARG002
+        """None: it runs every point that the rules for all stacks allow."""
+        return iter(())
+
+    def memory_model(self, *, fused: Model, trainer: Model) -> Model:  # noqa: ARG002
+        """The model of states, activations and moments by category."""
+        return fused
+
+
+@dataclass(frozen=True)
+class TrainerStack:
+    """`seqmesh train` as it stands.
+
+    Weights replicated on ulysses x ring ranks, one packed sequence a step, nothing saved.
+    """
+
+    zero_stages: ClassVar[tuple[int, ...]] = (0,)
+    savers: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "tiling": ("none",),
+        "checkpointing": ("none",),
+        "offload": ("none",),
+    }
+    remedy: ClassVar[str | None] = (
+        "--stack fused prices what shards weights or recomputes, which seqmesh train does not do yet"
+    )
+    only: ClassVar[Mapping[str, int | str]] = {
+        "tp": 1,
+        "dp": 1,
+        "pp": 1,
+        "zero": 0,
+        "checkpointing": "none",
+        "offload": "none",
+        "tiling": "none",
+    }
+    """The one value of each knob that it runs."""
+
+    def numerics(self, precision: str, gradients: str) -> Numerics:
+        """fp32; the options must be at their defaults, since it would ignore anything else."""
+        for name, value, default in (("precision", precision, "bf16"), ("gradients", gradients, "fp32")):
+            if value != default:
+                raise ValueError(
+                    f"--{name} with --stack trainer: seqmesh train computes in fp32; remove --{name}"
+                )
+        return FP32
+
+    def violations(self, point: Point, global_batch: int) -> Iterator[str]:
+        """Every knob away from the value that it runs, and more than one sequence a step."""
+        for key, value in self.only.items():
+            given = getattr(point, key)
+            if given != value:
+                yield (f"{key}={given} is not what seqmesh train runs; use {key}={value}, or --stack fused")
+        if global_batch > 1:
+            yield (
+                f"global_batch={global_batch}: seqmesh train packs a step into one sequence;"
+                " use --global-batch 1 and --documents"
+            )
+
+    def memory_model(self, *, fused: Model, trainer: Model) -> Model:  # noqa: ARG002
+        """The model that follows the trainer's own step."""
+        return trainer
+
+
+STACKS: Mapping[str, Stack] = {"fused": FusedStack(), "trainer": TrainerStack()}
+"""Values of `--stack`."""
+
+
+def stack_named(name: str) -> Stack:
+    """The stack of this name.
+
+    Raises:
+        ValueError: there is none.
+    """
+    if name not in STACKS:
+        raise unknown("stack", name, STACKS)
+    return STACKS[name]

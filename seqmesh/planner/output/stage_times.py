@@ -1,0 +1,69 @@
+"""Seconds of each stage of one attention call on the ring, which the estimate has only as a sum."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+from seqmesh.planner.cost.attention import AttentionCost, AttentionShape, Pass, attention_cost
+from seqmesh.planner.cost.ring_load import StageLoad
+from seqmesh.planner.cost.step import CostModel
+from seqmesh.planner.inputs.point import Point
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageTime:
+    """Seconds of one ring stage: its compute, and the fetch of its rows beside the stage before."""
+
+    kernel: float
+    merge: float
+    fetch: float
+    exposed: float
+    """The part of `fetch` that the stage before does not hide."""
+
+
+@dataclass(frozen=True)
+class StageTimes:
+    """The stages of one attention call, in their order."""
+
+    forward: Sequence[StageTime]
+    backward: Sequence[StageTime]
+
+
+def stage_times(costs: CostModel, point: Point) -> StageTimes:
+    """The stages of one attention call; they add up to `costs.attention(point)`.
+
+    Each is the cost of a call that has this stage alone. How much of its fetch is exposed depends on the
+    stage before: that is what the two together have more than the one before has alone.
+    """
+    job, ring = costs.job, costs.loads(point.ring)
+    shape = AttentionShape.of(job, batch=point.micro_batch, ulysses=point.ulysses, tp=point.tp)
+    ulysses_group, ring_group = costs.group(point, "ulysses"), costs.group(point, "ring")
+
+    def cost_of(*stages: StageLoad) -> AttentionCost:
+        only = replace(ring, stages=tuple(replace(stage, count=1) for stage in stages))
+        return attention_cost(job, only, shape, ulysses_group, ring_group)
+
+    forward: list[StageTime] = []
+    backward: list[StageTime] = []
+    before: StageLoad | None = None
+    for stage in ring.stages:
+        for number in range(min(stage.count, 2)):  # those after the second are like the second
+            times = stage.count - 1 if number else 1
+            alone = cost_of(stage)
+            if before is None:
+                forward += [_time(alone.forward, alone.forward.rows_exposed)] * times
+                backward += [_time(alone.backward, alone.backward.rows_exposed)] * times
+            else:
+                lead, pair = cost_of(before), cost_of(before, stage)
+                forward += [_time(alone.forward, _more(pair.forward, lead.forward))] * times
+                backward += [_time(alone.backward, _more(pair.backward, lead.backward))] * times
+            before = stage
+    return StageTimes(forward, backward)
+
+
+def _more(pair: Pass, lead: Pass) -> float:
+    """What the second of a pair of stages adds to the exposed seconds of the first."""
+    return pair.rows_exposed - lead.rows_exposed
+
+
+def _time(alone: Pass, exposed: float) -> StageTime:
+    return StageTime(kernel=alone.kernel, merge=alone.merge, fetch=alone.rows, exposed=exposed)

@@ -1,0 +1,75 @@
+"""What does not fit, by how much, and the cheapest thing that would make it fit."""
+
+from seqmesh.planner.candidates import Pins
+from seqmesh.planner.cost.estimate import StepEstimate
+from seqmesh.planner.cost.step import CostModel
+from seqmesh.planner.inputs.units import format_bytes, format_seconds, format_tokens
+from seqmesh.planner.longest import longest
+from seqmesh.planner.search import fits_at_all, search
+
+MOST_GPUS = 16384
+"""Machines beyond which none is suggested."""
+NODES_TRIED = (2, 4, 8, 16, 32, 64)
+"""Multiples of the machine that `remedy` tries."""
+
+
+def shortfall(costs: CostModel, estimate: StepEstimate, pins: Pins) -> str:
+    """By how much a point does not fit, and the cheapest thing that would make it fit."""
+    return f"{overflow(costs, estimate)}; {remedy(costs, pins)}"
+
+
+def overflow(costs: CostModel, estimate: StepEstimate) -> str:
+    """By how much a point does not fit: on the GPU, or on the host where it is only that."""
+    memory = estimate.memory
+    taken, capacity, where = memory.total, costs.job.capacity, "a GPU"
+    if memory.total <= capacity:
+        host = round(costs.job.assumptions.host_bytes)
+        taken, capacity, where = memory.host, host, "the host for each GPU"
+    return (
+        f"{estimate.point} takes {format_bytes(taken)} of the {format_bytes(capacity)} of {where},"
+        f" {format_bytes(memory.over(costs.job))} too much"
+    )
+
+
+def remedy(costs: CostModel, pins: Pins) -> str:
+    """What would make a job fit that does not.
+
+    One pin to release, all of them, what the stack advises, more nodes, or a shorter sequence.
+    """
+    if (freed := _one_pin(costs, pins)) is not None:
+        return freed
+    if pins and (free := _best(costs, {})):
+        return f"{free.point} would fit ({format_seconds(free.seconds)} a step)"
+    if costs.job.stack.remedy is not None:
+        return costs.job.stack.remedy
+    cluster = costs.job.cluster
+    for times in NODES_TRIED:
+        if times * cluster.gpus <= MOST_GPUS and fits_at_all(costs.with_nodes(cluster.nodes * times), {}):
+            return f"--nodes {cluster.nodes * times} would make it fit"
+    length = longest(costs, {})
+    if length:
+        return f"the longest sequence that fits is {format_tokens(length)}"
+    return "the weights alone do not fit; use a smaller model"
+
+
+def _one_pin(costs: CostModel, pins: Pins) -> str | None:
+    """The one pin whose release makes it fit, or None; of several the one that gives the fastest step."""
+    found = []
+    for key in pins:
+        estimate = _best(costs, {other: value for other, value in pins.items() if other != key})
+        if estimate is not None:
+            found.append((estimate, key))
+    if not found:
+        return None
+    estimate, key = min(found, key=lambda freed: freed[0].seconds)
+    value = getattr(estimate.point, key)
+    return f"{key}={value} would make it fit ({format_seconds(estimate.seconds)} a step)"
+
+
+def _best(costs: CostModel, pins: Pins) -> StepEstimate | None:
+    """The best point with these pins; None if none fits or none is legal."""
+    try:
+        best = search(costs, pins, top=1).best
+    except ValueError:
+        return None
+    return best[0] if best else None

@@ -306,8 +306,8 @@ def _assemble(corpus: Corpus, pieces: list[Piece]) -> Batch:
     ids = torch.cat([_piece_tokens(corpus, piece) for piece in pieces])
     labels = torch.full_like(ids, IGNORED_LABEL)
     labels[:-1] = ids[1:]
-    last_of_document = torch.tensor(list(accumulate(lengths))) - 1
-    labels[last_of_document] = IGNORED_LABEL  # shifting gave it the first token of the next document
+    # The last token of each document: shifting gave it the first token of the next one.
+    labels[torch.tensor(list(accumulate(lengths))) - 1] = IGNORED_LABEL
     positions = torch.cat([torch.arange(length) for length in lengths])
     return Batch(
         input_ids=ids[None],

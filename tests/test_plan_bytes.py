@@ -14,9 +14,9 @@ from seqmesh.planner.cost.ring_load import ring_load
 from seqmesh.planner.cost.step import CostModel
 from seqmesh.planner.inputs.hardware import Cluster, load_gpu
 from seqmesh.planner.inputs.job import Job
-from seqmesh.planner.inputs.models import ModelShape
 from seqmesh.planner.inputs.numerics import Numerics
 from seqmesh.planner.inputs.point import Point
+from seqmesh.planner.inputs.shape import ModelShape
 from seqmesh.planner.one_attention import attention_model
 from seqmesh.train.config import Config, DataConfig, MeshConfig
 from seqmesh.train.data import Corpus, batches
@@ -121,12 +121,10 @@ def test_predicted_bytes_of_a_step_equal_those_of_a_real_training_step(
     cost = costs.attention(point)
     attention = m.layers * sum(one.heads_bytes + one.rows_bytes for one in (cost.forward, cost.backward))
     assert attention == ranks.run(point.sp, trained, *mesh)[0]
-    gradients = (
-        2 * 4 * shape.parameters * (point.sp - 1) // point.sp
-    )  # what an all-reduce sends from each rank, in reduce-scatter + all-gather
-    assert sum(costs.estimate(point).bytes_per_step.values()) == pytest.approx(
-        attention / point.sp + gradients, abs=4
-    )
+    # What an all-reduce sends from each rank, in reduce-scatter + all-gather.
+    gradients = 2 * 4 * shape.parameters * (point.sp - 1) // point.sp
+    sent = sum(costs.estimate(point).bytes_per_step.values())
+    assert sent == pytest.approx(attention / point.sp + gradients, abs=4)
 
 
 def test_checkpointing_sends_the_forward_twice() -> None:

@@ -102,12 +102,8 @@ def test_some_pins_leave_the_rest_to_the_search(plan: Run) -> None:
 
 def test_kernel_mode_ranks_the_splits_by_iterations_per_second(plan: Run) -> None:
     candidates = plan.json(*KERNEL, "--seq-len", "128K")["candidates"]
-    assert [(one["ulysses"], one["ring"]) for one in candidates] == [
-        (2, 4),
-        (1, 8),
-        (4, 2),
-        (8, 1),
-    ]  # Table 3's order
+    tables_order = [(2, 4), (1, 8), (4, 2), (8, 1)]  # of Table 3
+    assert [(one["ulysses"], one["ring"]) for one in candidates] == tables_order
     speeds = [one["iterations_per_second"] for one in candidates]
     assert speeds == sorted(speeds, reverse=True)
 
@@ -180,9 +176,8 @@ def test_the_trainers_stack_is_planned_as_it_stands(plan: Run) -> None:
     assert {(one["tp"], one["dp"], one["pp"], one["zero"], one["checkpointing"]) for one in candidates} == {
         (1, 1, 1, 0, "none")
     }
-    assert candidates[0]["memory_bytes"]["parameters"] == pytest.approx(
-        4 * 1.2358e9, rel=1e-3
-    )  # fp32, tied embeddings
+    parameters = 1.2358e9  # tied embeddings
+    assert candidates[0]["memory_bytes"]["parameters"] == pytest.approx(4 * parameters, rel=1e-3)
     code, _, error = plan(
         "--model", "llama3.2-1b", "--gpu", "h100-sxm", "--stack", "trainer", "--pin", "tp=2"
     )

@@ -14,8 +14,9 @@ from seqmesh.planner.cost.attention import Loads
 from seqmesh.planner.cost.fused_memory import FusedMemory
 from seqmesh.planner.inputs.hardware import Cluster, load_gpu
 from seqmesh.planner.inputs.job import Job
-from seqmesh.planner.inputs.models import ModelShape, known_models, load_model
+from seqmesh.planner.inputs.models import known_models, load_model
 from seqmesh.planner.inputs.point import Point
+from seqmesh.planner.inputs.shape import ModelShape
 from seqmesh.planner.paper.compare import PRINTED, Comparison, compare
 from seqmesh.planner.paper.compare_text import as_record, render
 from seqmesh.planner.paper.symbols import cost, shown, symbol

@@ -109,9 +109,8 @@ def test_a_faster_gpu_or_link_never_makes_a_step_slower() -> None:
     }
     points = [point for point in meshes(one.job, {}) if not any(violations(one.job, point))]
     for name, rate in faster.items():
-        other = CostModel(
-            replace(one.job, cluster=replace(one.job.cluster, gpu=replace(gpu, **{name: rate})))
-        )  # type: ignore[arg-type]
+        cluster = replace(one.job.cluster, gpu=replace(gpu, **{name: rate}))
+        other = CostModel(replace(one.job, cluster=cluster))
         assert all(other.seconds(point) <= one.seconds(point) * (1 + 1e-12) for point in points)
 
 

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 from wrong_input import refused, toml
 
-from seqmesh.planner.inputs.models import ModelShape, known_models, load_model
+from seqmesh.planner.inputs.models import known_models, load_model
+from seqmesh.planner.inputs.shape import ModelShape
 
 LLAMA: dict[str, Any] = {
     "model_type": "llama",

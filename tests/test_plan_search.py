@@ -16,8 +16,9 @@ from seqmesh.planner.inputs.assumptions import Assumptions
 from seqmesh.planner.inputs.hardware import Cluster, load_gpu
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.legality import violations
-from seqmesh.planner.inputs.models import ModelShape, load_model
+from seqmesh.planner.inputs.models import load_model
 from seqmesh.planner.inputs.point import AXES, CHECKPOINTING, OFFLOAD, TILING, Point
+from seqmesh.planner.inputs.shape import ModelShape
 from seqmesh.planner.longest import longest
 from seqmesh.planner.reasons import why_not
 from seqmesh.planner.remedies import shortfall
@@ -86,9 +87,8 @@ def test_six_gpus_and_odd_lengths_are_planned_too() -> None:
     found = search(CostModel(job(each=6, seq_len=10_007, batch=1)), {})
     assert found.best
     assert {estimate.point.gpus for estimate in found.best} == {6}
-    assert all(
-        estimate.point.tp == 1 for estimate in found.best
-    )  # 10,007 is a prime: TP's sequence parallelism cannot divide it
+    # 10,007 is a prime: TP's sequence parallelism cannot divide it.
+    assert {estimate.point.tp for estimate in found.best} == {1}
 
 
 @pytest.mark.parametrize("gpu", ["h100-sxm", "b200", "l20"])
@@ -160,9 +160,8 @@ def test_a_misfit_names_its_shortfall_and_what_would_fit() -> None:
     estimate = costs.estimate(point)
     assert not estimate.fits
     said = shortfall(costs, estimate, asdict(point))
-    assert (
-        "3.75 GB too much; zero=2 would make it fit" in said
-    )  # the cheapest: tiling the loss is not enough, the rest takes longer
+    # The cheapest: tiling the loss is not enough, the rest takes longer.
+    assert "3.75 GB too much; zero=2 would make it fit" in said
     assert "too much; tp=2 would make it fit" in shortfall(
         costs, estimate, {"zero": 1, "tp": 1, "tiling": "none", "checkpointing": "none", "ring": 1, "pp": 1}
     )

@@ -18,7 +18,7 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from seqmesh.bench.memory import peak_bytes
 from seqmesh.engine.mesh import SequenceMesh
-from seqmesh.planner.inputs.models import ModelShape
+from seqmesh.planner.inputs.shape import ModelShape
 from seqmesh.planner.trainer import memory as formula
 from seqmesh.planner.trainer.memory import Moment, trainer_memory, trainer_moments
 from seqmesh.planner.trainer.tracing import KINDS, TracedMemory, trace_training_step
@@ -80,9 +80,8 @@ def allocated(model: ModelShape, seq_len: int, ulysses: int, ring: int) -> int:
     """Peak bytes of the second step at PyTorch's allocator, on this rank. A collective."""
     trained = trainer(model, seq_len, SequenceMesh.build(ulysses=ulysses, ring=ring))
     trained.step()
-    trained.optimizer.zero_grad(
-        set_to_none=True
-    )  # as the step begins: the profiler does not see old blocks go
+    # As the step begins; before it, for the profiler does not see old blocks go.
+    trained.optimizer.zero_grad(set_to_none=True)
     states = (state for states in trained.optimizer.state.values() for state in states.values())
     held = sum(x.nbytes for x in (*trained.model.parameters(), *trained.model.buffers(), *states))
     return held + peak_bytes(trained.step)

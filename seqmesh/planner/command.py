@@ -17,11 +17,12 @@ from seqmesh.planner.cost.step import CostModel
 from seqmesh.planner.flags import PlanOptions, as_command
 from seqmesh.planner.inputs.hardware import known_gpus
 from seqmesh.planner.inputs.job import Job
-from seqmesh.planner.inputs.models import ModelShape, known_models, load_model
+from seqmesh.planner.inputs.models import known_models, load_model
 from seqmesh.planner.inputs.numerics import FP32
 from seqmesh.planner.inputs.options import check_options
 from seqmesh.planner.inputs.point import KEYS
 from seqmesh.planner.inputs.request import Machine, Request, build_job, parse_pins
+from seqmesh.planner.inputs.shape import ModelShape
 from seqmesh.planner.inputs.stack import TrainerStack
 from seqmesh.planner.inputs.units import format_tokens
 from seqmesh.planner.longest import at_length, longest

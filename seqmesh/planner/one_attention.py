@@ -13,7 +13,7 @@ from seqmesh.planner.cost.attention import AttentionShape, Loads, Pass, attentio
 from seqmesh.planner.cost.estimate import COMPUTE
 from seqmesh.planner.cost.network import Group, Network, add_bytes, place
 from seqmesh.planner.inputs.job import Job
-from seqmesh.planner.inputs.models import ModelShape
+from seqmesh.planner.inputs.shape import ModelShape
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -241,26 +241,26 @@ def _read_gpu(table: Table, base: Gpu | None) -> Gpu:
     """
     table.check_keys(_GPU_KEYS)
     assumptions = table.table("assumptions")
+    own_overrides = {key: assumptions.number(key) for key in assumptions.values}
     return Gpu(
         name=table.name,
         flops_per_s=_peak(table, "tflops", "tflops_fp32", base.flops_per_s if base else None),
         fp32_flops_per_s=_peak(table, "tflops_fp32", "tflops", base.fp32_flops_per_s if base else None),
         memory_bytes=_memory(table, base),
-        memory_bytes_per_s=_quantity(
-            table, "memory_tb_per_s", 1e12, base.memory_bytes_per_s if base else None
-        ),
+        memory_bytes_per_s=_rate(table, "memory_tb_per_s", 1e12, base.memory_bytes_per_s if base else None),
         scale_up_bytes_per_s=_scale_up(table, base),
-        pcie_bytes_per_s=_quantity(table, "pcie_gb_per_s", 1e9, base.pcie_bytes_per_s if base else None),
-        network_bytes_per_s=_quantity(
-            table, "network_gb_per_s", 1e9, base.network_bytes_per_s if base else None
-        ),
-        source=table.text("source") if "source" in table else f"like {base.name}" if base else "",
+        pcie_bytes_per_s=_rate(table, "pcie_gb_per_s", 1e9, base.pcie_bytes_per_s if base else None),
+        network_bytes_per_s=_rate(table, "network_gb_per_s", 1e9, base.network_bytes_per_s if base else None),
+        source=_source(table, base),
         measured=table.flag("measured", default=False),
-        overrides={
-            **(base.overrides if base else {}),
-            **{key: assumptions.number(key) for key in assumptions.values},
-        },
+        overrides={**(base.overrides if base else {}), **own_overrides},
     )
+
+
+def _source(table: Table, base: Gpu | None) -> str:
+    if "source" in table:
+        return table.text("source")
+    return f"like {base.name}" if base else ""
 
 
 def _peak(table: Table, key: str, other: str, inherited: float | None) -> float | None:
@@ -270,8 +270,11 @@ def _peak(table: Table, key: str, other: str, inherited: float | None) -> float 
     return table.positive(key) * 1e12
 
 
-def _quantity(table: Table, key: str, unit: float, inherited: float | None) -> float:
-    return inherited if inherited is not None and key not in table else table.positive(key) * unit
+def _rate(table: Table, key: str, unit: float, inherited: float | None) -> float:
+    """A rate in bytes/s, which may be left out where it is inherited."""
+    if key not in table and inherited is not None:
+        return inherited
+    return table.positive(key) * unit
 
 
 def _memory(table: Table, base: Gpu | None) -> int:

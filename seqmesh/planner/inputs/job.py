@@ -7,9 +7,9 @@ from seqmesh import layouts, masks
 from seqmesh.masks import Mask
 from seqmesh.planner.inputs.assumptions import Assumptions
 from seqmesh.planner.inputs.hardware import Cluster
-from seqmesh.planner.inputs.models import ModelShape
 from seqmesh.planner.inputs.numerics import Numerics
 from seqmesh.planner.inputs.point import AXES, Point
+from seqmesh.planner.inputs.shape import ModelShape
 from seqmesh.planner.inputs.stack import FusedStack, Stack
 from seqmesh.planner.inputs.tables import unknown
 

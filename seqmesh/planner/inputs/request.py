@@ -11,8 +11,8 @@ from seqmesh.planner.inputs.assumptions import Assumptions
 from seqmesh.planner.inputs.documents import parse_documents
 from seqmesh.planner.inputs.hardware import Cluster, Gpu, known_gpus_of, load_cluster, load_gpu
 from seqmesh.planner.inputs.job import Job
-from seqmesh.planner.inputs.models import ModelShape
 from seqmesh.planner.inputs.point import AXES, CHOICES, KEYS
+from seqmesh.planner.inputs.shape import ModelShape
 from seqmesh.planner.inputs.stack import stack_named
 from seqmesh.planner.inputs.tables import unknown
 from seqmesh.planner.inputs.units import parse_bytes, parse_tokens

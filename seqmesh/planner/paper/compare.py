@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
-from seqmesh.planner.inputs.models import ModelShape
+from seqmesh.planner.inputs.shape import ModelShape
 from seqmesh.planner.paper.symbols import shown, symbol, words
 from seqmesh.planner.paper.table2 import HIDDEN, Method, Rules, derived, methods
 from seqmesh.planner.paper.table2_numbers import Evaluation, Numbers, corrected_rules

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from fractions import Fraction
 from typing import NamedTuple
 
-from seqmesh.planner.inputs.models import ModelShape
+from seqmesh.planner.inputs.shape import ModelShape
 from seqmesh.planner.paper.symbols import Cost, symbol
 from seqmesh.planner.paper.table2 import EXPERTS, HIDDEN, SEQMESH_UNIFIED, Method, Rules, mixed
 

@@ -42,7 +42,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from seqmesh.engine.mesh import SequenceMesh
-from seqmesh.planner.inputs.models import ModelShape
+from seqmesh.planner.inputs.shape import ModelShape
 from seqmesh.planner.trainer.memory import check_trainable
 from seqmesh.train.config import Config, DataConfig, MeshConfig, ModelConfig
 from seqmesh.train.data import Corpus

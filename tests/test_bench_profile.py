@@ -4,16 +4,18 @@ from pathlib import Path
 
 import pytest
 
-from seqmesh.bench.profile import BLOCKS, MESSAGES, Measured, link, long_block_rate, to_toml, write_profile
+from seqmesh.bench.profile import BLOCKS, MESSAGES, RankRates, link, long_block_rate, to_toml, write_profile
 from seqmesh.planner.inputs.hardware import Cluster, load_gpu
-from seqmesh.planner.inputs.job import Job, Numerics
+from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.models import load_model
+from seqmesh.planner.inputs.numerics import Numerics
 from seqmesh.planner.inputs.request import assumptions_for
 
 FP32 = Numerics(element=4, gradient=4, optimizer=8)
 
 
 def rates(endless: float, half: float) -> tuple[float, float]:
+    """FLOP/s at the two block lengths of a kernel that reaches `endless`, and half of it at `half` rows."""
     short, long = (endless / (1 + half / rows) for rows in BLOCKS)
     return short, long
 
@@ -25,7 +27,7 @@ def test_block_rates_and_link_rates_are_recovered_from_their_two_measurements() 
 
 
 def test_a_profile_is_read_by_the_planner_with_its_rates_as_shares_of_the_fastest(tmp_path: Path) -> None:
-    measured = Measured(
+    measured = RankRates(
         matmul=5e10,
         forward=rates(4e10, 40.0),
         backward=rates(6e10, 30.0),
@@ -42,14 +44,13 @@ def test_a_profile_is_read_by_the_planner_with_its_rates_as_shares_of_the_fastes
     peaks = (assumed.matmul, assumed.attention_forward, assumed.attention_backward)
     assert [share * gpu.peak_flops_per_s(4) for share in peaks] == pytest.approx([5e10, 4e10, 6e10], rel=2e-3)
     assert assumed.attention_half_rows == pytest.approx(40, rel=1e-2)
+    model = load_model("llama3.2-1b")
     cluster = Cluster(gpu=gpu, nodes=1, gpus_per_node=4)
-    assert Job(
-        model=load_model("llama3.2-1b"), cluster=cluster, seq_len=8192, numerics=FP32
-    ).peak == pytest.approx(6e10, rel=1e-3)
-    with pytest.raises(
-        ValueError, match=r"has no tflops, so bf16 cannot be priced; add it, or use --precision fp32"
-    ):
-        Job(model=load_model("llama3.2-1b"), cluster=cluster, seq_len=8192)
+    job = Job(model=model, cluster=cluster, seq_len=8192, numerics=FP32)
+    assert job.peak == pytest.approx(6e10, rel=1e-3)
+    refusal = r"has no tflops, so bf16 cannot be priced; add it, or use --precision fp32"
+    with pytest.raises(ValueError, match=refusal):
+        Job(model=model, cluster=cluster, seq_len=8192)
 
 
 def test_a_profile_needs_ranks_and_a_place_to_be_written(tmp_path: Path) -> None:

@@ -1,7 +1,7 @@
 """A measured profile of this machine for `seqmesh plan --profile`: what its ranks reach, all of them at once.
 
-    matrix products        FLOP/s, in fp32        -> with the kernel's rate the peak, of which all are shares
-    attention kernel       at two block lengths   -> its rate on long blocks, and the length that runs at half of it
+    matrix products        FLOP/s, in fp32        -> with the kernel's rates the peak, of which all are shares
+    attention kernel       at two block lengths   -> its rate on long blocks, the length with half of it
     copies                 bytes/s                -> memory
     all-to-all over gloo   two message sizes      -> latency and bytes/s of the links
 
@@ -23,13 +23,14 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from seqmesh.engine.kernels import Problem, select
+from seqmesh.engine.kernels import Logits, Problem, select
 from seqmesh.masks import Band
 from seqmesh.processes import Workers
 from seqmesh.provenance import commit, machine, this_command
 from seqmesh.train.model import measure_matmul_flops_per_s
 
-HEADS, HEAD_DIM = 4, 64
+HEADS = 4
+HEAD_DIM = 64
 BLOCKS = (256, 2048)
 """Rows of the two full blocks."""
 MESSAGES = (64 << 10, 8 << 20)
@@ -39,8 +40,8 @@ ROUNDS = 5
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
-    """One rank's rates, the median of a few rounds, while all ranks measure the same."""
+class RankRates:
+    """One rank's rates, each the median of a few rounds, while all ranks measure the same."""
 
     matmul: float
     """FLOP/s of large products."""
@@ -71,45 +72,56 @@ def write_profile(path: Path, ranks: int) -> None:
     except OSError as error:
         raise ValueError(f"cannot write {str(path)!r}: {error.strerror}; choose another place") from None
     with Workers(lambda: _handler(ranks), world=ranks) as workers:
-        measured: list[Measured] = workers.ask(None)
-    path.write_text(to_toml(_slowest(measured), ranks), encoding="utf-8")
+        of_ranks: list[RankRates] = workers.ask(None)
+    path.write_text(to_toml(_slowest(of_ranks), ranks), encoding="utf-8")
 
 
-def _slowest(measured: list[Measured]) -> Measured:
+def _slowest(of_ranks: list[RankRates]) -> RankRates:
     """A step waits for its slowest rank."""
-    return Measured(
-        matmul=min(m.matmul for m in measured),
-        forward=(min(m.forward[0] for m in measured), min(m.forward[1] for m in measured)),
-        backward=(min(m.backward[0] for m in measured), min(m.backward[1] for m in measured)),
-        copy=min(m.copy for m in measured),
-        exchange=(max(m.exchange[0] for m in measured), max(m.exchange[1] for m in measured)),
-        memory=min(m.memory for m in measured),
+    return RankRates(
+        matmul=min(rank.matmul for rank in of_ranks),
+        forward=_of_both_sizes(min, [rank.forward for rank in of_ranks]),
+        backward=_of_both_sizes(min, [rank.backward for rank in of_ranks]),
+        copy=min(rank.copy for rank in of_ranks),
+        exchange=_of_both_sizes(max, [rank.exchange for rank in of_ranks]),  # seconds: the most are slowest
+        memory=min(rank.memory for rank in of_ranks),
     )
 
 
-def to_toml(m: Measured, ranks: int) -> str:
+def _of_both_sizes(
+    choose: Callable[[list[float]], float], found: list[tuple[float, float]]
+) -> tuple[float, float]:
+    return choose([small for small, _ in found]), choose([large for _, large in found])
+
+
+def to_toml(rates: RankRates, ranks: int) -> str:
     """The profile as a file that `seqmesh plan --profile` reads.
 
     Rates are in units of 10^12 and 10^9, per rank.
     """
-    half_forward, long_forward = long_block_rate(m.forward)
-    _, long_backward = long_block_rate(m.backward)
-    latency, rate = link(m.exchange)
-    peak = max(m.matmul, long_forward, long_backward)
+    half_forward, long_forward = long_block_rate(rates.forward)
+    _, long_backward = long_block_rate(rates.backward)
+    latency, rate = link(rates.exchange)
+    # The planner's rates are shares of the peak: it must be the largest of them.
+    peak = max(rates.matmul, long_forward, long_backward)
     host = machine()
-    source = f"seqmesh bench --profile, {ranks} ranks of one thread on {host['cores']} cores, {host['cpu']}, torch {host['torch']}, {commit()}"
+    source = (
+        f"seqmesh bench --profile, {ranks} ranks of one thread on {host['cores']} cores, {host['cpu']},"
+        f" torch {host['torch']}, {commit()}"
+    )
     lines = [
-        f"# Written by `{this_command()}`. Links are gloo's, of whatever class; offloading to a host means nothing here.",
+        f"# Written by `{this_command()}`."
+        " Links are gloo's, of whatever class; offloading to a host means nothing here.",
         "[gpu.measured]",
         f"tflops_fp32 = {peak / 1e12:.6g}",
-        f"memory_gb = {m.memory / 1e9:.6g}",
-        f"memory_tb_per_s = {m.copy / 1e12:.6g}",
+        f"memory_gb = {rates.memory / 1e9:.6g}",
+        f"memory_tb_per_s = {rates.copy / 1e12:.6g}",
         *(f"{name}_gb_per_s = {rate / 1e9:.6g}" for name in ("scale_up", "pcie", "network")),
         f'source = "{source}"',
         "measured = true",
         "[gpu.measured.assumptions]",
         *(f"{name} = 1.0" for name in ("memory", "scale_up", "network", "pcie")),
-        f"matmul = {m.matmul / peak:.4g}",
+        f"matmul = {rates.matmul / peak:.4g}",
         f"attention_forward = {long_forward / peak:.4g}",
         f"attention_backward = {long_backward / peak:.4g}",
         f"attention_half_rows = {half_forward:.4g}",
@@ -122,58 +134,68 @@ def to_toml(m: Measured, ranks: int) -> str:
 
 
 def long_block_rate(rates: tuple[float, float]) -> tuple[float, float]:
-    """(rows of half efficiency, FLOP/s of endless blocks) from the rates at BLOCKS: 1 / rate = (1 + half /
-    rows) / endless.
+    """Rows of a block that runs at half its rate, and FLOP/s of endless blocks, from the rates at BLOCKS.
+
+    The model: 1 / rate = (1 + half / rows) / endless, a straight line in 1 / rows through two points.
     """
     short, long = (1 / rate for rate in rates)
+    # Noise may make the short block look faster; then there is no half to speak of.
     slope = max(0.0, (short - long) / (1 / BLOCKS[0] - 1 / BLOCKS[1]))
     endless = long - slope / BLOCKS[1]
     return slope / endless, 1 / endless
 
 
 def link(seconds: tuple[float, float]) -> tuple[float, float]:
-    """(latency, bytes/s) from the times of MESSAGES."""
-    per_byte = max(1e-15, (seconds[1] - seconds[0]) / (MESSAGES[1] - MESSAGES[0]))
-    return max(0.0, seconds[0] - per_byte * MESSAGES[0]), 1 / per_byte
+    """Latency in seconds and bytes/s, from the times of MESSAGES.
+
+    The model: time = latency + bytes / rate, a straight line in bytes through two points.
+    """
+    small_s, large_s = seconds
+    # Noise may make the large message look faster: a link without latency or of an endless rate then.
+    per_byte = max(1e-15, (large_s - small_s) / (MESSAGES[1] - MESSAGES[0]))
+    latency = max(0.0, small_s - per_byte * MESSAGES[0])
+    return latency, 1 / per_byte
 
 
-def _handler(ranks: int) -> Callable[[Any], Measured]:
-    def handle(_: Any) -> Measured:
-        def together(run: Callable[[], float]) -> float:
-            """The median of a few rounds that all ranks begin at once."""
-            found = []
-            for _ in range(ROUNDS):
-                dist.barrier()
-                found.append(run())
-            return median(found)
-
+def _handler(ranks: int) -> Callable[[Any], RankRates]:
+    def handle(_: Any) -> RankRates:
         short, long = BLOCKS
         small, large = MESSAGES
-        return Measured(
-            matmul=together(measure_matmul_flops_per_s),
+        return RankRates(
+            matmul=_together(measure_matmul_flops_per_s),
             forward=(
-                together(lambda: _attention(short, backward=False)),
-                together(lambda: _attention(long, backward=False)),
+                _together(lambda: _attention(short, backward=False)),
+                _together(lambda: _attention(long, backward=False)),
             ),
             backward=(
-                together(lambda: _attention(short, backward=True)),
-                together(lambda: _attention(long, backward=True)),
+                _together(lambda: _attention(short, backward=True)),
+                _together(lambda: _attention(long, backward=True)),
             ),
-            copy=together(_copy),
+            copy=_together(_copy),
             exchange=(
-                together(lambda: _exchange(small, ranks)),
-                together(lambda: _exchange(large, ranks)),
+                _together(lambda: _exchange(small, ranks)),
+                _together(lambda: _exchange(large, ranks)),
             ),
-            memory=_memory() // ranks,
+            memory=_machine_memory() // ranks,
         )
 
     return handle
 
 
+def _together(run: Callable[[], float]) -> float:
+    """The median of a few rounds that all ranks begin at once: they share caches, memory and links."""
+    found: list[float] = []
+    for _ in range(ROUNDS):
+        dist.barrier()
+        found.append(run())
+    return median(found)
+
+
 def _timed(run: Callable[[], Any], least: float = 0.1) -> float:
     """Seconds of one call, over as many as take `least` seconds, after one that is not counted."""
     run()
-    calls, start = 0, time.perf_counter()
+    calls = 0
+    start = time.perf_counter()
     while (spent := time.perf_counter() - start) < least:
         run()
         calls += 1
@@ -184,24 +206,27 @@ def _attention(rows: int, backward: bool) -> float:
     """FLOP/s of the kernel on one full block."""
     kernel = select("auto", Problem(device_type="cpu", dtype=torch.float32, head_dim=HEAD_DIM, softcap=None))
     q, k, v, grad = (torch.randn(1, HEADS, rows, HEAD_DIM) for _ in range(4))
-    block, scale = Band(0, rows, 0, rows), HEAD_DIM**-0.5
-    out, lse = kernel.forward(q, k, v, block, scale, None)
+    (tile,) = kernel.tiles(Band(0, rows, 0, rows))
+    logits = Logits(scale=HEAD_DIM**-0.5)
+    out, lse = kernel.forward(q, k, v, tile, logits)
     flops = 4.0 * HEADS * rows * rows * HEAD_DIM
     if not backward:
-        return flops / _timed(lambda: kernel.forward(q, k, v, block, scale, None))
-    return 2.5 * flops / _timed(lambda: kernel.backward(grad, q, k, v, out, lse, block, scale, None))
+        return flops / _timed(lambda: kernel.forward(q, k, v, tile, logits))
+    return 2.5 * flops / _timed(lambda: kernel.backward(grad, q, k, v, out, lse, tile, logits))
 
 
 def _copy() -> float:
     """Bytes/s of a copy larger than the caches: each byte is read and written."""
-    a, b = torch.randn(COPIED_FLOATS), torch.empty(COPIED_FLOATS)
-    return 2.0 * a.numel() * 4 / _timed(lambda: b.copy_(a))
+    source = torch.randn(COPIED_FLOATS)
+    target = torch.empty(COPIED_FLOATS)
+    return 2.0 * source.nbytes / _timed(lambda: target.copy_(source))
 
 
 def _exchange(sent: int, ranks: int) -> float:
     """Seconds of an all-to-all in which a rank sends so many bytes to others."""
     floats = sent // 4 // (ranks - 1) * ranks  # a part for each other rank, and one's own, which stays
-    source, target = torch.zeros(floats), torch.empty(floats)
+    source = torch.zeros(floats)
+    target = torch.empty(floats)
     repeats = 4
     start = time.perf_counter()
     for _ in range(repeats):
@@ -209,6 +234,6 @@ def _exchange(sent: int, ranks: int) -> float:
     return (time.perf_counter() - start) / repeats
 
 
-def _memory() -> int:
-    """Bytes of memory of this machine."""
+def _machine_memory() -> int:
+    """Bytes."""
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")

@@ -199,7 +199,7 @@ def _one_rank(timed: TimedAttention, meshes: Sequence[Degrees]) -> Callable[[Deg
         q, k, v, grad = inputs[degrees]
         schedule = schedules[degrees]
         q.grad = k.grad = v.grad = None
-        dist.barrier()
+        dist.barrier()  # requests reach the ranks one after the other
         return _clocked(lambda: attention(q, k, v, schedule).backward(grad))
 
     return handle

@@ -56,7 +56,7 @@ def draw_schedule(mask: Mask, layout: Layout, path: Path, stages: int | None = N
     """
     check_degrees(ring=layout.ring)
     schedules = schedules_of_ranks(mask, layout, stages)
-    pitch = max(INCHES_PER_STAGE, 0.35 + 0.058 * _longest_text(schedules))
+    pitch = max(INCHES_PER_STAGE, 0.35 + 0.058 * _longest_text(schedules))  # inches of a character at 7.5 pt
     left = INCHES_OF_GRID + 0.55
     width = left + INCHES_OF_LABEL + pitch * len(schedules[0].stages)
     height = 0.95 + max(INCHES_OF_GRID + 0.55, INCHES_PER_RANK * layout.ring)

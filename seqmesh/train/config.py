@@ -26,6 +26,7 @@ def _require(rule: bool, message: str) -> None:
 def _at_least(section: str, config: object, **least: float) -> None:
     for name, bound in least.items():
         value = getattr(config, name)
+        # Python's integers have no end, PyTorch's have 64 bits.
         if isinstance(value, int):
             _require(
                 bound <= value < 2**63,

@@ -174,6 +174,7 @@ def _watch(ranks: Sequence[_Watched], on_event: Callable[[Any], None]) -> None:
                     rank.failure = event
                 else:
                     on_event(event)
+            # The others fail too, of lost connections: they are heard, but only the first failure is told.
             if rank.failed and deadline is None:
                 deadline = time.monotonic() + GRACE_SECONDS
 

@@ -141,6 +141,7 @@ def _run_joined(config: Config, place: Place) -> Report | None:
     except (ValueError, OSError) as error:
         mistake = one_line(error)  # told to all ranks below, once they are connected
     try:
+        # Joining comes second: whatever a rank has found wrong, the others wait for it there.
         _join(place, config.run.timeout_s)
         agree(mistake, place.world)
         assert corpus is not None

@@ -89,6 +89,7 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
+        # Only what attention sends is counted: the schedule knows nothing of the all-reduce that follows.
         with CountBytes() as counted:
             loss = self._share_of_loss(batch, schedule)
             loss.backward()
@@ -160,6 +161,7 @@ class Trainer:
 
 
 def _adamw(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
+    # Norms and biases have a scale of their own, which decay would pull to 0.
     matrices = [p for p in model.parameters() if p.ndim >= 2]
     vectors = [p for p in model.parameters() if p.ndim < 2]
     groups = [

@@ -3,6 +3,8 @@ PYTHON ?= python3
 BIN := .venv/bin
 # What to train on: empty for the standard library's source files, or a file or folder of text.
 DATA ?=
+# `make test FAST=1`: the pure part, the planner, one pass of the engine on 4 ranks, in two minutes.
+FAST ?=
 
 .PHONY: train test lint bench pictures clean
 
@@ -10,11 +12,12 @@ train: .venv/ready
 	$(BIN)/seqmesh train recipes/stdlib.toml $(if $(DATA),--data $(DATA))
 
 test: .venv/ready
-	$(BIN)/pytest
+	$(BIN)/pytest $(if $(FAST),-m fast)
 
 lint: .venv/ready
 	$(BIN)/ruff check
 	$(BIN)/ruff format --check
+	$(BIN)/python tools/function_length.py seqmesh tests docs tools
 	$(BIN)/mypy
 
 bench: .venv/ready

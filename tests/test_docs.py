@@ -5,33 +5,33 @@ torchrun.
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 ROOT = Path(__file__).parent.parent
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md"))]
 SNIPPET = re.compile(r"(?P<tag><!-- torchrun (?P<ranks>\d+) -->\n)?```python\n(?P<code>.*?)```", re.DOTALL)
-SNIPPETS = [
-    pytest.param(
-        match["code"],
-        int(match["ranks"] or 1),
-        id=f"{page.name}:{page.read_text()[: match.start()].count(chr(10)) + 1}",
-    )
-    for page in PAGES
-    for match in SNIPPET.finditer(page.read_text())
-]
 
 
-@pytest.mark.parametrize(("code", "ranks"), SNIPPETS)
+def snippets() -> Iterator[Any]:
+    """Every Python snippet of every page, with the number of ranks that it asks for."""
+    for page in PAGES:
+        text = page.read_text()
+        for match in SNIPPET.finditer(text):
+            line = text[: match.start()].count("\n") + 1
+            yield pytest.param(match["code"], int(match["ranks"] or 1), id=f"{page.name}:{line}")
+
+
+@pytest.mark.parametrize(("code", "ranks"), list(snippets()))
 def test_a_snippet_runs_as_it_stands(code: str, ranks: int, tmp_path: Path) -> None:
     file = tmp_path / "example.py"
     file.write_text(code)
-    launcher = (
-        [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
-        if ranks > 1
-        else [sys.executable]
-    )
+    launcher = [sys.executable]
+    if ranks > 1:
+        launcher += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     done = subprocess.run(
         [*launcher, str(file)], capture_output=True, text=True, timeout=120, check=False, cwd=tmp_path
     )
@@ -49,8 +49,38 @@ def test_no_page_holds_a_placeholder(page: Path) -> None:
     assert not re.findall(r"\b(TODO|FIXME|TBD|COMMIT|XXX|CPUTIME)\b", page.read_text())
 
 
-def test_the_readme_example_has_at_most_twelve_lines() -> None:
-    (example,) = [
-        match["code"] for match in SNIPPET.finditer((ROOT / "README.md").read_text()) if match["ranks"]
-    ]
+def test_the_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_text().split()) <= 900
+
+
+def test_the_readmes_first_screen_says_what_was_proved_and_what_not() -> None:
+    first_screen = (ROOT / "README.md").read_text().split("## ")[0]
+    assert "make train" in first_screen
+    assert "make test" in first_screen
+    assert "Proved on CPU" in first_screen
+    assert "Not run on GPUs yet" in first_screen
+
+
+def test_the_first_example_has_at_most_twelve_lines() -> None:
+    (example,) = [code for code, ranks in _codes(ROOT / "README.md") if ranks > 1]
     assert len([line for line in example.splitlines() if line.strip()]) <= 12
+
+
+def _codes(page: Path) -> list[tuple[str, int]]:
+    return [(match["code"], int(match["ranks"] or 1)) for match in SNIPPET.finditer(page.read_text())]
+
+
+def test_the_index_lists_every_page() -> None:
+    index = (ROOT / "docs" / "README.md").read_text()
+    for page in (ROOT / "docs").glob("*.md"):
+        assert page.name == "README.md" or f"({page.name})" in index
+
+
+def test_the_tree_names_every_module_outside_the_programs() -> None:
+    tree = (ROOT / "docs" / "architecture.md").read_text()
+    for path in [*(ROOT / "seqmesh").glob("*.py"), *(ROOT / "seqmesh").glob("*/")]:
+        if not path.name.startswith("__"):
+            assert path.name in tree, f"docs/architecture.md does not show {path.name}"
+    for folder in ("layouts", "schedule", "engine"):
+        for path in (ROOT / "seqmesh" / folder).glob("*.py"):
+            assert path.name == "__init__.py" or path.stem in tree, f"docs/architecture.md lacks {path.name}"

@@ -44,13 +44,10 @@ def attention(
     *,
     head_chunks: int | None = None,
 ) -> Tensor:
-    """Exact attention over a sequence that is spread over a mesh.
-
-    A collective: every rank of the mesh calls it.
+    """Exact attention over a sequence that is spread over a mesh. A collective: every rank calls it.
 
     Args:
-        q: (b, n, h, d) this rank's queries, in the order of `schedule.shard`. fp64, fp32, bf16 or fp16; any
-            strides.
+        q: (b, n, h, d) this rank's queries, in the order of `schedule.shard`; fp64, fp32, bf16 or fp16.
         k: (b, n, g, d) this rank's keys; g divides h. In cross-attention n is the number of this rank's keys.
         v: like k.
         schedule: mask, layout and mesh.
@@ -58,9 +55,8 @@ def attention(
         softcap: c for logits c tanh(logits / c).
         sinks: (h,) one learned logit per head that joins the softmax's denominator, the same on every rank.
         kernel: "auto", the name of a kernel, or a Kernel.
-        head_chunks: compute the heads in that many parts, one after the other, which divides the memory of
-            buffers; the same on every rank. Default: up to 4 on a ring alone, 8 where heads are exchanged,
-            while parts are large.
+        head_chunks: parts in which the heads are computed, one after the other, to divide the memory of
+            buffers; the same on every rank. Default: up to 4 on a ring alone, 8 where heads are exchanged.
 
     Returns:
         (b, n, h, d) in q's dtype; a query that the mask allows nothing is 0. Differentiable once in q, k, v
@@ -68,8 +64,7 @@ def attention(
         parameter's, this rank's part: sum it over the mesh (data-parallel wrappers do).
 
     Raises:
-        ValueError: before any communication, if the inputs do not fit the schedule or each other, or no
-            kernel does.
+        ValueError: before any communication: inputs that do not fit the schedule, each other or a kernel.
     """
     if torch.compiler.is_compiling():
         return compiled_attention(q, k, v, sinks, schedule, scale, softcap, kernel, head_chunks)

@@ -225,14 +225,8 @@ def _light_beside(
 ) -> int:
     """How many of `tokens` tokens are light, so that with a part of the heaviest segment they have `area`.
 
-    Whole light segments, where the rest of the heaviest can make up for the small difference.
-
-    Args:
-        pool: what is left.
-        tokens: to take in all.
-        area: to take in all.
-        slack: area that may lack or be too much.
-        heavy_area: area of a part of so many tokens of the heaviest segment.
+    `heavy_area(part)` is the area of a part of so many tokens. Light segments stay whole where another part
+    of the heaviest can make up for the small difference, to within `slack` of the area.
     """
     heavy = pool.heaviest
     if heavy_area(tokens) <= area:  # nothing light is needed, unless the segment is too short
@@ -253,8 +247,7 @@ def _light_beside(
         return heavy_area(tokens - light - head) + light_area + of_segment
 
     part = nearest(area_with, 0, min(segment.tokens, tokens - light), area)
-    # (tokens moved, light tokens, their area) of leaving it out, and of taking it whole, the smaller move
-    # first.
+    # Leave it out, or take it whole? (tokens moved, light tokens, their area), the smaller move first.
     choices = [(part, light, light_area)]
     if after <= tokens:
         choices.append((segment.tokens - part, after, light_area + segment.area))

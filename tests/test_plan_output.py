@@ -49,11 +49,8 @@ def test_the_trainer_reads_an_emitted_recipe(model: str, tmp_path: Path) -> None
     (tmp_path / "recipe.toml").write_text(text)
     read, shape = load(str(tmp_path / "recipe.toml")), load_model(model)
     assert (read.mesh.ulysses, read.mesh.ring, read.mesh.layout, read.mesh.world) == (2, 2, "zigzag", 4)
-    assert (read.model.hidden, read.model.layers, read.model.intermediate) == (
-        shape.hidden,
-        shape.layers,
-        shape.intermediate,
-    )
+    sizes = (read.model.hidden, read.model.layers, read.model.intermediate)
+    assert sizes == (shape.hidden, shape.layers, shape.intermediate)
     assert (read.model.heads, read.model.kv_heads) == (shape.heads, shape.kv_heads)
     assert read.model.tie_embeddings == shape.tied_embeddings
     assert (read.data.seq_len, read.data.sequences) == (8192, 4)
@@ -160,15 +157,12 @@ def test_a_timeline_ends_at_the_estimate_and_adds_up_to_its_pieces(asked: Job, p
     estimate, trace = costs.estimate(point), timeline(costs, point)
     events = drawn(trace)
     assert min(event["ts"] for event in events) == 0
-    assert max(event["ts"] + event["dur"] for event in events) == pytest.approx(
-        estimate.seconds * 1e6, rel=1e-6
-    )
-    assert sums(trace, "seconds") == pytest.approx(
-        {term.name: term.seconds for term in estimate.terms}, rel=1e-6
-    )
-    assert sums(trace, "exposed_seconds") == pytest.approx(
-        {term.name: term.exposed for term in estimate.terms}, rel=1e-6, abs=1e-9
-    )
+    end = max(event["ts"] + event["dur"] for event in events)
+    assert end == pytest.approx(estimate.seconds * 1e6, rel=1e-6)
+    seconds = {term.name: term.seconds for term in estimate.terms}
+    exposed = {term.name: term.exposed for term in estimate.terms}
+    assert sums(trace, "seconds") == pytest.approx(seconds, rel=1e-6)
+    assert sums(trace, "exposed_seconds") == pytest.approx(exposed, rel=1e-6, abs=1e-9)
     for event in events:
         if not isinstance(event["args"]["seconds"], dict):
             assert event["dur"] == pytest.approx(event["args"]["seconds"] * 1e6, rel=1e-9)

@@ -54,7 +54,8 @@ def shape(
 
 
 LLAMA3_8B = shape(4096, 32, 8, 14336, 128256, layers=32)
-GROUPED, SMALL_VOCABULARY = shape(512, 8, 2, 1792, 16000), shape(512, 8, 8, 1376, 259)
+GROUPED = shape(512, 8, 2, 1792, 16000)
+SMALL_VOCABULARY = shape(512, 8, 8, 1376, 259)
 ATTENTION_HEAVY = shape(512, 8, 8, 256, 50)
 KERNEL_BYTES = 3 * 2**19
 """More than the flash kernel holds in its backward, on one thread, for the small shapes here."""

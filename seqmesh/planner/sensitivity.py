@@ -51,9 +51,10 @@ def sensitivities(costs: CostModel, best: Sequence[StepEstimate], pins: Pins) ->
     """
     rivals = _rivals(costs, best, pins)
     found = []
-    for name, value, *_ in costs.job.assumptions.explain():
-        trials = [_trial(costs, best[0], rivals, name, moved) for moved in _moved(name, value)]
-        found.append(Sensitivity(name=name, trials=tuple(trials)))
+    for assumed in costs.job.assumptions.explain():
+        values = _moved(assumed.name, assumed.value)
+        trials = tuple(_trial(costs, best[0], rivals, assumed.name, value) for value in values)
+        found.append(Sensitivity(name=assumed.name, trials=trials))
     found.sort(key=lambda one: -one.strength)
     return [one for one in found if one.strength > 1e-4 or one.flips]
 

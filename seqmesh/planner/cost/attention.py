@@ -103,13 +103,13 @@ def attention_cost(
         rows_sent=ring.rows_moved, rows_received=ring.rows_moved, kv_heads=kv_heads
     )
 
-    def complete(walked: Pass, heads: "_HeadRows", rows: int) -> Pass:
-        most = heads.most * row_head_bytes
+    def complete(walked: Pass, sent: "_HeadRows", rows: int) -> Pass:
+        most = sent.most * row_head_bytes
         return replace(
             walked,
             # Two collectives for each chunk of heads: to their owners, and home.
             heads=network.all_to_all_seconds(ulysses_group, most, calls=2 * timing.chunks),
-            heads_bytes=heads.total * row_head_bytes,
+            heads_bytes=sent.total * row_head_bytes,
             rows_bytes=rows * row_head_bytes,
         )
 

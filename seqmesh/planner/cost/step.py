@@ -143,6 +143,7 @@ class CostModel:
         yield compute("attention merge and launches", runs * (forward.merge + backward.merge))
         passes = 1 + job.assumptions.streamed_backward
         yield compute("norms, rotary, activation", runs * passes * layer.elementwise)
+        # Work that the savers do twice; the exchanges of a repeated forward are counted with the exchanges.
         again = layer.mlp_forward if point.tiling == "mlp" else 0.0
         if point.checkpointing == "full":
             again += layer.matmul_forward + layer.elementwise + forward.kernel + forward.merge
@@ -187,6 +188,7 @@ class CostModel:
         return job.numerics.element * job.model.hidden * job.tokens(point) / point.tp
 
     def _activations_to_host(self, point: Point, busy: float) -> Iterator[CostTerm]:
+        """Every checkpoint down and up again; the copies run beside the whole compute."""
         if point.offloads_activations:
             copied = 2 * self._activation_bytes(point) * self.layer_runs(point) / self._host_rate()
             exposed = max(0.0, copied - busy)
@@ -202,6 +204,8 @@ class CostModel:
         """Idle time while the pipeline fills and drains, and its boundaries."""
         if point.pp == 1:
             return
+        # 1F1B: the last stage waits for the first micro-batch to pass the pp - 1 stages before it, and the
+        # first stage for the last one's gradients. What a step does once comes after that.
         count = self.job.micro_batches(point)
         bubble = (point.pp - 1) * sum(term.exposed for term in micro_batches) / count
         yield CostTerm(name="pipeline bubble", cause=PIPELINE, seconds=bubble, exposed=bubble)
@@ -218,6 +222,7 @@ class CostModel:
         exposed = reduce * (1 - self.job.assumptions.gradient_overlap)
         yield self._on_links("gradient reduction", group, reduce, exposed)
         if point.zero:
+            # ZeRO-3: a gather in the forward and one in the backward of every layer and micro-batch.
             gather = self.network.round_seconds(group, sent.weights, 2 * runs if point.zero == 3 else 1)
             # ZeRO-3 fetches a layer's weights while the one before computes
             hidden = min(self.job.assumptions.prefetch * gather, busy) if point.zero == 3 else 0.0
@@ -236,6 +241,7 @@ class CostModel:
         )
 
     def _optimizer(self, point: Point) -> Iterator[CostTerm]:
+        """AdamW streams its state through memory: the GPU's, or the host's after gradients came down."""
         a, numerics = self.job.assumptions, self.job.numerics
         mine = fullest_parameters(self.job, point) / (point.replicas if point.zero else 1)
         if not point.offloads_optimizer:

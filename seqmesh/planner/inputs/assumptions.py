@@ -8,6 +8,7 @@ PCIe slows an all-to-all, and the L20's attention rate in hardware.toml (Table 3
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
+from typing import NamedTuple
 
 from seqmesh.planner.inputs.tables import unknown
 
@@ -23,6 +24,15 @@ def _assumed(
     known = {"unit": unit, "source": source, "share": share, "may_be_zero": may_be_zero}
     default: float = field(default=value, metadata=known)
     return default
+
+
+class Explained(NamedTuple):
+    """One assumption, as `--explain` shows it."""
+
+    name: str
+    value: float
+    unit: str
+    source: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,8 +218,10 @@ class Assumptions:
         (moved,) = (f for f in fields(self) if f.name == name)
         return replace(self, **{name: min(value, 1.0) if moved.metadata["share"] else value})
 
-    def explain(self) -> list[tuple[str, float, str, str]]:
-        """(name, value, unit, source) of each."""
-        return [
-            (f.name, getattr(self, f.name), f.metadata["unit"], f.metadata["source"]) for f in fields(self)
-        ]
+    def explain(self) -> list[Explained]:
+        """Each of them, in the order of the fields."""
+        found = []
+        for f in fields(self):
+            unit, source = f.metadata["unit"], f.metadata["source"]
+            found.append(Explained(f.name, getattr(self, f.name), unit, source))
+        return found

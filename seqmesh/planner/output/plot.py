@@ -57,7 +57,7 @@ def plot(estimates: Sequence[StepEstimate], capacity: int, path: Path, title: st
     _time(time, estimates)
     names = [label(estimate.point) + ("" if estimate.fits else "\ndoes not fit") for estimate in estimates]
     memory.set_yticks(range(len(estimates)), names, fontsize=9)
-    spare = max(0, 2 - len(estimates)) / 2  # a single bar is not as thick as two
+    spare = max(0, 2 - len(estimates)) / 2  # room, for a single bar would fill the panel
     memory.set_ylim(len(estimates) - 0.4 + spare, -0.6 - spare)
     _legend(figure, memory, "left")
     _legend(figure, time, "right")

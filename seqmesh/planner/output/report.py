@@ -161,9 +161,10 @@ def show_assumptions(out: Console, job: Job) -> None:
     )
     out.print(f"  {gpu.name}: {gpu.source or 'no source given'}", markup=False)
     table = plain_table(header=False)
-    for name, value, unit, source in job.assumptions.explain():
-        note = f"of {gpu.name}'s file; else {source}" if name in gpu.overrides else source
-        table.add_row(f"  {name}", f"{value:g} {unit}".strip(), escape(note))
+    for one in job.assumptions.explain():
+        overridden = one.name in gpu.overrides
+        note = f"of {gpu.name}'s file; else {one.source}" if overridden else one.source
+        table.add_row(f"  {one.name}", f"{one.value:g} {one.unit}".strip(), escape(note))
     out.print(table)
 
 

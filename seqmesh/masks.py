@@ -330,7 +330,8 @@ def documents(lengths: Iterable[int], causal: bool = True) -> Mask:
     Raises:
         ValueError: a negative length.
     """
-    bands, start = [], 0
+    bands = []
+    start = 0
     for length in map(_whole, lengths):
         if length < 0:
             raise ValueError(

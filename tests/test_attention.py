@@ -16,6 +16,10 @@ from seqmesh.engine.merge import _Rows
 from seqmesh.masks import Band, Mask
 
 MESHES = [(1, 1), (2, 1), (1, 2), (4, 1), (1, 4), (2, 2), (4, 2), (2, 4), (1, 8)]
+EVERY_MESH = [
+    pytest.param((u, r), id=f"u{u}r{r}", marks=[pytest.mark.fast] if (u, r) == (2, 2) else [])
+    for u, r in MESHES
+]
 
 MASKS = {
     "causal": masks.causal(48),
@@ -49,7 +53,7 @@ def check(ranks: Ranks, cases: list[Case]) -> None:
             compare(case, assemble(case, [rank[n] for rank in results]), dense(case))
 
 
-@pytest.mark.parametrize("mesh", MESHES, ids=lambda m: f"u{m[0]}r{m[1]}")
+@pytest.mark.parametrize("mesh", EVERY_MESH)
 @pytest.mark.parametrize("name", MASKS)
 def test_every_mask_on_every_mesh_and_layout(ranks: Ranks, name: str, mesh: tuple[int, int]) -> None:
     u, r = mesh

@@ -15,6 +15,9 @@ from seqmesh.layouts import Layout, load
 from seqmesh.layouts.segments import nearest, segments
 from seqmesh.masks import Band, Mask
 
+pytestmark = pytest.mark.fast
+
+
 SEEDS = range(4)
 MEGA = 2**20
 

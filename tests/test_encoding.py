@@ -1,5 +1,6 @@
 """A schedule encoded as numbers, for torch.compile, comes back as it was."""
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -7,6 +8,9 @@ from seqmesh import layouts, masks
 from seqmesh.engine.encoding import EncodedFields, decode, encode
 from seqmesh.layouts import Layout
 from seqmesh.masks import Band, Mask
+
+pytestmark = pytest.mark.fast
+
 
 BOUND = st.none() | st.integers(-9, 9)
 

@@ -4,6 +4,8 @@ import pytest
 
 from seqmesh.schedule.heads import HeadShare, split_heads
 
+pytestmark = pytest.mark.fast
+
 
 @pytest.mark.parametrize("ulysses", range(1, 9))
 @pytest.mark.parametrize("chunks", [1, 2, 3, 5])

@@ -14,6 +14,9 @@ from seqmesh.engine.kernels.cuda import CudaFlash, window
 from seqmesh.engine.kernels.reference import Reference
 from seqmesh.masks import Band, Mask
 
+pytestmark = pytest.mark.fast
+
+
 SIZE = 14
 BOUND = st.one_of(st.none(), st.integers(-SIZE, SIZE))
 SIDE = st.tuples(st.integers(0, SIZE - 1), st.integers(1, SIZE)).map(lambda x: (x[0], min(SIZE, x[0] + x[1])))

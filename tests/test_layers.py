@@ -10,6 +10,9 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.fast
+
+
 ROOT = Path(__file__).parent.parent / "seqmesh"
 FILES = sorted(ROOT.rglob("*.py"))
 
@@ -173,6 +176,15 @@ def test_the_planner_runs_without_torch() -> None:
 @pytest.mark.parametrize("module", [m for m in MODULES if is_in(m, TORCH_ONLY)])
 def test_the_engine_needs_torch_alone(module: str) -> None:
     assert foreign(imports(MODULES[module])) <= {"torch"}
+
+
+def test_no_class_name_means_two_things() -> None:
+    homes: dict[str, list[str]] = {}
+    for module, path in MODULES.items():
+        for node in ast.parse(path.read_text()).body:
+            if isinstance(node, ast.ClassDef):
+                homes.setdefault(node.name, []).append(module)
+    assert {name: where for name, where in homes.items() if len(where) > 1} == {}
 
 
 @pytest.mark.parametrize("module", MODULES)

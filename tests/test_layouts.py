@@ -11,6 +11,9 @@ from hypothesis import strategies as st
 from seqmesh import layouts
 from seqmesh.layouts import Layout, Span, split_evenly
 
+pytestmark = pytest.mark.fast
+
+
 BUILDERS = [layouts.contiguous, layouts.zigzag, layouts.striped]
 
 

@@ -8,6 +8,9 @@ from hypothesis import strategies as st
 from seqmesh import masks
 from seqmesh.masks import Band, Mask
 
+pytestmark = pytest.mark.fast
+
+
 BOUND = st.one_of(st.none(), st.integers(-14, 14))
 
 

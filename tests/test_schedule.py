@@ -12,6 +12,9 @@ from seqmesh.layouts import Layout, Span
 from seqmesh.masks import Band, Mask
 from seqmesh.schedule import RingSchedule, coalesce, ring_schedule
 
+pytestmark = pytest.mark.fast
+
+
 STATIC_LAYOUTS = {"contiguous": layouts.contiguous, "zigzag": layouts.zigzag, "striped": layouts.striped}
 
 

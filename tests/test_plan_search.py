@@ -152,7 +152,7 @@ def test_the_longest_sequence_fits_and_a_longer_one_does_not() -> None:
     assert longest(CostModel(job(load_model("llama3-405b"), each=8, batch=1)), {}) == 0
 
 
-def test_a_misfit_names_its_shortfall_and_what_would_fit() -> None:
+def test_an_infeasible_point_names_its_shortfall_and_what_would_fit() -> None:
     costs = CostModel(job(load_model("llama2-7b"), each=8, seq_len=65536, batch=1))
     point = Point(ulysses=8, zero=1)
     estimate = costs.estimate(point)

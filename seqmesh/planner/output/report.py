@@ -52,7 +52,7 @@ def show_one(out: Console, costs: CostModel, estimate: StepEstimate, pins: Pins)
     sent = ", ".join(link_bytes(estimate.bytes_per_step)) or "none"
     out.print(f"\n[bold]Bytes that a GPU sends in a step, on average[/]: {sent}")
     print_list(out, "Why", reasons(costs, estimate, pins))
-    print_list(out, "What it rests on", _rests_on(costs, estimate))
+    print_list(out, "What it rests on", _strongest(costs, estimate))
     show_assumptions(out, costs.job)
 
 
@@ -168,7 +168,7 @@ def show_assumptions(out: Console, job: Job) -> None:
     out.print(table)
 
 
-def _rests_on(costs: CostModel, estimate: StepEstimate) -> list[str]:
+def _strongest(costs: CostModel, estimate: StepEstimate) -> list[str]:
     """The assumptions that the time of one point rests on most; with all of it pinned nothing competes."""
     found = sensitivities(costs, [estimate], asdict(estimate.point))
     return [_moves(one) for one in found][:MOST_SENSITIVITIES]

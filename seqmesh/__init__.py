@@ -31,7 +31,7 @@ _HOMES = {
 
 
 def __getattr__(name: str) -> Any:
-    """Load the engine when it is asked for: the planner and the pure part must not wait for (or need) torch."""
+    """Load the engine when it is asked for: planner and pure part must neither wait for torch nor need it."""
     if name not in _HOMES:
         raise AttributeError(f"module 'seqmesh' has no attribute {name!r}")
     return getattr(import_module(_HOMES[name]), name)

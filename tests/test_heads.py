@@ -2,7 +2,7 @@
 
 import pytest
 
-from seqmesh.schedule.heads import HeadShare, split_heads
+from seqmesh.schedule.heads import CHUNK_ELEMENTS, HeadGroup, HeadShare, default_chunks, split_heads
 
 pytestmark = pytest.mark.fast
 
@@ -44,6 +44,28 @@ def pairs_of(share: HeadShare) -> list[tuple[int, int]]:
 def test_shares_are_near_equal() -> None:
     sizes = [share.q for share in split_heads(13, 13, 4)[0]]
     assert sizes == [4, 3, 3, 3]
+
+
+def test_kv_heads_that_serve_equally_many_queries_are_one_group() -> None:
+    """A group is a kernel call: one where heads divide evenly, two where a rank begins inside a K/V head."""
+    for share in split_heads(12, 6, 3)[0]:
+        assert share.groups == (HeadGroup(0, 4, 0, 2),)
+    # Query heads 6 to 11, of which 6 and 7 use a K/V head that the first rank uses too.
+    _, second = split_heads(12, 3, 2)[0]
+    assert second.groups == (HeadGroup(0, 2, 0, 1), HeadGroup(2, 6, 1, 2))
+
+
+@pytest.mark.parametrize(
+    ("ulysses", "ring", "chunks_worth", "expected"),
+    [(1, 1, 9, 1), (1, 2, 3, 3), (1, 2, 9, 4), (2, 1, 9, 8), (2, 2, 5, 5), (2, 2, 0.99, 1)],
+)
+def test_heads_are_cut_in_as_many_chunks_as_are_worth_it(
+    ulysses: int, ring: int, chunks_worth: float, expected: int
+) -> None:
+    """A rank's K in units of the smallest chunk, up to 4 on a ring alone and 8 where heads are exchanged."""
+    per_token = 64
+    k_len = int(chunks_worth * CHUNK_ELEMENTS * ulysses * ring / per_token)
+    assert default_chunks(ulysses, ring, k_len, per_token) == expected
 
 
 @pytest.mark.parametrize(

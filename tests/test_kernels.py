@@ -48,6 +48,8 @@ def test_tiles_cover_a_band_once_and_have_the_shape_they_claim(band: Band) -> No
         allowed = local(tile.band)
         assert allowed.any(1).all(), "a row without a key would make flash return a log-sum-exp of 0"
         assert len(tiles.cut(tile.band)) == 1
+        if tile.shape is TileShape.MASKED:
+            assert allowed.size <= tiles.MASKED_PAIRS or allowed.shape[0] <= tiles.STRIP_ROWS
         if tile.shape is TileShape.FULL:
             assert allowed.all()
         elif tile.shape is not TileShape.MASKED:
@@ -56,6 +58,14 @@ def test_tiles_cover_a_band_once_and_have_the_shape_they_claim(band: Band) -> No
             assert allowed.shape[0] == allowed.shape[1]
             assert (allowed == triangle).all()
     np.testing.assert_array_equal(count, Mask(SIZE, SIZE, (band,)).dense())
+
+
+@given(BANDS)
+@settings(max_examples=400, deadline=None)
+def test_a_band_with_few_pairs_is_one_call(band: Band) -> None:
+    sides = (band.q_stop - band.q_start) * (band.k_stop - band.k_start)
+    if sides <= tiles.MASKED_PAIRS:
+        assert len(tiles.cut(band)) == 1
 
 
 @given(BANDS)

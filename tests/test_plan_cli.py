@@ -14,6 +14,9 @@ import pytest
 from seqmesh import cli
 from seqmesh.planner.inputs.point import KEYS
 
+pytestmark = pytest.mark.fast
+
+
 JOB = [
     "--model", "llama3-8b", "--gpu", "a800-sxm", "--nodes", "2", "--gpus-per-node", "8",
     "--seq-len", "208K", "--global-batch", "1",
@@ -121,6 +124,13 @@ def test_text_says_what_why_why_not_and_what_would_change_it(plan: Run) -> None:
     ):
         assert part in out
     assert max(map(len, out.splitlines())) <= 150
+
+
+def test_an_assumption_of_zero_has_no_share_to_move(plan: Run) -> None:
+    """What the answer rests on leaves it out; it is no error."""
+    code, out, error = plan(*JOB, "--assume", "launch=0")
+    assert (code, error) == (0, "")
+    assert "launch" not in out.partition("What would change")[2]
 
 
 def test_explain_prices_the_best_point_in_full_with_every_constant_and_its_source(plan: Run) -> None:

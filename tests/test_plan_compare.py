@@ -25,6 +25,9 @@ from seqmesh.planner.paper.table2_numbers import activations_per_token
 from seqmesh.schedule.heads import split_heads
 from seqmesh.schedule.traffic import attention_traffic
 
+pytestmark = pytest.mark.fast
+
+
 DOCS = Path(__file__).parent.parent / "docs" / "table2.md"
 PAPER = """
 SP-Ulysses | all-reduce | 12d² | 8 all-to-all | (8/N)·bsLd | heads / L | P+G | 6P | A/N

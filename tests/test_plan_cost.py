@@ -20,6 +20,8 @@ from seqmesh.planner.output.emit import emit
 from seqmesh.planner.search import search
 from seqmesh.train.recipe import load
 
+pytestmark = pytest.mark.fast
+
 
 def costs(
     model: str = "llama3-8b",

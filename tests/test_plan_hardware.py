@@ -9,6 +9,9 @@ from wrong_input import refused, toml
 
 from seqmesh.planner.inputs.hardware import Cluster, known_clusters, known_gpus, load_cluster, load_gpu
 
+pytestmark = pytest.mark.fast
+
+
 GPU = """
 [gpu.Ours]
 tflops = 100

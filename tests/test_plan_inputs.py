@@ -17,6 +17,8 @@ from seqmesh.planner.inputs.units import (
     parse_tokens,
 )
 
+pytestmark = pytest.mark.fast
+
 
 def test_tokens_are_read() -> None:
     given: list[str | int] = ["208K", "1.5M", "30000", 8192, "64k", " 1 M ", "0.5K"]

@@ -11,6 +11,9 @@ from wrong_input import refused, toml
 from seqmesh.planner.inputs.models import known_models, load_model
 from seqmesh.planner.inputs.shape import ModelShape
 
+pytestmark = pytest.mark.fast
+
+
 LLAMA: dict[str, Any] = {
     "model_type": "llama",
     "hidden_size": 4096,

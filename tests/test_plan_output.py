@@ -26,6 +26,8 @@ from seqmesh.planner.output.stage_times import stage_times
 from seqmesh.planner.output.timeline import MOST_EVENTS, timeline
 from seqmesh.train.recipe import load
 
+pytestmark = pytest.mark.fast
+
 
 def job(
     model: str = "llama3-8b",

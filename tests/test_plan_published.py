@@ -20,6 +20,9 @@ from seqmesh.planner.paper.published import (
     spearman,
 )
 
+pytestmark = pytest.mark.fast
+
+
 TABLES = agreements()
 
 

@@ -25,6 +25,9 @@ from seqmesh.planner.remedies import shortfall
 from seqmesh.planner.search import search
 from seqmesh.planner.sensitivity import sensitivities
 
+pytestmark = pytest.mark.fast
+
+
 SMALL = ModelShape(
     name="small", layers=6, hidden=768, heads=12, kv_heads=6, head_dim=64, intermediate=2048, vocabulary=32000
 )

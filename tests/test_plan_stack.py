@@ -16,6 +16,9 @@ from seqmesh.planner.inputs.numerics import BF16, FP32
 from seqmesh.planner.inputs.point import CHECKPOINTING, OFFLOAD, TILING, Point
 from seqmesh.planner.inputs.stack import STACKS, FusedStack, TrainerStack, stack_named
 
+pytestmark = pytest.mark.fast
+
+
 CLUSTER = Cluster(gpu=load_gpu("a800-sxm"), nodes=1, gpus_per_node=4)
 FUSED = Job(model=load_model("llama3.2-1b"), cluster=CLUSTER, seq_len=8192)
 TRAINER = replace(FUSED, stack=TrainerStack(), numerics=FP32)

@@ -70,8 +70,17 @@ def ring_backward(
         dkv = home.grads if is_own else RowSums((stage.rows_received, b, 2 * g, d), k)
         for tile in _tiles(stage, call):
             rows, columns = _slices(tile)
-            tensors = (grad_out[rows], q[rows], keys[columns], values[columns], out[rows])
-            tile_dq, tile_dk, tile_dv = _tile_backward(tensors, lse[:, :, rows], tile, call, share)
+            tile_dq, tile_dk, tile_dv = _tile_backward(
+                grad_out[rows],
+                q[rows],
+                keys[columns],
+                values[columns],
+                out[rows],
+                lse[:, :, rows],
+                tile,
+                call,
+                share,
+            )
             dq.add(rows, tile_dq)
             dkv.add(columns, tile_dk, tile_dv)
         home.receive()
@@ -115,8 +124,7 @@ def _arrived(coming: Pending, stage: Stage, k: Tensor) -> Arrived:
 
 
 class _Home:
-    """Gradients of this rank's own K/V rows: what it computes itself, and the parts that peers send home, in
-    fp32.
+    """Gradients of this rank's own K/V rows, in fp32: what it computes itself, and what peers send home.
 
     At most one part is under way: it is sent after a stage, and travels while the next one computes.
     """
@@ -180,20 +188,23 @@ def _tile_forward(
 
 
 def _tile_backward(
-    tensors: tuple[Tensor, ...], lse: Tensor, tile: Tile, call: AttentionCall, share: HeadShare
+    grad_out: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    tile: Tile,
+    call: AttentionCall,
+    share: HeadShare,
 ) -> tuple[Tensor, ...]:
-    """The kernel's gradients on one tile: dq (b, h, rows, d), dk, dv (b, g, rows, d).
+    """The kernel's gradients on one tile: dq (b, h, rows, d), dk and dv (b, g, rows, d).
 
-    Args:
-        tensors: grad_out, q, k, v and out, rows-first.
-        lse: (b, h, rows).
-        tile: which pairs.
-        call: kernel and logits.
-        share: this rank's heads.
+    As in the forward, tensors come rows-first, but for lse (b, h, rows).
     """
-    grad_out, q, k, v, out = map(_heads_first, tensors)
+    grad_out, q, k, v, out = map(_heads_first, (grad_out, q, k, v, out))
     if not share.groups:
-        return q, k, v
+        return q, k, v  # without a head, and so are their gradients
     parts = []
     for group in share.groups:
         heads = slice(group.q_start, group.q_stop)

@@ -34,8 +34,8 @@ class Sensitivity:
 
     @property
     def strength(self) -> float:
-        """The largest change of time."""
-        return max(abs(trial.change) for trial in self.trials)
+        """The largest change of time; 0 for an assumption of 0, of which there is no share to move."""
+        return max((abs(trial.change) for trial in self.trials), default=0.0)
 
     @property
     def flips(self) -> bool:

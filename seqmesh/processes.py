@@ -183,7 +183,7 @@ def one_line(error: BaseException) -> str:
 
 
 Handler = Callable[[Any], Any]
-"""What a worker answers to a request; both must be picklable."""
+"""Turns a request into the answer; requests and answers must be picklable."""
 
 
 class Workers:
@@ -266,6 +266,6 @@ def _answer_requests(
             end_if_orphaned(parent)
         try:
             request = pipe.recv()
-        except EOFError:  # the parent has closed the pipe: the pool is done
+        except EOFError:  # the parent is gone
             os._exit(0)
         pipe.send(handle(request))

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,7 +48,18 @@ class Result:
     dsinks: Tensor | None
 
 
-def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
+class Inputs(NamedTuple):
+    """What a case is computed from: global tensors."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    weights: Tensor
+    """Of the outputs in the loss."""
+    sinks: Tensor | None
+
+
+def inputs(case: Case) -> Inputs:
     """Global q, k, v, weights of the loss, and sinks: fp64, but exactly representable in the case's dtype."""
     make = torch.Generator().manual_seed(case.seed)
 
@@ -61,7 +72,7 @@ def inputs(case: Case) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]:
     v = normal(b, case.mask.k_len, case.kv_heads, d)
     weights = normal(b, case.mask.q_len, case.heads, d)
     sinks = normal(case.heads) if case.sinks else None
-    return q, k, v, weights, sinks
+    return Inputs(q, k, v, weights, sinks)
 
 
 def dense(case: Case) -> Result:
@@ -161,10 +172,9 @@ def assemble(case: Case, parts: list[dict[str, Any]]) -> Result:
     )
 
 
-# Largest error allowed, relative to the largest entry of the oracle's tensor. fp64 and fp32: rounding of sums
-# of
-# a few hundred terms. Half precisions: one rounding of the result (2^-9, 2^-12) plus that of partial results,
-# inputs being exact.
+# Largest error allowed, relative to the largest entry of the oracle's tensor.
+# fp64 and fp32: rounding of sums of a few hundred terms. Half precisions: one rounding of the result
+# (2^-9, 2^-12) and those of partial results; inputs are exact.
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 5e-6, torch.bfloat16: 1.6e-2, torch.float16: 2e-3}
 
 

@@ -19,7 +19,7 @@ from datetime import timedelta
 from multiprocessing import Pipe
 from multiprocessing.connection import Client, Connection, Listener, wait
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 TIMEOUT_SECONDS = 60
 """A collective that hangs this long is an error in every rank.
@@ -78,6 +78,13 @@ def work(address: str, rank: int, world: int, rendezvous: str) -> None:
             parent.send((False, f"{type(error).__name__}: {error}\n{traceback.format_exc()}"))
 
 
+class Pool(NamedTuple):
+    """The ranks of one world, in their order."""
+
+    pids: list[int]
+    connections: list[Connection]
+
+
 class Ranks:
     """Pools of 1, 2, 4, 8, ... ranks."""
 
@@ -85,7 +92,7 @@ class Ranks:
         self._folder = tempfile.TemporaryDirectory(prefix="seqmesh-ranks-", ignore_cleanup_errors=True)
         self._address = str(Path(self._folder.name) / "socket")
         self._listener = Listener(self._address, "AF_UNIX", backlog=64)
-        self._pools: dict[int, tuple[list[int], list[Connection]]] = {}
+        self._pools: dict[int, Pool] = {}
         self._made = 0
         self._requests, theirs = Pipe()
         self._server = os.fork()
@@ -106,8 +113,8 @@ class Ranks:
             for _ in range(world):
                 connection = self._listener.accept()
                 connections[connection.recv()] = connection
-            self._pools[world] = pids, [connections[rank] for rank in range(world)]
-        return self._pools[world][1]
+            self._pools[world] = Pool(pids, [connections[rank] for rank in range(world)])
+        return self._pools[world].connections
 
     def run(self, world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         """`function(*args)` on every rank of a pool; its results by rank.

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seqmesh.engine.kernels import Kernel, Logits, Problem, Tile, TileShape, select, tiles
+from seqmesh.engine.kernels import Kernel, LogitRule, Problem, Tile, TileShape, select, tiles
 from seqmesh.engine.kernels.cpu import CpuFlash
 from seqmesh.engine.kernels.cuda import CudaFlash, window
 from seqmesh.engine.kernels.reference import Reference
@@ -90,12 +90,12 @@ def test_the_flash_window_of_a_trimmed_band_is_the_band(band: Band) -> None:
 
 
 def dense(
-    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, band: Band, logits: Logits
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, band: Band, rule: LogitRule
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The definition, under autograd in fp64: out (b, h, nq, d) and lse (b, h, nq)."""
-    scores = torch.einsum("bgrqd,bgkd->bgrqk", q.unflatten(1, (k.shape[1], -1)), k) * logits.scale
-    if logits.softcap is not None:
-        scores = logits.softcap * torch.tanh(scores / logits.softcap)
+    scores = torch.einsum("bgrqd,bgkd->bgrqk", q.unflatten(1, (k.shape[1], -1)), k) * rule.scale
+    if rule.softcap is not None:
+        scores = rule.softcap * torch.tanh(scores / rule.softcap)
     scores = scores.masked_fill(~torch.from_numpy(local(band)), -torch.inf)
     out = torch.einsum("bgrqk,bgkd->bgrqd", scores.softmax(-1), v)
     return out.flatten(1, 2), scores.logsumexp(-1).flatten(1, 2)
@@ -112,10 +112,10 @@ def test_each_kernel_equals_the_maths_on_each_of_its_tiles(
         if kernel.refusal(problem):
             continue
         for tile in kernel.tiles(band):
-            check_tile(kernel, tile, heads, Logits(scale=0.3, softcap=softcap))
+            check_tile(kernel, tile, heads, LogitRule(scale=0.3, softcap=softcap))
 
 
-def check_tile(kernel: Kernel, tile: Tile, heads: tuple[int, int], logits: Logits) -> None:
+def check_tile(kernel: Kernel, tile: Tile, heads: tuple[int, int], rule: LogitRule) -> None:
     """A kernel's out, lse and gradients of one tile against the definition."""
     random = torch.Generator().manual_seed(0)
 
@@ -127,11 +127,11 @@ def check_tile(kernel: Kernel, tile: Tile, heads: tuple[int, int], logits: Logit
     keys = tile.band.k_stop - tile.band.k_start
     q, k, v = normal(queries, heads[0]), normal(keys, heads[1]), normal(keys, heads[1])
     leaves = [x.clone().requires_grad_() for x in (q, k, v)]
-    want, want_lse = dense(*leaves, tile.band, logits)
+    want, want_lse = dense(*leaves, tile.band, rule)
     grad = torch.randn(want.shape, generator=random, dtype=torch.float64)
     want_grads = torch.autograd.grad(want, leaves, grad)
-    out, lse = kernel.forward(q, k, v, tile, logits)
-    grads = kernel.backward(grad, q, k, v, out, lse, tile, logits)
+    out, lse = kernel.forward(q, k, v, tile, rule)
+    grads = kernel.backward(grad, q, k, v, out, lse, tile, rule)
     for got, expected in zip((out, lse, *grads), (want, want_lse, *want_grads), strict=True):
         torch.testing.assert_close(got, expected.detach(), rtol=1e-11, atol=1e-11)
 

@@ -10,7 +10,7 @@ from ranks import Ranks
 from torch.distributed.device_mesh import init_device_mesh
 
 from seqmesh import Schedule, SequenceMesh, attention, masks
-from seqmesh.engine.kernels import Logits, Problem, select
+from seqmesh.engine.kernels import LogitRule, Problem, select
 from seqmesh.masks import Band
 
 
@@ -85,7 +85,7 @@ def lse_dtype_of_bf16() -> torch.dtype:
     x = torch.randn(1, 2, 8, 16, dtype=torch.bfloat16)
     kernel = select("auto", Problem(device_type="cpu", dtype=x.dtype, head_dim=16, softcap=None))
     (tile,) = kernel.tiles(Band(0, 8, 0, 8))
-    _, lse = kernel.forward(x, x, x, tile, Logits(scale=0.25))
+    _, lse = kernel.forward(x, x, x, tile, LogitRule(scale=0.25))
     return lse.dtype
 
 

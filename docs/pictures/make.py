@@ -1,5 +1,6 @@
-"""Draw the pictures of the README and of the docs anew, next to this file: python docs/pictures/make.py
-[FOLDER]
+"""Draw the pictures of the README and of the docs anew, next to this file.
+
+python docs/pictures/make.py [FOLDER]
 """
 
 import sys

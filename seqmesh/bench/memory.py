@@ -14,7 +14,7 @@ from torch.profiler import ProfilerActivity, profile
 def peak_bytes(run: Callable[[], Any]) -> int:
     """Most bytes that were allocated at a time while `run()` ran, beyond what was allocated before.
 
-    Its result is kept until then.
+    Its result counts: it is released after the profiler has stopped.
     """
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True, acc_events=True) as profiler:
         kept = run()

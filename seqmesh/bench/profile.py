@@ -23,7 +23,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from seqmesh.engine.kernels import Logits, Problem, select
+from seqmesh.engine.kernels import LogitRule, Problem, select
 from seqmesh.masks import Band
 from seqmesh.processes import Workers
 from seqmesh.provenance import commit, machine, this_command
@@ -37,6 +37,8 @@ MESSAGES = (64 << 10, 8 << 20)
 """Bytes that a rank sends in the two all-to-alls."""
 COPIED_FLOATS = 8 << 20
 ROUNDS = 5
+BACKWARD_FORWARDS = 2.5
+"""A backward's FLOPs over a forward's, as seqmesh/planner/cost/attention.py counts them."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -48,7 +50,7 @@ class RankRates:
     forward: tuple[float, float]
     """FLOP/s of attention forward at the two block lengths."""
     backward: tuple[float, float]
-    """FLOP/s of its backward, counted as 2.5 forwards."""
+    """FLOP/s of its backward, counted as BACKWARD_FORWARDS forwards."""
     copy: float
     """Bytes/s, read and written."""
     exchange: tuple[float, float]
@@ -207,12 +209,12 @@ def _attention(rows: int, backward: bool) -> float:
     kernel = select("auto", Problem(device_type="cpu", dtype=torch.float32, head_dim=HEAD_DIM, softcap=None))
     q, k, v, grad = (torch.randn(1, HEADS, rows, HEAD_DIM) for _ in range(4))
     (tile,) = kernel.tiles(Band(0, rows, 0, rows))
-    logits = Logits(scale=HEAD_DIM**-0.5)
-    out, lse = kernel.forward(q, k, v, tile, logits)
+    rule = LogitRule(scale=HEAD_DIM**-0.5)
+    out, lse = kernel.forward(q, k, v, tile, rule)
     flops = 4.0 * HEADS * rows * rows * HEAD_DIM
     if not backward:
-        return flops / _timed(lambda: kernel.forward(q, k, v, tile, logits))
-    return 2.5 * flops / _timed(lambda: kernel.backward(grad, q, k, v, out, lse, tile, logits))
+        return flops / _timed(lambda: kernel.forward(q, k, v, tile, rule))
+    return BACKWARD_FORWARDS * flops / _timed(lambda: kernel.backward(grad, q, k, v, out, lse, tile, rule))
 
 
 def _copy() -> float:

@@ -6,7 +6,7 @@ Ratios within one run. The two sides take turns, and in every other pair the oth
     N ranks, 1 thread each           ####### #######                 seqmesh.attention
                               `-- a pair --' `-- a pair --'
 
-Both sides do one causal forward and backward of the same global timed. Each pair gives a ratio; its median
+Both sides do one causal forward and backward of the same global problem. Each pair gives a ratio; its median
 and range are reported. A call's time is from the first rank's start, after a barrier, to the last rank's end.
 The ratio of CPU time, summed over the processes of a side, is reported too: other work on the machine moves
 it less.

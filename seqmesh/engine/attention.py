@@ -1,6 +1,6 @@
 """Unified sequence-parallel attention: exchange heads, run the schedule, exchange back. Start reading here.
 
-    q (b, n, h, d), k, v (b, n, g, d)         local rows, all heads
+    q (b, n, h, d), k, v (b, n, g, d)         local rows, all heads; then for each chunk of heads
       -> scatter_heads over ulysses           the ring rank's N rows, this rank's heads     one collective
       -> stage 0: attention to own K/V        while the rows of stage 1 travel
       -> stage 1, 2, ...: to received K/V     while the rows of the next stage travel       one a stage

@@ -1,9 +1,8 @@
 """One call of attention: what it is made of besides tensors, and whether it may run.
 
-Refused here, or nowhere.
-
-All checks look at this rank's inputs and schedule only and come before any communication, so a wrong call on
-one rank is an error there and not a hang elsewhere.
+What `attention` cannot do is refused while the call is made, never later. All checks look at this rank's
+inputs and schedule only and come before any communication, so a wrong call on one rank is an error there and
+not a hang elsewhere.
 
 Legend: b batch, n local rows, h query heads, g K/V heads, d head dim.
 """
@@ -14,7 +13,7 @@ from math import inf
 
 from torch import Tensor
 
-from seqmesh.engine.kernels import Kernel, Logits, Problem, select
+from seqmesh.engine.kernels import Kernel, LogitRule, Problem, select
 from seqmesh.engine.sharding import Schedule
 from seqmesh.schedule.heads import HeadShare, default_chunks, split_heads
 
@@ -35,11 +34,11 @@ class AttentionCall:
 
     schedule: Schedule
     kv_heads: int
-    """K/V heads g of the whole model."""
+    """K/V heads g of the call, over all ulysses ranks."""
     chunks: tuple[tuple[HeadShare, ...], ...]
     """Heads of every ulysses rank, per chunk of heads."""
     kernel: Kernel
-    logits: Logits
+    rule: LogitRule
 
     @property
     def exchanges_heads(self) -> bool:
@@ -47,7 +46,7 @@ class AttentionCall:
         return self.schedule.mesh.ulysses_group is not None
 
     @property
-    def shares_rows(self) -> bool:
+    def same_rows(self) -> bool:
         """Whether keys lie on the same rows as queries, so that q, k and v can travel in one buffer."""
         return self.schedule.kv_rows == self.schedule.rows
 
@@ -96,7 +95,7 @@ def call_for(q: Tensor, kv_heads: int, schedule: Schedule, options: Options) -> 
         kv_heads=kv_heads,
         chunks=split_heads(h, kv_heads, mesh.ulysses, head_chunks),
         kernel=select(options.kernel, problem),
-        logits=Logits(scale=scale, softcap=options.softcap),
+        rule=LogitRule(scale=scale, softcap=options.softcap),
     )
 
 

@@ -40,7 +40,7 @@ class Sizes(NamedTuple):
     """N of the queries."""
     kv_rows: int
     """N of the keys."""
-    shares_rows: int
+    same_rows: int
     """1 if queries and keys lie on the same rows, else 0."""
 
 
@@ -94,7 +94,7 @@ def compiled_attention(
         k_len=schedule.mask.k_len,
         q_rows=schedule.ring.q_rows,
         kv_rows=schedule.ring.kv_rows,
-        shares_rows=int(schedule.rows == schedule.kv_rows),
+        same_rows=int(schedule.rows == schedule.kv_rows),
     )
     names = Names(mesh.ulysses_group or "", mesh.ring_group or "", kernel)
     outputs = _forward_op(
@@ -177,7 +177,7 @@ def _forward_fake(
     for shares in split_heads(int(h), int(g), ulysses, int(head_chunks)):
         mine = shares[me]
         if ulysses > 1:
-            if size.shares_rows:
+            if size.same_rows:
                 outputs.append(q.new_empty((size.q_rows, b, mine.q + 2 * mine.kv, d)))
             else:
                 outputs.append(q.new_empty((size.q_rows, b, mine.q, d)))

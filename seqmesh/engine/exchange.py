@@ -7,7 +7,8 @@ torch.compile understands.
     scatter_heads   (n, b, h, d) of every rank  ->  (n_0 + n_1 + ..., b, h_mine, d)    to a peer: its heads
     gather_heads    (N, b, h_mine, d)           ->  one (n, b, h_u, d) per peer        to a peer: its rows
     fetch_rows      K, V rows of the stage      ->  (received rows, b, 2 g, d)         K heads, then V heads
-    return_rows     gradients of those rows     ->  added to the rows they came from, in fp32
+    return_rows     gradients of those rows     ->  to the ranks that own them
+                                                    add_returned_rows_: added there, in fp32
 
 Tensors are rows-first: a rank's rows are then one slice of memory, so rows need no packing on the receiving
 side.
@@ -131,6 +132,7 @@ def gather_heads(
     send_sizes = [count * b * d * mine for count in rows]
     receive_sizes = [n * b * d * width for width in widths]
     pending = start_exchange(x.contiguous().view(-1), send_sizes, receive_sizes, group)
+    # What was sent may be the caller's own storage, such as a chunk's output that is saved for the backward.
     messages = pending.wait(keep_sent=True).split(receive_sizes)
     return [message.view(n, b, width, d) for message, width in zip(messages, widths, strict=True)]
 

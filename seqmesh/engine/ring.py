@@ -28,7 +28,7 @@ from seqmesh.schedule import Stage
 from seqmesh.schedule.heads import HeadShare
 
 
-class Arrived(NamedTuple):
+class Ready(NamedTuple):
     """A stage, and the keys and values that its blocks index."""
 
     stage: Stage
@@ -65,8 +65,8 @@ def ring_backward(
     _, b, g, d = k.shape
     dq = RowSums((q.shape[0], b, q.shape[2], d), q)
     home = _Home(k, call)
-    for stage, keys, values in _walk(k, v, call):
-        is_own = stage is call.schedule.ring.stages[0]
+    for number, (stage, keys, values) in enumerate(_walk(k, v, call)):
+        is_own = number == 0
         dkv = home.grads if is_own else RowSums((stage.rows_received, b, 2 * g, d), k)
         for tile in _tiles(stage, call):
             rows, columns = _slices(tile)
@@ -91,7 +91,7 @@ def ring_backward(
     return dq.sums().to(q.dtype), home.grads.sums().to(k.dtype)
 
 
-def _walk(k: Tensor, v: Tensor, call: AttentionCall) -> Iterator[Arrived]:
+def _walk(k: Tensor, v: Tensor, call: AttentionCall) -> Iterator[Ready]:
     """Every stage of this rank with its keys and values, the exchange of the next stage's rows in flight.
 
     What it yields lives until the next stage's rows have arrived, if whoever walks lets go of it: two
@@ -99,14 +99,14 @@ def _walk(k: Tensor, v: Tensor, call: AttentionCall) -> Iterator[Arrived]:
     """
     own, *hops = call.schedule.ring.stages
     coming = _fetch(k, v, hops[0], call) if hops else None
-    yield Arrived(own, k, v)
+    yield Ready(own, k, v)
     for number, stage in enumerate(hops, start=1):
         assert coming is not None
-        arrived = _arrived(coming, stage, k)
+        ready = _arrived(coming, stage, k)
         coming = None  # frees what was sent, before the next buffers are made
         if number < len(hops):
             coming = _fetch(k, v, hops[number], call)
-        yield arrived
+        yield ready
 
 
 def _fetch(k: Tensor, v: Tensor, stage: Stage, call: AttentionCall) -> Pending:
@@ -116,11 +116,11 @@ def _fetch(k: Tensor, v: Tensor, stage: Stage, call: AttentionCall) -> Pending:
     return fetch_rows(k, v, stage.sends, stage.receives, mesh.ring, mesh.ring_group)
 
 
-def _arrived(coming: Pending, stage: Stage, k: Tensor) -> Arrived:
+def _arrived(coming: Pending, stage: Stage, k: Tensor) -> Ready:
     """Wait for the rows of a stage."""
     _, b, g, d = k.shape
     received = coming.wait().view(stage.rows_received, b, 2 * g, d)
-    return Arrived(stage, received[:, :, :g], received[:, :, g:])
+    return Ready(stage, received[:, :, :g], received[:, :, g:])
 
 
 class _Home:
@@ -181,7 +181,7 @@ def _tile_forward(
     for group in share.groups:
         heads = slice(group.q_start, group.q_stop)
         kv = slice(group.kv_start, group.kv_stop)
-        parts.append(call.kernel.forward(q[:, heads], k[:, kv], v[:, kv], tile, call.logits))
+        parts.append(call.kernel.forward(q[:, heads], k[:, kv], v[:, kv], tile, call.rule))
     if len(parts) == 1:
         return parts[0]
     return torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 1)
@@ -218,7 +218,7 @@ def _tile_backward(
                 out[:, heads],
                 lse[:, heads],
                 tile,
-                call.logits,
+                call.rule,
             )
         )
     if len(parts) == 1:

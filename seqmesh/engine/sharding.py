@@ -279,7 +279,7 @@ def _all_gather(mine: Tensor, counts: tuple[int, ...], row: int, group: str) -> 
     size = mine.numel()
     copies = mine.expand(len(counts), size).reshape(-1)
     pending = start_exchange(copies, [size] * len(counts), [count * row for count in counts], group)
-    return pending.wait(keep_sent=True)
+    return pending.wait(keep_sent=True)  # of an empty shard the copies may be a view of the caller's tensor
 
 
 def _sum_to_owner(grad: Tensor, schedule: Schedule, keys: bool) -> Tensor:
@@ -303,5 +303,5 @@ def _sum_scatter(stored: Tensor, counts: tuple[int, ...], me: int, group: str) -
     row_shape = stored.shape[1:]
     sizes = [count * row_shape.numel() for count in counts]
     pending = start_exchange(stored.reshape(-1), sizes, [sizes[me]] * len(counts), group)
-    received = pending.wait(keep_sent=True)
+    received = pending.wait(keep_sent=True)  # what was sent may be a view of the incoming gradient
     return received.view(len(counts), counts[me], *row_shape).sum(0)

@@ -2,10 +2,11 @@
 backward.
 
     chunk of heads    scatter_heads -> ring_forward -> gather_heads           written into out (b, n, h, d)
-    its backward      scatter_heads(dout) -> ring_backward -> gather_heads    dq, dk, dv in one collective
+    its backward      scatter_heads(dout) -> ring_backward -> gather_heads    dq, dk, dv likewise
 
-Computing the heads in chunks divides the memory of every buffer by the number of chunks. Q, K and V travel in
-one collective each way. At U = 1 nothing is exchanged and nothing copied.
+Computing the heads in chunks divides the memory of every buffer by the number of chunks. Q, K and V of a
+chunk travel in one collective each way, or in two where keys lie on rows of their own (cross-attention). At U
+= 1 nothing is exchanged, and q, k and v are read where they lie.
 
 Legend: b batch, n local rows, N rows of the ring rank, h query heads, g K/V heads, d head dim, U ulysses
 degree.
@@ -77,7 +78,9 @@ class Saved:
         return own + self.made()
 
     def made(self) -> list[Tensor]:
-        """What attention made besides its output."""
+        """What attention made besides its output; compiled.py's `_forward_fake` has its shapes, in this
+        order.
+        """
         found: list[Tensor] = []
         for chunk in self.chunks:
             if chunk.received is not None:
@@ -96,7 +99,7 @@ class Saved:
         for _ in call.chunks:
             received = None
             if call.exchanges_heads:
-                buffers = tuple(next(rest) for _ in range(1 if call.shares_rows else 2))
+                buffers = tuple(next(rest) for _ in range(1 if call.same_rows else 2))
                 received = ReceivedHeads(buffers=buffers, out=next(rest))
             chunks.append(SavedChunk(lse=next(rest), received=received))
         return Saved(local=local, chunks=tuple(chunks))
@@ -179,7 +182,7 @@ def _exchange_qkv(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, shares: 
     me = schedule.mesh.ulysses_rank
     q_part = _of_q(q, shares)
     kv_parts = [_of_kv(k, shares), _of_kv(v, shares)]
-    if call.shares_rows:
+    if call.same_rows:
         return (scatter_heads([q_part, *kv_parts], schedule.rows, me, group),)
     return (
         scatter_heads([q_part], schedule.rows, me, group),
@@ -191,7 +194,7 @@ def _my_qkv(
     buffers: tuple[Tensor, ...], call: AttentionCall, mine: HeadShare
 ) -> tuple[Tensor, Tensor, Tensor]:
     """q, k, v (N, b, heads of this rank, d): views of the received buffers."""
-    if call.shares_rows:
+    if call.same_rows:
         (qkv,) = buffers
         q, k, v = qkv.split([mine.q, mine.kv, mine.kv], dim=2)
     else:
@@ -244,7 +247,9 @@ class _LocalGrads:
         b, _, _, d = grad_out.shape
         held = call.schedule.kv_rows[call.schedule.mesh.ulysses_rank]
         kv_shape = (b, held, call.kv_heads, d)
-        parts = sum(share.kv for shares in call.chunks for share in shares)
+        parts = 0
+        for shares in call.chunks:
+            parts += sum(share.kv for share in shares)
         self._adds_up = parts > call.kv_heads
         dtype = accumulator_dtype(grad_out.dtype) if self._adds_up else grad_out.dtype
         self.dq = torch.empty_like(grad_out, memory_format=torch.contiguous_format)
@@ -276,7 +281,7 @@ class _LocalGrads:
         kv_widths = [2 * share.kv for share in shares]
         if group is None:
             yield dq, dkv
-        elif self._call.shares_rows:
+        elif self._call.same_rows:
             widths = [q + kv for q, kv in zip(q_widths, kv_widths, strict=True)]
             both = gather_heads(torch.cat((dq, dkv), 2), schedule.rows, widths, me, group)
             for q, part in zip(q_widths, both, strict=True):

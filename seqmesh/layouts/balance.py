@@ -1,8 +1,9 @@
 """Balanced layouts, for any mask: equal tokens, near-equal area, few rows received.
 
 Long-tailed documents are where fixed layouts lose: on 1M tokens of log-normal documents over 64 ranks the
-busiest rank of zigzag computes 3 to 6 times the mean. `balanced` deals out whole segments and cuts only the
-ones that it has to (filling.py), so that every rank has equal tokens and, to half a percent, equal area.
+busiest rank of zigzag computes 4 to 5 times the mean (docs/measured.md). `balanced` deals out whole segments
+and cuts only the ones that it has to (filling.py), so that every rank has equal tokens and, to half a
+percent, equal area.
 
     documents     A A A A A A A A A A A A A A A A A A A A|B B B B B B|C C C|D D|E     busiest area / mean
     contiguous    0 0 0 0 0 0 0 0 1 1 1 1 1 1 1 1 2 2 2 2 2 2 2 2 3 3 3 3 3 3 3 3     1.66
@@ -38,8 +39,9 @@ NEGLIGIBLE_ROWS = 0.01
 """Rows received, in parts of a rank's tokens, that are not worth a better layout."""
 
 HEAD_ROOM = 0.92
-"""Part of what `_lowest_level` finds that the ranks can spare: whole short documents do not add up to exactly
-what it asks for.
+"""Share that is asked for of the rows that `_lowest_level` finds a rank able to hold.
+
+Whole short documents rarely add up to exactly the tokens and the area that it would need beside them.
 """
 
 BISECTIONS = 16
@@ -47,7 +49,7 @@ BISECTIONS = 16
 
 
 @dataclass(frozen=True, kw_only=True)
-class Measured:
+class Busiest:
     """A layout and the most that one of its ranks computes (pairs), receives (rows), and both (pairs)."""
 
     layout: Layout
@@ -84,7 +86,7 @@ def balanced(mask: Mask, ring: int, *, pairs_per_row: float = DEFAULT_PAIRS_PER_
     return Layout(best.layout.s, best.layout.ranks, "balanced", reason)
 
 
-def best_layout(mask: Mask, ring: int, pairs_per_row: float) -> Measured:
+def best_layout(mask: Mask, ring: int, pairs_per_row: float) -> Busiest:
     """The cheapest of contiguous, zigzag and the dealt-out segments; contiguous at once where there is next
     to nothing to gain.
 
@@ -93,12 +95,12 @@ def best_layout(mask: Mask, ring: int, pairs_per_row: float) -> Measured:
     """
     _check(mask, ring, pairs_per_row)
     enough = (1 + TOLERANCE) * mask.area / ring + pairs_per_row * NEGLIGIBLE_ROWS * mask.q_len / ring
-    simplest = measure(mask, contiguous(mask.q_len, ring), pairs_per_row, limit=enough)
+    simplest = busiest(mask, contiguous(mask.q_len, ring), pairs_per_row, limit=enough)
     if simplest is not None:
         return simplest
     best = _deal(mask, ring, pairs_per_row)
     for fixed in (zigzag(mask.q_len, ring), contiguous(mask.q_len, ring)):
-        best = measure(mask, fixed, pairs_per_row, limit=best.cost) or best
+        best = busiest(mask, fixed, pairs_per_row, limit=best.cost) or best
     return best
 
 
@@ -117,7 +119,7 @@ def _check(mask: Mask, ring: int, pairs_per_row: float) -> None:
         )
 
 
-def measure(mask: Mask, layout: Layout, pairs_per_row: float, limit: float) -> Measured | None:
+def busiest(mask: Mask, layout: Layout, pairs_per_row: float, limit: float) -> Busiest | None:
     """A layout's busiest ranks, or None as soon as one rank's cost is above the limit."""
     most_area = most_rows = 0
     most_cost = 0.0
@@ -132,10 +134,10 @@ def measure(mask: Mask, layout: Layout, pairs_per_row: float, limit: float) -> M
         most_area = max(most_area, area)
         most_rows = max(most_rows, rows)
         most_cost = max(most_cost, cost)
-    return Measured(layout=layout, area=most_area, rows=most_rows, cost=most_cost)
+    return Busiest(layout=layout, area=most_area, rows=most_rows, cost=most_cost)
 
 
-def _deal(mask: Mask, ring: int, pairs_per_row: float) -> Measured:
+def _deal(mask: Mask, ring: int, pairs_per_row: float) -> Busiest:
     """Segments dealt out rank after rank: equal tokens, and each rank the average area of what is left when
     its turn comes.
     """
@@ -156,7 +158,7 @@ def _deal(mask: Mask, ring: int, pairs_per_row: float) -> Measured:
     layout = from_runs(mask.q_len, runs, "balanced", f"{len(parts)} segments, whole where they fit")
     received = load.rows_received(mask, layout)
     costs = [area + pairs_per_row * rows for area, rows in zip(areas, received, strict=False)]
-    return Measured(
+    return Busiest(
         layout=layout, area=max(areas, default=0), rows=max(received), cost=max(costs, default=0.0)
     )
 
@@ -189,9 +191,8 @@ def _reaches(level: float, length: float, area: float) -> bool:
     head, tail = 0.0, float(length)
     while True:
         held = tail - level
-        if (
-            held * (head + tail) / 2 <= area
-        ):  # an equal share of the rest is at least as many rows: every later rank has enough
+        # By area, an equal share of the rest is at least as many rows: every later rank has enough.
+        if held * (head + tail) / 2 <= area:
             return True
         if head + held >= tail:
             return False

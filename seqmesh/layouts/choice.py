@@ -8,7 +8,7 @@ exchanges is not in it.
 
 from math import inf
 
-from seqmesh.layouts.balance import DEFAULT_PAIRS_PER_ROW, balanced, best_layout, measure
+from seqmesh.layouts.balance import DEFAULT_PAIRS_PER_ROW, balanced, best_layout, busiest
 from seqmesh.layouts.fixed import contiguous, striped, zigzag
 from seqmesh.layouts.layout import Layout
 from seqmesh.masks import Mask
@@ -63,11 +63,11 @@ def auto(mask: Mask, ring: int, *, pairs_per_row: float = DEFAULT_PAIRS_PER_ROW)
     mean = mask.area / ring or 1.0
     found = f"balanced {best.area / mean:.2f}x and at most {best.rows} rows received"
     for fixed in (contiguous(mask.q_len, ring), zigzag(mask.q_len, ring)):
-        measured = measure(mask, fixed, pairs_per_row, limit=AS_GOOD * best.cost)
-        if measured is not None:
-            load = f"{measured.area / mean:.2f}x the mean area and at most {measured.rows} rows received"
+        as_good = busiest(mask, fixed, pairs_per_row, limit=AS_GOOD * best.cost)
+        if as_good is not None:
+            load = f"{as_good.area / mean:.2f}x the mean area and at most {as_good.rows} rows received"
             return Layout(fixed.s, fixed.ranks, fixed.name, f"{fixed.name} is as good, {load}; {found}")
-    rejected = measure(mask, zigzag(mask.q_len, ring), pairs_per_row, limit=inf)
+    rejected = busiest(mask, zigzag(mask.q_len, ring), pairs_per_row, limit=inf)
     assert rejected is not None
     load = f"{rejected.area / mean:.2f}x the mean area and {rejected.rows} rows received"
     reason = f"zigzag would leave the busiest rank {load}; {found}"

@@ -40,7 +40,8 @@ class Pool:
     """The segments not yet given out, by area per token: the lightest are [low, high), the heaviest is at
     high.
 
-    `area` is what is left of it; `level` is a number of rows received that no rank needs to go below.
+    `area` is what is left of it; `level` is how few rows the busiest rank can at best receive
+    (docs/layouts.md, "How far balance reaches"): fewer for another rank gain nothing.
     """
 
     def __init__(self, segments: Sequence[Segment], level: float) -> None:

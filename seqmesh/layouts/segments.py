@@ -51,7 +51,10 @@ class RowArea:
     def __init__(self, start: int, bands: list[Band]) -> None:
         self._rows = [start]
         self._knots = [_Knot(start, 0, 0, 0)]
-        for change in sorted(change for band in bands for change in _changes(band)):
+        changes: list[_Change] = []
+        for band in bands:
+            changes += _changes(band)
+        for change in sorted(changes):
             last = self._knots[-1]
             rows = change.row - last.row
             knot = _Knot(

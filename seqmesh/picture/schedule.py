@@ -75,7 +75,8 @@ def _longest_text(schedules: Sequence[RingSchedule]) -> int:
     longest = 0
     for schedule in schedules:
         for stage in schedule.stages:
-            longest = max(longest, len(peers(stage.receives, "from")), len(peers(stage.sends, "from")))
+            for transfers in (stage.receives, stage.sends):
+                longest = max(longest, len(peers(transfers, "from")))  # the wider word, for both
     return longest
 
 

@@ -110,11 +110,9 @@ class _Owners:
     """Who stores a range of positions, by bisection over all spans of a layout."""
 
     def __init__(self, layout: Layout) -> None:
-        stored = (
-            _Stored(rank, offset, span)
-            for rank in range(layout.ring)
-            for offset, span in _storage(layout, rank)
-        )
+        stored: list[_Stored] = []
+        for rank in range(layout.ring):
+            stored += (_Stored(rank, offset, span) for offset, span in _storage(layout, rank))
         self._stored = sorted(stored, key=lambda s: s.span.start)
         self._starts = [s.span.start for s in self._stored]
         self._furthest_stop = list(accumulate((s.span.tokens[-1] + 1 for s in self._stored), max))
@@ -282,9 +280,9 @@ def ring_schedule(
         kv_layout: layout of the k_len keys, for the same ring degree; the query layout itself in
             self-attention.
         ring_rank: whose schedule.
-        stages: exchanges to spread the R - 1 hops over: R - 1 (default) is a ring, 1 an all-gather, anything
-            between is legal. More stages hide more traffic behind compute and hold fewer received rows; fewer
-            save latency.
+        stages: exchanges after stage 0, to spread the R - 1 hops over: R - 1 (default) is a ring, 1 an
+            all-gather, anything between is legal. More stages hide more traffic behind compute and hold fewer
+            received rows; fewer save latency.
 
     Raises:
         ValueError: a layout of another length or ring degree, a rank outside the ring, or more stages than

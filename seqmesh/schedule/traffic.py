@@ -4,8 +4,9 @@ computed once, here.
     forward    q, k, v to the heads' owners    K/V rows round the ring                      out home
     backward   dout to the heads' owners       K/V rows again, dK/dV rows straight home     dq, dk, dv home
 
-The backward exchanges q, k and v no second time: what arrived is kept (PAPER: 4 (1 + κ) e (U - 1) / U bytes
-for Ulysses).
+The backward exchanges q, k and v no second time: what arrived is kept. So Ulysses moves 4 (1 + κ) e (U - 1) /
+U bytes in both passes, e bytes of the local q, κ = g / h.
+Source: USP (Fang & Zhao 2024), Table 2, whose count for Ulysses this is.
 """
 
 from collections.abc import Sequence

@@ -189,20 +189,19 @@ def _raise_failure(ranks: Sequence[_Watched], timeout_s: float, log_folder: Path
         return
     for rank in failed:
         _raise_if_killed(rank, log_folder)
-    failures: list[tuple[Failure, int]] = []
-    for rank in failed:
-        if rank.failure is not None:
-            failures.append((rank.failure, rank.rank))
-    if not failures:
+    told = [rank for rank in failed if rank.failure is not None]
+    if not told:
         number = failed[0].rank
         raise RankFailedError(
             f"rank {number} ended with exit code {failed[0].exit_code}; see {_log(log_folder, number)}"
         )
-    failures.sort(key=lambda one: (one[0].at, one[1]))
-    for failure, _ in failures:
-        if failure.users_mistake:
-            raise ValueError(failure.message)
-    first, number = failures[0]
+    told.sort(key=_failed_at)
+    for rank in told:
+        assert rank.failure is not None
+        if rank.failure.users_mistake:
+            raise ValueError(rank.failure.message)
+    first = told[0].failure
+    assert first is not None
     # gloo reports a rank that hangs only by the time-out of those that wait for it: theirs is no fault.
     silent = [rank.rank for rank in ranks if not rank.failed and rank.local.process.is_alive()]
     if silent and "time" in first.message.lower():
@@ -210,7 +209,14 @@ def _raise_failure(ranks: Sequence[_Watched], timeout_s: float, log_folder: Path
             f"rank {silent[0]} did not answer for run.timeout_s={timeout_s:g} seconds;"
             " the other ranks were stopped"
         )
+    number = told[0].rank
     raise RankFailedError(f"rank {number} failed: {first.message}; traceback in {_log(log_folder, number)}")
+
+
+def _failed_at(rank: _Watched) -> tuple[float, int]:
+    """When a rank's exception was, those of one moment by rank."""
+    assert rank.failure is not None
+    return rank.failure.at, rank.rank
 
 
 def _raise_if_killed(rank: _Watched, log_folder: Path) -> None:

@@ -10,11 +10,11 @@ kernel, write a class with the members of `Kernel` (cpu.py is the one to copy) a
 
 from seqmesh.engine.kernels.cpu import CpuFlash
 from seqmesh.engine.kernels.cuda import CudaFlash
-from seqmesh.engine.kernels.kernel import Kernel, Logits, Problem
+from seqmesh.engine.kernels.kernel import Kernel, LogitRule, Problem
 from seqmesh.engine.kernels.reference import Reference
 from seqmesh.engine.kernels.tiles import Tile, TileShape
 
-__all__ = ["Kernel", "Logits", "Problem", "Tile", "TileShape", "available", "select"]
+__all__ = ["Kernel", "LogitRule", "Problem", "Tile", "TileShape", "available", "select"]
 
 
 def available() -> tuple[Kernel, ...]:

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from seqmesh.engine.kernels.kernel import Logits, Problem
+from seqmesh.engine.kernels.kernel import LogitRule, Problem
 from seqmesh.engine.kernels.tiles import Tile, TileShape, cut
 from seqmesh.masks import Band
 
@@ -39,9 +39,9 @@ class CpuFlash:
         """Full, square causal, reversed causal and small masked pieces."""
         return cut(block)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, logits: Logits) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, rule: LogitRule) -> tuple[Tensor, Tensor]:
         """See Kernel.forward."""
-        assert logits.softcap is None
+        assert rule.softcap is None
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             _oriented(q, tile),
             _oriented(k, tile),
@@ -49,7 +49,7 @@ class CpuFlash:
             0.0,
             _is_causal(tile),
             attn_mask=_dense_mask(tile, q),
-            scale=logits.scale,
+            scale=rule.scale,
         )
         if tile.shape is TileShape.REVERSED:
             return out.flip(2), lse.flip(2)
@@ -64,10 +64,10 @@ class CpuFlash:
         out: Tensor,
         lse: Tensor,
         tile: Tile,
-        logits: Logits,
+        rule: LogitRule,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See Kernel.backward."""
-        assert logits.softcap is None
+        assert rule.softcap is None
         is_reversed = tile.shape is TileShape.REVERSED
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
             _oriented(grad_out, tile),
@@ -79,7 +79,7 @@ class CpuFlash:
             0.0,
             _is_causal(tile),
             attn_mask=_dense_mask(tile, q),
-            scale=logits.scale,
+            scale=rule.scale,
         )
         if is_reversed:
             return dq.flip(2), dk.flip(2), dv.flip(2)

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from seqmesh.engine.kernels.kernel import Logits, Problem
+from seqmesh.engine.kernels.kernel import LogitRule, Problem
 from seqmesh.engine.kernels.tiles import Tile, TileShape
 from seqmesh.masks import Band
 
@@ -44,9 +44,9 @@ class CudaFlash:
         trimmed = block.trim()
         return () if trimmed is None else (Tile(trimmed, TileShape.BAND),)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, logits: Logits) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, rule: LogitRule) -> tuple[Tensor, Tensor]:
         """See Kernel.forward."""
-        assert logits.softcap is None
+        assert rule.softcap is None
         left, right = window(tile.band)
         out, lse, *_ = torch.ops.aten._flash_attention_forward(
             *_rows_second(q, k, v),
@@ -57,7 +57,7 @@ class CudaFlash:
             0.0,
             False,
             False,
-            scale=logits.scale,
+            scale=rule.scale,
             window_size_left=left,
             window_size_right=right,
         )
@@ -72,10 +72,10 @@ class CudaFlash:
         out: Tensor,
         lse: Tensor,
         tile: Tile,
-        logits: Logits,
+        rule: LogitRule,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See Kernel.backward."""
-        assert logits.softcap is None
+        assert rule.softcap is None
         left, right = window(tile.band)
         # Without dropout the random state is not read, but the op wants tensors there.
         no_state = torch.zeros(2, dtype=torch.int64, device=q.device)
@@ -90,7 +90,7 @@ class CudaFlash:
             False,
             no_state,
             no_state,
-            scale=logits.scale,
+            scale=rule.scale,
             window_size_left=left,
             window_size_right=right,
         )

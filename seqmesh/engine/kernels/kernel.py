@@ -29,7 +29,7 @@ class Problem:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Logits:
+class LogitRule:
     """How a query and a key become a logit: x = scale q k, then c tanh(x / c) if there is a softcap c."""
 
     scale: float
@@ -50,7 +50,7 @@ class Kernel(Protocol):
         """Disjoint tiles with the pairs of `block`, each computable in one call."""
         ...
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, logits: Logits) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, rule: LogitRule) -> tuple[Tensor, Tensor]:
         """Attention of one tile.
 
         Args:
@@ -58,7 +58,7 @@ class Kernel(Protocol):
             k: (b, g, nk, d); g divides h.
             v: likewise.
             tile: one of `tiles`; nq and nk are the sides of its band.
-            logits: scale and softcap.
+            rule: scale and softcap.
 
         Returns:
             out (b, h, nq, d) in the input's dtype (a kernel may keep fp32), and lse (b, h, nq): natural log,
@@ -75,7 +75,7 @@ class Kernel(Protocol):
         out: Tensor,
         lse: Tensor,
         tile: Tile,
-        logits: Logits,
+        rule: LogitRule,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of one tile, given the *global* out (b, h, nq, d) and lse (b, h, nq) of its query rows.
 

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
-from seqmesh.engine.kernels.kernel import Logits, Problem
+from seqmesh.engine.kernels.kernel import LogitRule, Problem
 from seqmesh.engine.kernels.tiles import Tile, TileShape
 from seqmesh.engine.merge import accumulator_dtype
 from seqmesh.masks import Band
@@ -43,7 +43,7 @@ class Reference:
         """Every band is native."""
         return (Tile(block, TileShape.BAND),)
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, logits: Logits) -> tuple[Tensor, Tensor]:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, rule: LogitRule) -> tuple[Tensor, Tensor]:
         """See Kernel.forward."""
         dtype = accumulator_dtype(q.dtype)
         out = torch.empty_like(q, dtype=dtype)
@@ -54,7 +54,7 @@ class Reference:
             v = v.to(dtype)
             for rows in _steps(q, k):
                 step_q = _group(q[:, :, rows].to(dtype), kv_heads)
-                scores, _ = _scores(step_q, k, tile.band, rows.start, logits)
+                scores, _ = _scores(step_q, k, tile.band, rows.start, rule)
                 step_lse = scores.logsumexp(-1)
                 weights = _softmax(scores, step_lse)
                 out[:, :, rows] = torch.einsum("bgrqk,bgkd->bgrqd", weights, v).flatten(1, 2)
@@ -70,7 +70,7 @@ class Reference:
         out: Tensor,
         lse: Tensor,
         tile: Tile,
-        logits: Logits,
+        rule: LogitRule,
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See Kernel.backward."""
         dtype = accumulator_dtype(q.dtype)
@@ -85,11 +85,11 @@ class Reference:
                 step_q, step_grad, step_out = (
                     _group(x[:, :, rows].to(dtype), kv_heads) for x in (q, grad_out, out)
                 )
-                scores, slope = _scores(step_q, k, tile.band, rows.start, logits)
+                scores, slope = _scores(step_q, k, tile.band, rows.start, rule)
                 weights = _softmax(scores, _group(lse[:, :, rows], kv_heads))
                 delta = (step_grad * step_out).sum(-1, keepdim=True)
                 grad_weights = torch.einsum("bgrqd,bgkd->bgrqk", step_grad, v)
-                grad_scores = weights * (grad_weights - delta) * slope * logits.scale
+                grad_scores = weights * (grad_weights - delta) * slope * rule.scale
                 dq[:, :, rows] = torch.einsum("bgrqk,bgkd->bgrqd", grad_scores, k).flatten(1, 2)
                 dk += torch.einsum("bgrqk,bgrqd->bgkd", grad_scores, step_q)
                 dv += torch.einsum("bgrqk,bgrqd->bgkd", weights, step_grad)
@@ -110,13 +110,13 @@ def _group(x: Tensor, kv_heads: int) -> Tensor:
     return grouped
 
 
-def _scores(q: Tensor, k: Tensor, band: Band, start: int, logits: Logits) -> tuple[Tensor, Tensor | float]:
+def _scores(q: Tensor, k: Tensor, band: Band, start: int, rule: LogitRule) -> tuple[Tensor, Tensor | float]:
     """Masked logits (b, g, r, q, k) of query rows from `start`, and the slope of the softcap at each."""
-    scores = torch.einsum("bgrqd,bgkd->bgrqk", q, k) * logits.scale
+    scores = torch.einsum("bgrqd,bgkd->bgrqk", q, k) * rule.scale
     slope: Tensor | float = 1.0
-    if logits.softcap is not None:
-        bent = (scores / logits.softcap).tanh()
-        scores = bent * logits.softcap
+    if rule.softcap is not None:
+        bent = (scores / rule.softcap).tanh()
+        scores = bent * rule.softcap
         slope = 1 - bent.square()
     allowed = _allowed(band, start, q.shape[3], k.shape[2], q.device)
     if allowed is not None:

@@ -202,10 +202,10 @@ def test_ring_stages_add_up_to_the_attention_that_was_priced(ulysses: int, ring:
     cost, times = costs.attention(point), stage_times(costs, point)
     for stages, one in ((times.forward, cost.forward), (times.backward, cost.backward)):
         assert len(stages) == ring
-        assert sum(stage.kernel for stage in stages) == pytest.approx(one.kernel)
-        assert sum(stage.merge for stage in stages) == pytest.approx(one.merge)
-        assert sum(stage.fetch for stage in stages) == pytest.approx(one.rows)
-        assert sum(stage.exposed for stage in stages) == pytest.approx(one.rows_exposed)
+        assert sum(stage.kernel for stage in stages) == pytest.approx(one.kernel_s)
+        assert sum(stage.merge for stage in stages) == pytest.approx(one.merge_s)
+        assert sum(stage.fetch for stage in stages) == pytest.approx(one.rows_s)
+        assert sum(stage.exposed for stage in stages) == pytest.approx(one.rows_exposed_s)
 
 
 def test_many_micro_batches_become_one_event() -> None:

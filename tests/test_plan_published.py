@@ -54,7 +54,7 @@ def test_every_reported_fit_and_out_of_memory_is_predicted(outcome: Outcome) -> 
 
 
 def test_outcomes_are_also_right_by_the_papers_own_formula_without_overhead() -> None:
-    """P/t (6 + 12/N) + activations + logits against 85.9e9 bytes: PAPER.md.
+    """P/t (6 + 12/N) + activations + logits against 85.9e9 bytes (80 GiB).
 
     The planner's categories contain exactly these.
     """

@@ -193,7 +193,7 @@ def test_attention_runs_faster_on_longer_blocks_and_wider_heads() -> None:
     kernels = []
     for ring in (1, 2, 4, 8):  # the same pairs in smaller blocks
         one = job(load_model("llama3-8b"), each=8, seq_len=8192, batch=1)
-        kernels.append(ring * CostModel(one).attention(Point(ring=ring, dp=8 // ring)).forward.kernel)
+        kernels.append(ring * CostModel(one).attention(Point(ring=ring, dp=8 // ring)).forward.kernel_s)
     assert kernels == sorted(kernels)
 
 

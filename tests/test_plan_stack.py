@@ -6,7 +6,7 @@ import pytest
 
 from seqmesh.planner.candidates import meshes, with_savers
 from seqmesh.planner.cost.fused_memory import FusedMemory
-from seqmesh.planner.cost.step import CostModel
+from seqmesh.planner.cost.step import MEMORY_MODELS, CostModel
 from seqmesh.planner.cost.trainer_memory import TrainerMemory
 from seqmesh.planner.inputs.hardware import Cluster, load_gpu
 from seqmesh.planner.inputs.job import Job
@@ -34,6 +34,7 @@ def test_stacks_are_found_by_name_and_a_job_has_the_fused_one() -> None:
 def test_each_stack_takes_its_own_memory_model() -> None:
     assert isinstance(CostModel(FUSED).memory, FusedMemory)
     assert isinstance(CostModel(TRAINER).memory, TrainerMemory)
+    assert {type(stack) for stack in STACKS.values()} == set(MEMORY_MODELS)
 
 
 def test_the_trainer_tries_one_zero_stage_and_no_savers_where_the_fused_stack_tries_all() -> None:

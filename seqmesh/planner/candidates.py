@@ -33,7 +33,8 @@ def meshes(job: Job, pins: Pins) -> Iterator[Point]:
 
     Each comes with every micro-batch and ZeRO stage that the pins allow and the stack tries.
     """
-    m, gpus = job.model, job.cluster.gpus
+    m = job.model
+    gpus = job.cluster.gpus
     for tp in _degrees("tp", gpus, m.kv_heads, pins):
         after_tp = gpus // tp
         for ulysses in _degrees("ulysses", after_tp, max(1, m.heads // tp), pins):
@@ -58,13 +59,13 @@ def _degrees(axis: str, left: int, most: int, pins: Pins) -> list[int]:
 
 def _variants(job: Job, mesh: Point, pins: Pins) -> Iterator[Point]:
     """A mesh with every ZeRO stage and micro-batch."""
-    stages = job.stack.zero_stages if mesh.replicas > 1 else (0,)
+    zero_stages = job.stack.zero_stages if mesh.replicas > 1 else (0,)
     if "zero" in pins:
-        stages = (int(pins["zero"]),)
+        zero_stages = (int(pins["zero"]),)
     micro_batches = divisors(job.global_batch // mesh.dp)
     if "micro_batch" in pins:
         micro_batches = [int(pins["micro_batch"])]
-    for zero, micro_batch in product(stages, micro_batches):
+    for zero, micro_batch in product(zero_stages, micro_batches):
         yield mesh.but(zero=zero, micro_batch=micro_batch)
 
 
@@ -78,9 +79,10 @@ def with_savers(job: Job, point: Point, pins: Pins) -> Iterator[Point]:
 
 @lru_cache(maxsize=256)
 def _combinations(options: tuple[tuple[str, ...], ...]) -> list[tuple[str, ...]]:
-    """One value of each saver, in every combination; those with the lowest sum of levels first."""
+    """One value of each saver, in every combination; those of the first values first."""
 
-    def level(values: tuple[str, ...]) -> int:
+    def distance(values: tuple[str, ...]) -> int:
+        """How far the values are from the first ones, together."""
         return sum(option.index(value) for option, value in zip(options, values, strict=True))
 
-    return sorted(product(*options), key=level)
+    return sorted(product(*options), key=distance)

@@ -18,7 +18,6 @@ from seqmesh.planner.flags import PlanOptions, as_command
 from seqmesh.planner.inputs.hardware import known_gpus
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.models import known_models, load_model
-from seqmesh.planner.inputs.numerics import FP32
 from seqmesh.planner.inputs.options import check_options
 from seqmesh.planner.inputs.point import KEYS
 from seqmesh.planner.inputs.request import Machine, Request, build_job, parse_pins
@@ -232,7 +231,9 @@ def _trace_memory(job: Job, pins: Pins, as_json: bool) -> int:
     The mesh is the pinned one, else the best of the trainer's.
     """
     roomy = replace(job.cluster, gpu=replace(job.cluster.gpu, memory_bytes=UNLIMITED))
-    job = replace(job, stack=TrainerStack(), numerics=FP32, cluster=roomy)
+    stack = TrainerStack()
+    numerics = stack.numerics("bf16", "fp32")  # the options' defaults, the only ones that it takes
+    job = replace(job, stack=stack, numerics=numerics, cluster=roomy)
     point = search(CostModel(job), pins, top=1).best[0].point
     predicted = trainer_memory(job.model, seq_len=job.seq_len, ulysses=point.ulysses, ring=point.ring)
 

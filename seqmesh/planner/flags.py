@@ -1,6 +1,7 @@
 """The options of `seqmesh plan`, each with its help text, as one dataclass; and how typer gets to see it.
 
-typer reads a command's options off a function's signature, which would make a function of 35 parameters.
+typer reads a command's options off a function's signature, which would make a function of more than thirty
+parameters.
 `as_command` makes that signature from the fields of `PlanOptions`, and gives the values back as one object.
 """
 

@@ -69,7 +69,8 @@ def splits(job: Job, pins: Pins) -> list[Split]:
     Raises:
         ValueError: a pin that is not of this mode, or that no split has.
     """
-    gpus, heads = job.cluster.gpus, job.model.heads
+    gpus = job.cluster.gpus
+    heads = job.model.heads
     for key, value in pins.items():
         if key not in ("ulysses", "ring") and value not in (1, "none"):
             raise ValueError(f"--pin {key}={value} has no meaning with --kernel; pin ulysses or ring")
@@ -91,14 +92,16 @@ def splits(job: Job, pins: Pins) -> list[Split]:
 
 
 def _split(job: Job, loads: Loads, ulysses: int, ring: int) -> Split:
-    m, network, load = job.model, Network(job.cluster, job.assumptions), loads(ring)
+    m = job.model
+    network = Network(job.cluster, job.assumptions)
+    load = loads(ring)
     ulysses_group = _group(job, "ulysses", ulysses, ring)
     ring_group = _group(job, "ring", ulysses, ring)
     shape = AttentionShape.of(job, batch=job.global_batch, ulysses=ulysses)
     parts = attention_cost(job, load, shape, ulysses_group, ring_group).forward
-    links = {COMPUTE: parts.kernel + parts.merge}
-    for group, seconds in ((ulysses_group, parts.heads), (ring_group, parts.rows_exposed)):
-        link = network.reach(group)
+    links = {COMPUTE: parts.kernel_s + parts.merge_s}
+    for group, seconds in ((ulysses_group, parts.heads_s), (ring_group, parts.rows_exposed_s)):
+        link = network.slowest_link(group)
         links[link] = links.get(link, 0.0) + seconds
     ranks = ulysses * ring
     sent = (
@@ -135,11 +138,11 @@ def split_record(split: Split) -> dict[str, Any]:
         "iterations_per_second": 1 / split.seconds,
         "step_seconds": split.seconds,
         "tflops_per_gpu": split.flops / split.seconds / gpus / 1e12,
-        "kernel_seconds": split.parts.kernel,
-        "merge_seconds": split.parts.merge,
-        "ulysses_seconds": split.parts.heads,
-        "ring_seconds": split.parts.rows,
-        "ring_exposed_seconds": split.parts.rows_exposed,
+        "kernel_seconds": split.parts.kernel_s,
+        "merge_seconds": split.parts.merge_s,
+        "ulysses_seconds": split.parts.heads_s,
+        "ring_seconds": split.parts.rows_s,
+        "ring_exposed_seconds": split.parts.rows_exposed_s,
         "imbalance": split.imbalance,
         "bytes_per_step": split.bytes_sent,
         "bound_by": split.bound_by,

@@ -107,7 +107,8 @@ def _unified(costs: CostModel, estimate: StepEstimate) -> Iterator[str]:
 
 def _data_parallel(costs: CostModel, estimate: StepEstimate) -> Iterator[str]:
     """Twice the data parallelism at half the sequence parallelism: less ring, or else less ulysses."""
-    p, batch = estimate.point, costs.job.global_batch
+    p = estimate.point
+    batch = costs.job.global_batch
     if p.sp == 1:
         return
     if p.dp == batch:
@@ -209,7 +210,8 @@ def _savers(costs: CostModel, estimate: StepEstimate, pins: Pins) -> Iterator[st
 
 def _order(costs: CostModel, estimate: StepEstimate) -> Iterator[str]:
     """Ulysses and ring with their places on the links exchanged."""
-    p, axes = estimate.point, costs.job.axes
+    p = estimate.point
+    axes = costs.job.axes
     if p.ulysses == 1 or p.ring == 1:
         return
     swap = {"ulysses": "ring", "ring": "ulysses"}

@@ -1,5 +1,7 @@
 """What does not fit, by how much, and the cheapest thing that would make it fit."""
 
+from dataclasses import dataclass
+
 from seqmesh.planner.candidates import Pins
 from seqmesh.planner.cost.estimate import StepEstimate
 from seqmesh.planner.cost.step import CostModel
@@ -21,10 +23,14 @@ def shortfall(costs: CostModel, estimate: StepEstimate, pins: Pins) -> str:
 def overflow(costs: CostModel, estimate: StepEstimate) -> str:
     """By how much a point does not fit: on the GPU, or on the host where it is only that."""
     memory = estimate.memory
-    taken, capacity, where = memory.total, costs.job.capacity, "a GPU"
-    if memory.total <= capacity:
-        host = round(costs.job.assumptions.host_bytes)
-        taken, capacity, where = memory.host, host, "the host for each GPU"
+    if memory.total > costs.job.capacity:
+        taken = memory.total
+        capacity = costs.job.capacity
+        where = "a GPU"
+    else:
+        taken = memory.host
+        capacity = round(costs.job.assumptions.host_bytes)
+        where = "the host for each GPU"
     return (
         f"{estimate.point} takes {format_bytes(taken)} of the {format_bytes(capacity)} of {where},"
         f" {format_bytes(memory.over(costs.job))} too much"
@@ -52,18 +58,26 @@ def remedy(costs: CostModel, pins: Pins) -> str:
     return "the weights alone do not fit; use a smaller model"
 
 
+@dataclass(frozen=True)
+class _Released:
+    """A pin, and the best point without it."""
+
+    pin: str
+    best: StepEstimate
+
+
 def _one_pin(costs: CostModel, pins: Pins) -> str | None:
     """The one pin whose release makes it fit, or None; of several the one that gives the fastest step."""
     found = []
     for key in pins:
         estimate = _best(costs, {other: value for other, value in pins.items() if other != key})
         if estimate is not None:
-            found.append((estimate, key))
+            found.append(_Released(key, estimate))
     if not found:
         return None
-    estimate, key = min(found, key=lambda freed: freed[0].seconds)
-    value = getattr(estimate.point, key)
-    return f"{key}={value} would make it fit ({format_seconds(estimate.seconds)} a step)"
+    fastest = min(found, key=lambda released: released.best.seconds)
+    value = getattr(fastest.best.point, fastest.pin)
+    return f"{fastest.pin}={value} would make it fit ({format_seconds(fastest.best.seconds)} a step)"
 
 
 def _best(costs: CostModel, pins: Pins) -> StepEstimate | None:

@@ -19,7 +19,7 @@ from seqmesh.planner.cost.estimate import StepEstimate
 from seqmesh.planner.cost.step import CostModel
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.legality import is_legal, violations
-from seqmesh.planner.inputs.point import CHECKPOINTING, CHOICES, KEYS, Point
+from seqmesh.planner.inputs.point import CHOICES, KEYS, Point
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,16 +90,20 @@ def _bounds(costs: CostModel, pins: Pins) -> Iterator[_Bound]:
 
 def _could_fit(costs: CostModel, point: Point, pins: Pins) -> bool:
     """Whether a lower bound of the memory with all savers that the pins allow is within the capacity."""
-    smallest = point.but(tiling=pins.get("tiling", "mlp"), offload=pins.get("offload", "both"))
+    savers = costs.job.stack.savers
+    # The last value of these two takes the least memory.
+    smallest = point.but(
+        tiling=pins.get("tiling", savers["tiling"][-1]), offload=pins.get("offload", savers["offload"][-1])
+    )
     # Neither kind is always the smaller: with checkpoints one layer's activations are there besides.
-    kinds = [pins["checkpointing"]] if "checkpointing" in pins else CHECKPOINTING
+    kinds = [pins["checkpointing"]] if "checkpointing" in pins else savers["checkpointing"]
     return any(costs.memory.floor(smallest.but(checkpointing=kind)) <= costs.job.capacity for kind in kinds)
 
 
 def _fitting(costs: CostModel, base: Point, pins: Pins) -> Iterator[StepEstimate]:
     """The points of a mesh that fit and that no other that fits dominates.
 
-    Savers are added one level at a time.
+    Savers are added one value at a time.
     """
     fitted: list[Point] = []
     for point in with_savers(costs.job, base, pins):
@@ -113,33 +117,53 @@ def _fitting(costs: CostModel, base: Point, pins: Pins) -> Iterator[StepEstimate
 
 
 def _dominates(a: Point, b: Point) -> bool:
-    """Whether b has every saver of a, at the same or a higher level."""
-    for saver, levels in CHOICES.items():
-        if levels.index(getattr(a, saver)) > levels.index(getattr(b, saver)):
+    """Whether b has every saver of a, at the same value or one that saves more."""
+    for saver, values in CHOICES.items():
+        if values.index(getattr(a, saver)) > values.index(getattr(b, saver)):
             return False
     # Offload is no chain: of activations and of the optimizer, neither has the other.
     return a.offload == b.offload or a.offload == "none" or b.offload == "both"
 
 
+@dataclass(frozen=True)
+class _Misfit:
+    """A legal point that does not fit."""
+
+    over: int
+    """Bytes too much."""
+    point: Point
+
+
 def _infeasible(costs: CostModel, pins: Pins, top: int) -> tuple[StepEstimate, ...]:
     """Of the meshes where nothing fits, the smallest points, those with the smallest shortfall first."""
-    smallest: list[tuple[int, Point]] = []
+    smallest: list[_Misfit] = []
     for base in meshes(costs.job, pins):
         if "micro_batch" not in pins and base.micro_batch > 1:
             continue  # a larger micro-batch never takes less memory
-        legal = [point for point in with_savers(costs.job, base, pins) if is_legal(costs.job, point)]
-        sizes = [(costs.memory.of(point), point) for point in legal]
-        if sizes and not any(memory.fits(costs.job) for memory, _ in sizes):
-            memory, point = min(sizes, key=lambda size: size[0].over(costs.job))
-            smallest.append((memory.over(costs.job), point))
-    nearest = nsmallest(top, smallest, key=lambda size: size[0])
-    return tuple(costs.estimate(point) for _, point in nearest)
+        misfit = _smallest_misfit(costs, base, pins)
+        if misfit is not None:
+            smallest.append(misfit)
+    nearest = nsmallest(top, smallest, key=lambda misfit: misfit.over)
+    return tuple(costs.estimate(misfit.point) for misfit in nearest)
+
+
+def _smallest_misfit(costs: CostModel, base: Point, pins: Pins) -> _Misfit | None:
+    """Of a mesh the point with the smallest shortfall; None if some point fits, or none is legal."""
+    misfits: list[_Misfit] = []
+    for point in with_savers(costs.job, base, pins):
+        if not is_legal(costs.job, point):
+            continue
+        memory = costs.memory.of(point)
+        if memory.fits(costs.job):
+            return None
+        misfits.append(_Misfit(memory.over(costs.job), point))
+    return min(misfits, key=lambda misfit: misfit.over, default=None)
 
 
 def fits_at_all(costs: CostModel, pins: Pins) -> bool:
     """Whether any legal point with these pins fits. No time is computed."""
     job = costs.job
-    # Tiling takes no memory anywhere, so its highest level is enough; other savers trade one for another.
+    # Tiling takes no memory anywhere, so its last value is enough; other savers trade one for another.
     tiled = {**pins, "tiling": pins.get("tiling", job.stack.savers["tiling"][-1])}
     for mesh in meshes(job, pins):
         for point in with_savers(job, mesh, tiled):
@@ -153,7 +177,10 @@ def fits_at_all(costs: CostModel, pins: Pins) -> bool:
 def any_legal(costs: CostModel, pins: Pins) -> bool:
     """Whether any legal point has these pins, whether it fits or not."""
     job = costs.job
-    return any(is_legal(job, point) for mesh in meshes(job, pins) for point in with_savers(job, mesh, pins))
+    for mesh in meshes(job, pins):
+        if any(is_legal(job, point) for point in with_savers(job, mesh, pins)):
+            return True
+    return False
 
 
 def explain_pins(job: Job, pins: Pins) -> str:

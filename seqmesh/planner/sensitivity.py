@@ -7,7 +7,7 @@ from seqmesh.planner.candidates import Pins
 from seqmesh.planner.cost.estimate import StepEstimate
 from seqmesh.planner.cost.step import CostModel
 from seqmesh.planner.inputs.legality import is_legal
-from seqmesh.planner.inputs.point import TILING, Point
+from seqmesh.planner.inputs.point import Point
 
 SWING = 0.2
 """How far an assumption is moved, each way."""
@@ -64,7 +64,8 @@ def _trial(costs: CostModel, best: StepEstimate, rivals: Sequence[Point], name: 
     other = costs.with_assumption(name, value)
     fitting = [point for point in rivals if other.memory.of(point).fits(other.job)]
     seconds = other.seconds(best.point)
-    first, first_seconds = best.point, seconds
+    first = best.point
+    first_seconds = seconds
     if fitting:
         times = [other.seconds(point) for point in fitting]
         first_seconds = min(times)
@@ -79,10 +80,11 @@ def _trial(costs: CostModel, best: StepEstimate, rivals: Sequence[Point], name: 
 
 def _rivals(costs: CostModel, best: Sequence[StepEstimate], pins: Pins) -> list[Point]:
     """The best points and, of each, the variants that save other amounts of memory."""
+    stack = costs.job.stack
     points = dict.fromkeys(estimate.point for estimate in best)
     for point in list(points):
-        variants = [point.but(tiling=tiling) for tiling in TILING]
-        variants += [point.but(zero=zero) for zero in (1, 2, 3)]
+        variants = [point.but(tiling=tiling) for tiling in stack.savers["tiling"]]
+        variants += [point.but(zero=zero) for zero in stack.zero_stages]
         for variant in variants:
             pinned = all(getattr(variant, key) == value for key, value in pins.items())
             if pinned and is_legal(costs.job, variant):

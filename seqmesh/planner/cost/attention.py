@@ -36,15 +36,15 @@ Flash attention computes five products where the forward has two: the scores onc
 class Pass:
     """Seconds of one attention call on the busiest rank, in one direction."""
 
-    kernel: float = 0.0
-    merge: float = 0.0
+    kernel_s: float = 0.0
+    merge_s: float = 0.0
     """Adding partial results up in fp32, and launching kernels."""
-    heads: float = 0.0
+    heads_s: float = 0.0
     """Exchange of heads: never hidden."""
-    rows: float = 0.0
+    rows_s: float = 0.0
     """Exchange of K/V rows, hidden or not."""
-    rows_exposed: float = 0.0
-    """The part of `rows` that no compute hides."""
+    rows_exposed_s: float = 0.0
+    """The part of `rows_s` that no compute hides."""
     heads_bytes: int = 0
     """Sent to ulysses groups, by all ulysses x ring ranks together."""
     rows_bytes: int = 0
@@ -53,7 +53,7 @@ class Pass:
     @property
     def seconds(self) -> float:
         """What the call adds to a step."""
-        return self.kernel + self.merge + self.heads + self.rows_exposed
+        return self.kernel_s + self.merge_s + self.heads_s + self.rows_exposed_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +95,7 @@ def attention_cost(
 ) -> AttentionCost:
     """The cost of one attention call, forward and backward."""
     network = Network(job.cluster, job.assumptions)
-    timing = _Timing(job, ring, shape, network, ring_group)
+    walk = _StageWalk(job, ring, shape, network, ring_group)
     row_head_bytes = shape.batch * shape.head_dim * shape.element
     heads = _head_rows(ring.layout.counts, shape.heads, shape.kv_heads, shape.ulysses)
     kv_heads = sum(share.kv for share in split_heads(shape.heads, shape.kv_heads, shape.ulysses)[0])
@@ -108,14 +108,14 @@ def attention_cost(
         return replace(
             walked,
             # Two collectives for each chunk of heads: to their owners, and home.
-            heads=network.all_to_all_seconds(ulysses_group, most, calls=2 * timing.chunks),
+            heads_s=network.all_to_all_seconds(ulysses_group, most, calls=2 * walk.chunks),
             heads_bytes=sent.total * row_head_bytes,
             rows_bytes=rows * row_head_bytes,
         )
 
     return AttentionCost(
-        forward=complete(timing.forward(), heads.forward, rows_forward),
-        backward=complete(timing.backward(), heads.backward, rows_backward),
+        forward=complete(walk.forward(), heads.forward, rows_forward),
+        backward=complete(walk.backward(), heads.backward, rows_backward),
     )
 
 
@@ -169,18 +169,18 @@ class _Direction:
 
 
 @dataclass(frozen=True)
-class _StageTime:
-    """Seconds of one stage."""
+class _StageWork:
+    """What one stage computes, in seconds."""
 
-    kernel: float
-    merge: float
+    kernel_s: float
+    merge_s: float
 
     @property
-    def busy(self) -> float:
-        return self.kernel + self.merge
+    def busy_s(self) -> float:
+        return self.kernel_s + self.merge_s
 
 
-class _Timing:
+class _StageWalk:
     """Walks over the stages as engine/ring.py does."""
 
     def __init__(
@@ -229,34 +229,34 @@ class _Timing:
         busy_before = 0.0
         for stage in self._stages:
             one = self._compute(stage, direction)
-            kernel += stage.count * one.kernel
-            merge += stage.count * one.merge
+            kernel += stage.count * one.kernel_s
+            merge += stage.count * one.merge_s
             if stage.hop:
                 took = self._fetch(stage, direction)
                 rows += stage.count * took
                 # The first of alike stages is fetched beside another one, the rest beside their likes.
-                others = (stage.count - 1) * self._exposed(took, one.busy)
+                others = (stage.count - 1) * self._exposed(took, one.busy_s)
                 exposed += self._exposed(took, busy_before) + others
-            busy_before = one.busy
-        return Pass(kernel=kernel, merge=merge, rows=rows, rows_exposed=exposed)
+            busy_before = one.busy_s
+        return Pass(kernel_s=kernel, merge_s=merge, rows_s=rows, rows_exposed_s=exposed)
 
-    def _compute(self, stage: StageLoad, direction: _Direction) -> _StageTime:
+    def _compute(self, stage: StageLoad, direction: _Direction) -> _StageWork:
         """Seconds in the kernel, and in merges and launches, of one such stage."""
         s = self._shape
         rate = self._peak * direction.efficiency * head_rate(s.head_dim, self._a)
         kernel = direction.flops * 4 * s.head_dim * self._heads * s.batch * stage.slow_pairs / rate
         launches = self._a.launch * stage.blocks * self.chunks
         if not stage.hop:  # own rows come first: there is nothing to merge with yet
-            return _StageTime(kernel, launches)
+            return _StageWork(kernel, launches)
         elements = s.batch * s.head_dim
         q_moved = direction.q_bytes * stage.q_rows * self._heads * elements
         kv_moved = direction.kv_bytes * stage.received * 2 * self._kv_heads * elements
-        return _StageTime(kernel, launches + (q_moved + kv_moved) / self._memory_rate)
+        return _StageWork(kernel, launches + (q_moved + kv_moved) / self._memory_rate)
 
     def _fetch(self, stage: StageLoad, direction: _Direction) -> float:
         """Seconds of the exchange of one such stage's rows; each further chunk of heads costs its latency."""
         moved = direction.row_transfers * self._row_bytes(stage.sent, stage.received)
-        latency = self._network.latency(self._network.reach(self._group))
+        latency = self._network.latency(self._network.slowest_link(self._group))
         return self._network.hop_seconds(self._group, moved) + (self.chunks - 1) * latency
 
     def _row_bytes(self, sent: int, received: int) -> float:

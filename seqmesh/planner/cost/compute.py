@@ -56,7 +56,8 @@ class Compute:
         return self._matmul(of_input) + self._matmul(of_weight)
 
     def _layer(self, tp: int, tokens: int) -> LayerTime:
-        m, a = self._job.model, self._job.assumptions
+        m = self._job.model
+        a = self._job.assumptions
         q_width = m.heads * m.head_dim // tp
         qkv_width = (m.heads + 2 * m.kv_heads) * m.head_dim // tp
         mlp_width = m.intermediate // tp

@@ -9,7 +9,8 @@
 Pipeline stages differ: the first holds the embedding and most micro-batches, the last the head and the
 logits. The fuller one counts.
 
-Source: PAPER.md, "Formulas"; engine/ring.py, ulysses.py and merge.py for the attention's own buffers.
+Source: USP (Fang & Zhao 2024, arXiv 2405.07719), Table 2, for what ZeRO shards; the layers that
+autograd walks back; engine/ring.py, ulysses.py and merge.py for the attention's own buffers.
 """
 
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ TILE_ROWS = 4096
 """Rows of a tile of the loss (train/loss.py's chunk) and of the MLP."""
 
 LOGIT_BYTES = 6
-"""Of one logit: bf16, and fp32 for the loss. PAPER.md."""
+"""Of one logit: bf16, and fp32 for the loss."""
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,8 @@ class FusedMemory:
     def of(self, point: Point) -> StepMemory:
         """The memory of a point."""
         ends = {0, point.pp - 1}
-        return max((self._stage(point, stage) for stage in ends), key=lambda memory: memory.total)
+        memories = (self._stage(point, pipeline_stage) for pipeline_stage in ends)
+        return max(memories, key=lambda memory: memory.total)
 
     def floor(self, point: Point) -> int:
         """A lower bound of the total that needs no schedule: states and activations of the first stage."""
@@ -57,10 +59,10 @@ class FusedMemory:
         activations = self._activations(point, 0)
         return sum(states.gpu.values()) + sum(activations.gpu.values())
 
-    def _stage(self, point: Point, stage: int) -> StepMemory:
-        last = stage == point.pp - 1
-        states = self._states(point, first=stage == 0, last=last)
-        activations = self._activations(point, stage)
+    def _stage(self, point: Point, pipeline_stage: int) -> StepMemory:
+        last = pipeline_stage == point.pp - 1
+        states = self._states(point, first=pipeline_stage == 0, last=last)
+        activations = self._activations(point, pipeline_stage)
         moments = {
             "logits": self._logits(point) if last else {},
             "attention": self._attention_of(point.tp, point.ulysses, point.ring, point.micro_batch),
@@ -80,8 +82,8 @@ class FusedMemory:
         numerics = self._job.numerics
         parameters = stage_parameters(self._job, point, first=first, last=last)
 
-        def shards(from_stage: int) -> int:
-            return point.replicas if point.zero >= from_stage else 1
+        def shards(from_zero_stage: int) -> int:
+            return point.replicas if point.zero >= from_zero_stage else 1
 
         optimizer = numerics.optimizer * parameters // shards(1)
         gpu = {
@@ -94,7 +96,8 @@ class FusedMemory:
 
     def _zero_buffers(self, point: Point) -> int:
         """Whole weights and gradients for as long as they are needed."""
-        numerics, model = self._job.numerics, self._job.model
+        numerics = self._job.numerics
+        model = self._job.model
         layer = model.layer_parameters // point.tp
         size = 0
         if point.zero == 3:  # the layer in use and the one that is fetched; or the embedding
@@ -108,7 +111,8 @@ class FusedMemory:
         return self._layer_of(point.tp, point.ulysses, self._job.tokens(point), point.tiling == "mlp")
 
     def _layer_activations(self, tp: int, ulysses: int, n: int, mlp_tiled: bool) -> dict[str, int]:
-        m, element = self._job.model, self._job.numerics.element
+        m = self._job.model
+        element = self._job.numerics.element
         ffn = (3 if m.gated else 2) * m.intermediate
         return {
             "activations_norms": element * 4 * m.hidden * n // tp,  # inputs and outputs of both norms
@@ -118,7 +122,8 @@ class FusedMemory:
 
     def _attention_activations(self, tp: int, ulysses: int, n: int) -> int:
         """q, k, v and out as the kernel sees them and the fp32 lse; with ulysses out at home once more."""
-        m, element = self._job.model, self._job.numerics.element
+        m = self._job.model
+        element = self._job.numerics.element
         heads, kv_heads = m.heads // tp, m.kv_heads // tp
         at_home = 0
         q_rows, kv_rows = n * heads, n * kv_heads  # rows x heads
@@ -131,10 +136,10 @@ class FusedMemory:
             at_home = element * m.head_dim * n * heads  # the output projection keeps its input
         return element * m.head_dim * (2 * q_rows + 2 * kv_rows) + 4 * q_rows + at_home
 
-    def _activations(self, point: Point, stage: int) -> _Placed:
+    def _activations(self, point: Point, pipeline_stage: int) -> _Placed:
         """Kept activations of a pipeline stage, of all its micro-batches in flight."""
         job = self._job
-        in_flight = min(point.pp - stage, job.micro_batches(point))  # 1F1B
+        in_flight = min(point.pp - pipeline_stage, job.micro_batches(point))  # 1F1B
         kept_layers = job.layers(point) * in_flight
         layer = self.layer_activations(point)
         if point.checkpointing == "none":
@@ -159,7 +164,8 @@ class FusedMemory:
 
         Where it is tiled, a tile's activations too: they are made again in the backward.
         """
-        m, rows = self._job.model, self._job.tokens(point)
+        m = self._job.model
+        rows = self._job.tokens(point)
         ffn = (3 if m.gated else 2) * m.intermediate // point.tp
         if point.tiling == "mlp":
             rows = min(rows, TILE_ROWS)
@@ -169,14 +175,17 @@ class FusedMemory:
 
     def _attention_moment(self, tp: int, ulysses: int, ring: int, batch: int) -> dict[str, int]:
         """Buffers of one attention backward, the heads in chunks as engine/ulysses.py takes them."""
-        job, load = self._job, self._loads(ring)
+        job = self._job
+        load = self._loads(ring)
         element = job.numerics.element
         d = job.model.head_dim * batch
         heads, kv_heads = job.model.heads // tp, job.model.kv_heads // tp
         wanted = default_chunks(ulysses, ring, job.seq_len, kv_heads * d)
-        shares = [share for chunk in split_heads(heads, kv_heads, ulysses, wanted) for share in chunk]
-        q = max(share.q for share in shares)
-        kv = 2 * max(share.kv for share in shares)  # k and v
+        q = kv = 0
+        for chunk in split_heads(heads, kv_heads, ulysses, wanted):
+            for share in chunk:
+                q = max(q, share.q)
+                kv = max(kv, 2 * share.kv)  # k and v
         rows = max(load.layout.counts)
         home_rows = -(-rows // ulysses)
         # Rows of the fullest stage that does not compute a rank's own.

@@ -1,6 +1,7 @@
 """Memory of one rank at the peak of a step: what a memory model answers, whatever the training stack.
 
-fused_memory.py has the model of a fused stack, trainer_memory.py that of `seqmesh train`.
+fused_memory.py has the model of a fused stack, trainer_memory.py that of `seqmesh train`; MEMORY_MODELS of
+step.py says which stack has which.
 """
 
 from dataclasses import dataclass

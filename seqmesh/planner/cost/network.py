@@ -85,22 +85,22 @@ class Network:
 
     def rate(self, link: str) -> float:
         """Bytes/s of one GPU in one direction that a link class really gives."""
-        gpu, a = self.cluster.gpu, self.assumptions
-        match link:
-            case "network":
-                return gpu.network_bytes_per_s * a.network
-            case "scale_up":
-                assert gpu.scale_up_bytes_per_s is not None
-                return gpu.scale_up_bytes_per_s * a.scale_up
-            case _:
-                return gpu.pcie_bytes_per_s * a.pcie
+        gpu = self.cluster.gpu
+        a = self.assumptions
+        if link == NETWORK:
+            return gpu.network_bytes_per_s * a.network
+        if link == SCALE_UP:
+            assert gpu.scale_up_bytes_per_s is not None
+            return gpu.scale_up_bytes_per_s * a.scale_up
+        assert link == PCIE, link
+        return gpu.pcie_bytes_per_s * a.pcie
 
     def latency(self, link: str) -> float:
         """Seconds before the first byte."""
         a = self.assumptions
         return {NETWORK: a.network_latency, SCALE_UP: a.scale_up_latency, PCIE: a.pcie_latency}[link]
 
-    def reach(self, group: Group) -> str:
+    def slowest_link(self, group: Group) -> str:
         """The slowest link class that a group uses."""
         return NETWORK if group.nodes > 1 else self.local
 
@@ -121,7 +121,7 @@ class Network:
             partial = group.per_node < group.gpus_per_node and self.assumptions.one_nic_per_partial_node > 0
             cards = 1 if partial else group.per_node
             rate = min(rate, cards * self.rate(NETWORK))
-        return sent / rate + calls * self.latency(self.reach(group))
+        return sent / rate + calls * self.latency(self.slowest_link(group))
 
     def all_to_all_seconds(self, group: Group, sent: float, calls: float = 1) -> float:
         """Seconds of an all-to-all in which each rank sends `sent` bytes to the others, evenly.
@@ -136,14 +136,14 @@ class Network:
             crowd = 1 + self.assumptions.pcie_contention * (peers - 1)
         inside = sent * (1 - group.off_node) * crowd / self.rate(self.local)
         outside = sent * group.off_node / self.rate(NETWORK)
-        return max(inside, outside) + calls * self.latency(self.reach(group))
+        return max(inside, outside) + calls * self.latency(self.slowest_link(group))
 
     def hop_seconds(self, group: Group, sent: float) -> float:
         """Seconds of one exchange between ring neighbours at some distance.
 
         All wait for the pair with the slowest link.
         """
-        link = self.reach(group)
+        link = self.slowest_link(group)
         return sent / self.rate(link) + self.latency(link)
 
     def round_bytes(self, group: Group, sent: float) -> dict[str, float]:

@@ -142,7 +142,8 @@ def _measure(number: int, stage: Stage, half_rows: float) -> _Measure:
     pairs = q_rows = 0
     slow_pairs = 0.0
     for block in stage.blocks:
-        rows, area = block.q_stop - block.q_start, block.area
+        rows = block.q_stop - block.q_start
+        area = block.area
         shorter = min(rows, area / rows)  # the mean number of keys of a row is the block's other side
         pairs += area
         slow_pairs += area * (1 + half_rows / shorter)

@@ -10,7 +10,7 @@ behind the whole compute; a share of ZeRO-3's gathers, of gradients and of tenso
 the exchange of heads behind nothing.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -24,13 +24,21 @@ from seqmesh.planner.cost.parameters import fullest_parameters, mean_parameters
 from seqmesh.planner.cost.trainer_memory import TrainerMemory
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.point import Point
+from seqmesh.planner.inputs.stack import FusedStack, Stack, TrainerStack
 
 TP_FORWARD = 4
 TP_BACKWARD = 6
 """Collectives of (tokens, hidden) in a layer under tensor parallelism with its sequence parallelism.
 
-PAPER.md: 4M and 10M.
+Forward: an all-gather before and a reduce-scatter after attention and the MLP, 4. Backward: those four and
+two gathers of inputs again, 6. USP (Fang & Zhao 2024, arXiv 2405.07719), Table 2, counts 10 of them.
 """
+
+MEMORY_MODELS: Mapping[type[Stack], Callable[[Job, Loads], MemoryModel]] = {
+    FusedStack: FusedMemory,
+    TrainerStack: TrainerMemory,
+}
+"""The memory model of each stack."""
 
 
 class CostModel:
@@ -39,9 +47,7 @@ class CostModel:
     def __init__(self, job: Job, loads: Loads | None = None) -> None:
         self.job = job
         self.loads = loads or Loads(job)
-        fused: MemoryModel = FusedMemory(job, self.loads)
-        trainer: MemoryModel = TrainerMemory(job)
-        self.memory = job.stack.memory_model(fused=fused, trainer=trainer)
+        self.memory = MEMORY_MODELS[type(job.stack)](job, self.loads)
         self.compute = Compute(job)
         self.network = Network(job.cluster, job.assumptions)
         self._attention = lru_cache(maxsize=None)(self._attention_cost)
@@ -49,8 +55,10 @@ class CostModel:
 
     def estimate(self, point: Point) -> StepEstimate:
         """Everything about a legal point."""
-        job, m = self.job, self.job.model
-        memory, load = self.memory.of(point), self.loads(point.ring)
+        job = self.job
+        m = job.model
+        memory = self.memory.of(point)
+        load = self.loads(point.ring)
         linear = 6.0 * m.matmul_parameters * job.seq_len * job.global_batch
         pair = 12.0 * m.layers * m.heads * m.head_dim * job.global_batch
         all_pairs = sum(length**2 for length in job.documents or (job.seq_len,))
@@ -115,18 +123,18 @@ class CostModel:
     def _terms(self, point: Point) -> tuple[CostTerm, ...]:
         """The terms of a step, those of 0 s left out.
 
-        What is hidden is taken from one store of compute (`_Shade`): first by the exchanges inside the
-        layers, then by the weights.
+        What is hidden is taken from one `_OverlapBudget`: first by the exchanges inside the layers, then by
+        the weights.
         """
         work = list(self._work(point))
         busy = sum(term.seconds for term in work)
-        shade = _Shade(busy)
-        in_layers = shade.hide((*self._exchanges(point), *self._activations_to_host(point, busy)))
+        budget = _OverlapBudget(busy)
+        in_layers = budget.hide((*self._exchanges(point), *self._activations_to_host(point, busy)))
         micro_batches = [*work, *in_layers]
         terms = [
             *micro_batches,
             *self._bubble(point, micro_batches),
-            *shade.hide(self._weights(point, busy)),
+            *budget.hide(self._weights(point, busy)),
             *self._optimizer(point),
         ]
         return tuple(term for term in terms if term.seconds)
@@ -139,14 +147,14 @@ class CostModel:
         forward, backward = attention.forward, attention.backward
         runs = self.layer_runs(point)
         yield compute("matrix products", runs * (layer.matmul_forward + layer.matmul_backward))
-        yield compute("attention kernel", runs * (forward.kernel + backward.kernel))
-        yield compute("attention merge and launches", runs * (forward.merge + backward.merge))
+        yield compute("attention kernel", runs * (forward.kernel_s + backward.kernel_s))
+        yield compute("attention merge and launches", runs * (forward.merge_s + backward.merge_s))
         passes = 1 + job.assumptions.streamed_backward
         yield compute("norms, rotary, activation", runs * passes * layer.elementwise)
         # Work that the savers do twice; the exchanges of a repeated forward are counted with the exchanges.
         again = layer.mlp_forward if point.tiling == "mlp" else 0.0
         if point.checkpointing == "full":
-            again += layer.matmul_forward + layer.elementwise + forward.kernel + forward.merge
+            again += layer.matmul_forward + layer.elementwise + forward.kernel_s + forward.merge_s
         yield compute("recomputation", runs * again)
         head = self.compute.head(point.tp, job.tokens(point), point.tiling != "none")
         yield compute("output head and loss", job.micro_batches(point) * head)
@@ -155,14 +163,15 @@ class CostModel:
         """Ulysses, ring and tensor parallelism, inside every layer. Recomputation repeats the forward's."""
         attention = self.attention(point)
         forward, backward = attention.forward, attention.backward
-        runs, times = self.layer_runs(point), _forwards(point)
-        heads = runs * (times * forward.heads + backward.heads)
+        runs = self.layer_runs(point)
+        times = _forwards(point)
+        heads = runs * (times * forward.heads_s + backward.heads_s)
         yield self._on_links("ulysses exchange", self.group(point, "ulysses"), heads, heads)
         yield self._on_links(
             "ring exchange",
             self.group(point, "ring"),
-            runs * (times * forward.rows + backward.rows),
-            runs * (times * forward.rows_exposed + backward.rows_exposed),
+            runs * (times * forward.rows_s + backward.rows_s),
+            runs * (times * forward.rows_exposed_s + backward.rows_exposed_s),
         )
         tp = self.group(point, "tp")
         calls = times * TP_FORWARD + TP_BACKWARD
@@ -173,7 +182,7 @@ class CostModel:
 
     def _on_links(self, name: str, group: Group, seconds: float, exposed: float) -> CostTerm:
         """A term of the slowest link class that a group uses."""
-        return CostTerm(name=name, cause=self.network.reach(group), seconds=seconds, exposed=exposed)
+        return CostTerm(name=name, cause=self.network.slowest_link(group), seconds=seconds, exposed=exposed)
 
     def _tp_call_bytes(self, point: Point) -> float:
         """Bytes that a rank sends in one all-gather or reduce-scatter of (tokens, hidden)."""
@@ -216,7 +225,8 @@ class CostModel:
 
     def _weights(self, point: Point, busy: float) -> Iterator[CostTerm]:
         """Data parallelism and ZeRO, over all ranks that hold the same weights."""
-        group, runs = self.group(point, "ulysses", "ring", "dp"), self.layer_runs(point)
+        group = self.group(point, "ulysses", "ring", "dp")
+        runs = self.layer_runs(point)
         sent = self._sent_for_weights(point, fullest_parameters(self.job, point))
         reduce = self.network.round_seconds(group, sent.gradients, runs if point.zero >= 2 else 1)
         exposed = reduce * (1 - self.job.assumptions.gradient_overlap)
@@ -224,25 +234,23 @@ class CostModel:
         if point.zero:
             # ZeRO-3: a gather in the forward and one in the backward of every layer and micro-batch.
             gather = self.network.round_seconds(group, sent.weights, 2 * runs if point.zero == 3 else 1)
-            # ZeRO-3 fetches a layer's weights while the one before computes
+            # The share is assumed; it cannot exceed the compute that there is.
             hidden = min(self.job.assumptions.prefetch * gather, busy) if point.zero == 3 else 0.0
             yield self._on_links("weight gathering", group, gather, gather - hidden)
 
     def _sent_for_weights(self, point: Point, parameters: float) -> "_SentForWeights":
         """What a rank with so many weights sends in a step."""
-        numerics, micro_batches = self.job.numerics, self.job.micro_batches(point)
+        numerics = self.job.numerics
         part = (point.replicas - 1) / point.replicas
-        # By ZeRO stage. An all-reduce, of stage 0, sends what a reduce-scatter and an all-gather do.
-        reductions = (2, 1, micro_batches, micro_batches)[point.zero]
-        gathers = (0, 1, 1, 2 * micro_batches)[point.zero]
+        rounds = _weight_rounds(point.zero, self.job.micro_batches(point))
         return _SentForWeights(
-            gradients=numerics.gradient * parameters * part * reductions,
-            weights=numerics.element * parameters * part * gathers,
+            gradients=numerics.gradient * parameters * part * rounds.reductions,
+            weights=numerics.element * parameters * part * rounds.gathers,
         )
 
     def _optimizer(self, point: Point) -> Iterator[CostTerm]:
         """AdamW streams its state through memory: the GPU's, or the host's after gradients came down."""
-        a, numerics = self.job.assumptions, self.job.numerics
+        numerics = self.job.numerics
         mine = fullest_parameters(self.job, point) / (point.replicas if point.zero else 1)
         if not point.offloads_optimizer:
             yield compute("optimizer", self.compute.streamed(numerics.update * mine))
@@ -252,7 +260,7 @@ class CostModel:
         yield CostTerm(
             name="gradients and weights to and from the host", cause=PCIE, seconds=copied, exposed=copied
         )
-        yield compute("optimizer on the host", mine * numerics.update / a.host_memory)
+        yield compute("optimizer on the host", mine * numerics.update / self.job.assumptions.host_memory)
 
     # Bytes.
 
@@ -269,7 +277,9 @@ class CostModel:
         yield from self._host_bytes(point)
 
     def _attention_bytes(self, point: Point) -> Iterator[dict[str, float]]:
-        attention, runs, times = self.attention(point), self.layer_runs(point), _forwards(point)
+        attention = self.attention(point)
+        runs = self.layer_runs(point)
+        times = _forwards(point)
         forward, backward = attention.forward, attention.backward
         heads = times * forward.heads_bytes + backward.heads_bytes
         heads_off_node = self.group(point, "ulysses").off_node
@@ -305,8 +315,32 @@ class _SentForWeights:
     """To gather them."""
 
 
-class _Shade:
-    """What can hide behind compute: no more, over all terms and links, than there is compute.
+@dataclass(frozen=True, kw_only=True)
+class _WeightRounds:
+    """How often a rank sends its share of the weights in a step."""
+
+    reductions: int
+    """As gradients."""
+    gathers: int
+    """As weights."""
+
+
+def _weight_rounds(zero: int, micro_batches: int) -> _WeightRounds:
+    """The rounds of a ZeRO stage."""
+    match zero:
+        case 0:  # an all-reduce sends what a reduce-scatter and an all-gather do
+            return _WeightRounds(reductions=2, gathers=0)
+        case 1:
+            return _WeightRounds(reductions=1, gathers=1)
+        case 2:
+            return _WeightRounds(reductions=micro_batches, gathers=1)
+        case _:
+            assert zero == 3, zero
+            return _WeightRounds(reductions=micro_batches, gathers=2 * micro_batches)
+
+
+class _OverlapBudget:
+    """Compute that exchanges can hide behind: no more, over all terms and links, than there is.
 
     So no link is busy longer than the step. Links of two classes could hide at once; counting them one after
     the other is a little pessimistic, and keeps a faster GPU from ever being slower.

@@ -1,5 +1,6 @@
 """Memory of `seqmesh train`'s step, in the categories of the planner. trainer/memory.py has the formula."""
 
+from seqmesh.planner.cost.attention import Loads
 from seqmesh.planner.cost.memory import StepMemory, overhead
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.point import Point
@@ -9,7 +10,8 @@ from seqmesh.planner.trainer.memory import trainer_moments
 class TrainerMemory:
     """The `MemoryModel` of `TrainerStack`."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: Job, loads: Loads) -> None:  # noqa: ARG002
+        """Made from what every memory model is made from; the formula needs no ring loads."""
         self._job = job
 
     def of(self, point: Point) -> StepMemory:

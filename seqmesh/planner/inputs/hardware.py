@@ -103,9 +103,15 @@ class Gpu:
             ValueError: the rate is not known.
         """
         if element == 2:
-            peak, key, precision, other = self.flops_per_s, "tflops", "bf16", "fp32"
+            peak = self.flops_per_s
+            key = "tflops"
+            precision = "bf16"
+            other = "fp32"
         else:
-            peak, key, precision, other = self.fp32_flops_per_s, "tflops_fp32", "fp32", "bf16"
+            peak = self.fp32_flops_per_s
+            key = "tflops_fp32"
+            precision = "fp32"
+            other = "bf16"
         if peak is None:
             raise ValueError(
                 f"GPU {self.name!r} has no {key}, so {precision} cannot be priced;"

@@ -40,7 +40,8 @@ def _ranks(job: Job, point: Point) -> Iterator[str]:
 
 def _heads(job: Job, point: Point) -> Iterator[str]:
     """Tensor parallelism and ulysses both split heads; at most one rule is broken at a time."""
-    m, tp = job.model, point.tp
+    m = job.model
+    tp = point.tp
     # More tensor-parallel ranks than K/V heads could still share them evenly, as copies: a rule of its own.
     divides_kv = m.kv_heads % tp == 0 or tp % m.kv_heads == 0
     if m.heads % tp or not divides_kv:

@@ -4,19 +4,17 @@
     trainer     `seqmesh train` as it stands: fp32, weights whole on every rank, nothing recomputed
 
 A `Job` holds one of them. What the planner does differently for the two it asks the stack, by the questions
-of `Stack`; no other file compares stacks. Their memory models are in cost/, which this folder may not import:
-cost/step.py hands both over, and the stack takes its own.
+of `Stack`. Only their memory models are in cost/, which this folder may not import: MEMORY_MODELS of
+cost/step.py says whose is which.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import ClassVar, Protocol, TypeVar
+from typing import ClassVar, Protocol
 
 from seqmesh.planner.inputs.numerics import FP32, Numerics, numerics_for
 from seqmesh.planner.inputs.point import CHECKPOINTING, OFFLOAD, TILING, Point
 from seqmesh.planner.inputs.tables import unknown
-
-Model = TypeVar("Model")
 
 
 class Stack(Protocol):
@@ -44,9 +42,6 @@ class Stack(Protocol):
     def violations(self, point: Point, global_batch: int) -> Iterator[str]:
         """What it does not run of a point, each with what to do."""
 
-    def memory_model(self, *, fused: Model, trainer: Model) -> Model:
-        """Its own of the two memory models."""
-
 
 @dataclass(frozen=True)
 class FusedStack:
@@ -68,10 +63,6 @@ class FusedStack:
     def violations(self, point: Point, global_batch: int) -> Iterator[str]:  # noqa: ARG002
         """None: it runs every point that the rules for all stacks allow."""
         return iter(())
-
-    def memory_model(self, *, fused: Model, trainer: Model) -> Model:  # noqa: ARG002
-        """The model of states, activations and moments by category."""
-        return fused
 
 
 @dataclass(frozen=True)
@@ -121,10 +112,6 @@ class TrainerStack:
                 f"global_batch={global_batch}: seqmesh train packs a step into one sequence;"
                 " use --global-batch 1 and --documents"
             )
-
-    def memory_model(self, *, fused: Model, trainer: Model) -> Model:  # noqa: ARG002
-        """The model that follows the trainer's own step."""
-        return trainer
 
 
 STACKS: Mapping[str, Stack] = {"fused": FusedStack(), "trainer": TrainerStack()}

@@ -108,7 +108,9 @@ def label(point: Point) -> str:
 def parts(bars: Bars) -> dict[str, list[float]]:
     """The parts of all bars by name, those that are small everywhere as "other", which comes last."""
     longest = max(sum(bar.values()) for bar in bars)
-    names = list(dict.fromkeys(name for bar in bars for name in bar))
+    names: dict[str, None] = {}  # in the order in which they first come
+    for bar in bars:
+        names.update(dict.fromkeys(bar))
     series = {}
     for name in names:
         sizes = [bar.get(name, 0.0) for bar in bars]
@@ -142,7 +144,9 @@ def _memory(axes: Any, estimates: Sequence[StepEstimate], capacity: int) -> None
 def _time(axes: Any, estimates: Sequence[StepEstimate]) -> None:
     longest = max(estimate.seconds for estimate in estimates)
     unit, scale = ("s", 1.0) if longest >= 1 else ("ms", 1e3)
-    causes = {term.name: term.cause for estimate in estimates for term in estimate.terms}
+    causes: dict[str, str] = {}
+    for estimate in estimates:
+        causes.update({term.name: term.cause for term in estimate.terms})
 
     def family(name: str) -> tuple[str, ...]:
         return {COMPUTE: COOL, PIPELINE: VIOLET}.get(causes[name], WARM)

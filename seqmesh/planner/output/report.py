@@ -57,7 +57,8 @@ def show_one(out: Console, costs: CostModel, estimate: StepEstimate, pins: Pins)
 
 
 def _heading(out: Console, job: Job) -> None:
-    c, m = job.cluster, job.model
+    c = job.cluster
+    m = job.model
     documents = len(job.documents)
     packed = f", {documents} packed document{'s' if documents > 1 else ''}" if documents else ""
     state = "measured profile" if c.gpu.measured else "rates by data sheet, unmeasured"

@@ -28,7 +28,8 @@ COLUMNS = (
 
 def show_splits(out: Console, job: Job, splits: Sequence[Split]) -> None:
     """The table of splits, in the order given."""
-    c, m = job.cluster, job.model
+    c = job.cluster
+    m = job.model
     out.print(
         f"one attention forward: {m.heads} query heads, {m.kv_heads} K/V heads, head dim {m.head_dim},"
         f" {format_tokens(job.seq_len)} tokens, batch {job.global_batch},"
@@ -44,7 +45,14 @@ def show_splits(out: Console, job: Job, splits: Sequence[Split]) -> None:
 
 def _cells(split: Split) -> list[str]:
     parts = split.parts
-    times = (split.seconds, parts.kernel, parts.merge, parts.heads, parts.rows, parts.rows_exposed)
+    times = (
+        split.seconds,
+        parts.kernel_s,
+        parts.merge_s,
+        parts.heads_s,
+        parts.rows_s,
+        parts.rows_exposed_s,
+    )
     return [
         str(split.ulysses),
         str(split.ring),

@@ -34,7 +34,8 @@ def stage_times(costs: CostModel, point: Point) -> StageTimes:
     Each is the cost of a call that has this stage alone. How much of its fetch is exposed depends on the
     stage before: that is what the two together have more than the one before has alone.
     """
-    job, ring = costs.job, costs.loads(point.ring)
+    job = costs.job
+    ring = costs.loads(point.ring)
     shape = AttentionShape.of(job, batch=point.micro_batch, ulysses=point.ulysses, tp=point.tp)
     ulysses_group, ring_group = costs.group(point, "ulysses"), costs.group(point, "ring")
 
@@ -50,8 +51,8 @@ def stage_times(costs: CostModel, point: Point) -> StageTimes:
             times = stage.count - 1 if number else 1
             alone = cost_of(stage)
             if before is None:
-                forward += [_time(alone.forward, alone.forward.rows_exposed)] * times
-                backward += [_time(alone.backward, alone.backward.rows_exposed)] * times
+                forward += [_time(alone.forward, alone.forward.rows_exposed_s)] * times
+                backward += [_time(alone.backward, alone.backward.rows_exposed_s)] * times
             else:
                 lead, pair = cost_of(before), cost_of(before, stage)
                 forward += [_time(alone.forward, _more(pair.forward, lead.forward))] * times
@@ -62,8 +63,8 @@ def stage_times(costs: CostModel, point: Point) -> StageTimes:
 
 def _more(pair: Pass, lead: Pass) -> float:
     """What the second of a pair of stages adds to the exposed seconds of the first."""
-    return pair.rows_exposed - lead.rows_exposed
+    return pair.rows_exposed_s - lead.rows_exposed_s
 
 
 def _time(alone: Pass, exposed: float) -> StageTime:
-    return StageTime(kernel=alone.kernel, merge=alone.merge, fetch=alone.rows, exposed=exposed)
+    return StageTime(kernel=alone.kernel_s, merge=alone.merge_s, fetch=alone.rows_s, exposed=exposed)

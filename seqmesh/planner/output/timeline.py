@@ -68,9 +68,12 @@ class _Step:
     def _all_micro_batches(self) -> None:
         """One by one while that is not too many events; the rest are alike, and one event stands for them."""
         trace = self.trace
-        start, events_before, drawn_before = trace.clock, trace.count, dict(trace.drawn)
+        start = trace.clock
+        events_before = trace.count
+        drawn_before = dict(trace.drawn)
         self._micro_batch(0)
-        seconds, one = trace.clock - start, trace.since(drawn_before)
+        seconds = trace.clock - start
+        one = trace.since(drawn_before)
         affordable = max(1, MOST_EVENTS // (trace.count - events_before))
         shown = min(self.micro_batches, affordable)
         for number in range(1, shown):
@@ -99,31 +102,33 @@ class _Step:
         self._boundary("backward", micro_batch=number)
 
     def _forward(self, at: dict[str, Any]) -> None:
-        layer, attention = self.layer, self.attention.forward
+        layer = self.layer
+        attention = self.attention.forward
         in_attention = layer.matmul_forward * (1 - self.mlp_share)
         self._gather(at)
         self.trace.work("norms, rotary, activation", layer.elementwise, **at)
         self.trace.work("matrix products", in_attention, **at, part="attention")
         self._tensor(TP_FORWARD / 2, at)
-        self._exchange_heads(attention.heads * self.qkv_share, at)
+        self._exchange_heads(attention.heads_s * self.qkv_share, at)
         self._ring(self.stages.forward, at)
-        self._exchange_heads(attention.heads * (1 - self.qkv_share), at)
+        self._exchange_heads(attention.heads_s * (1 - self.qkv_share), at)
         self.trace.work("matrix products", layer.matmul_forward * self.mlp_share, **at, part="MLP")
         self._tensor(TP_FORWARD / 2, at)
         # The copy begins here, and what follows hides it.
         self._host_copy(at, start=self.trace.clock)
 
     def _backward(self, at: dict[str, Any]) -> None:
-        layer, attention = self.layer, self.attention.backward
+        layer = self.layer
+        attention = self.attention.backward
         in_attention = layer.matmul_backward * (1 - self.mlp_share)
         self._gather(at)
         self._host_copy(at)
         self._recompute(at)
         self.trace.work("matrix products", layer.matmul_backward * self.mlp_share, **at, part="MLP")
         self._tensor(TP_BACKWARD / 2, at)
-        self._exchange_heads(attention.heads * (1 - self.qkv_share), at)
+        self._exchange_heads(attention.heads_s * (1 - self.qkv_share), at)
         self._ring(self.stages.backward, at)
-        self._exchange_heads(attention.heads * self.qkv_share, at)
+        self._exchange_heads(attention.heads_s * self.qkv_share, at)
         self.trace.work("matrix products", in_attention, **at, part="attention")
         self.trace.work("norms, rotary, activation", 2 * layer.elementwise, **at)
         self._tensor(TP_BACKWARD / 2, at)
@@ -135,12 +140,12 @@ class _Step:
         at = {**at, "direction": "recomputation"}
         forward = self.attention.forward
         if self.repeats_forward:
-            self._exchange_heads(forward.heads, at)
+            self._exchange_heads(forward.heads_s, at)
         start = self.trace.clock
         self._share("recomputation", 1 / self.layer_runs, **at)
         if self.repeats_forward:
             # Its stages are not drawn one by one: the exchange runs beside the whole event.
-            self.trace.exchange("ring exchange", forward.rows, forward.rows_exposed, start, **at)
+            self.trace.exchange("ring exchange", forward.rows_s, forward.rows_exposed_s, start, **at)
             self._tensor(TP_FORWARD, at)
 
     def _ring(self, stages: Sequence[StageTime], at: dict[str, Any]) -> None:

@@ -18,7 +18,8 @@ def show_traced(out: Console, job: Job, result: Mapping[str, Any]) -> None:
         job: that was traced.
         result: the keys of the JSON of this mode.
     """
-    traced, predicted = dict(result["traced_bytes"]), dict(result["predicted_bytes"])
+    traced = dict(result["traced_bytes"])
+    predicted = dict(result["predicted_bytes"])
     out.print(
         "one rank's peak in a step of seqmesh train as it stands (fp32, weights replicated):"
         f" {escape(job.model.name)}, {format_tokens(job.seq_len)} tokens,"

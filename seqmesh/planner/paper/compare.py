@@ -6,7 +6,8 @@ Costs are of one block, forward and backward, in elements x nccl-tests factor, (
 the paper: exact bytes of a mesh are the search's business. In numbers: bf16 weights, gradients and
 activations; OS = 6P is Adam's 12 bytes a parameter.
 
-Source: PAPER.md, Table 2; docs/table2.md explains the corrections.
+Source: USP (Fang & Zhao 2024, arXiv 2405.07719), Table 2; docs/table2.md explains the
+corrections.
 """
 
 from collections.abc import Iterator, Sequence

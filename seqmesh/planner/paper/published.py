@@ -6,7 +6,7 @@ For each table: the rank correlation (Spearman) of predicted and published speed
 absolute figures after ONE constant is fitted on every other row, on those rows and on the rest. Nothing is
 fitted for a row; what was chosen with a table in view is named in inputs/assumptions.py.
 
-Source: PAPER.md (USP, arXiv 2405.07719), Tables 3, 5, 6 and the 208K row.
+Source: USP (Fang & Zhao 2024, arXiv 2405.07719), Tables 3, 5, 6 and the 208K row.
 """
 
 from collections.abc import Iterator, Sequence
@@ -276,7 +276,9 @@ def memory_outcomes() -> list[Outcome]:
 
 def render() -> str:
     """Everything, as text."""
-    lines = [line for table in agreements() for line in _agreement_lines(table)]
+    lines: list[str] = []
+    for table in agreements():
+        lines += _agreement_lines(table)
     headline = estimate_row(HEADLINE)
     predicted = f"predicted {headline.tflops_per_gpu:.2f} ({headline.mfu_causal:.3f})"
     lines.append(f"208K headline, tp8 r2: published {HEADLINE.tflops} TFLOP/s (MFU 0.47), {predicted}")

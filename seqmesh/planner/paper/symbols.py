@@ -7,7 +7,7 @@ Symbols: d² of weights; bsLd, an activation of b sequences of L tokens and widt
 its activations. Divisors: N ranks, u ulysses ranks, G query heads to a K/V head (as a unit, G means
 gradients: the table uses it for both).
 
-Source: PAPER.md, Table 2.
+Source: USP (Fang & Zhao 2024, arXiv 2405.07719), Table 2.
 """
 
 from collections.abc import Iterable, Mapping

@@ -15,7 +15,7 @@ its k experts (dispatch) and comes back (combine); the backward sends gradients 
 of k x bsLd/N. Attention and router (Pₐ, Gₐ) are replicated and all-reduced; experts (Pₑ, Gₑ) have one owner,
 so nothing of theirs is reduced. A counts the k copies.
 
-Source: PAPER.md, Table 2 and its known flaws.
+Source: USP, Table 2; docs/table2.md lists its flaws.
 """
 
 from dataclasses import dataclass, replace

@@ -1,6 +1,7 @@
 """Table 2's corrected rules for a model, and their values in elements.
 
-Source: PAPER.md, Table 2; cost/fused_memory.py for the activations.
+Source: USP (Fang & Zhao 2024, arXiv 2405.07719), Table 2; cost/fused_memory.py for the
+activations.
 """
 
 from dataclasses import dataclass
@@ -76,7 +77,8 @@ class Evaluation:
 
     def impossible(self, name: str) -> str:
         """Why this model and batch cannot be spread so; empty if they can."""
-        m, n = self.model, self.ranks
+        m = self.model
+        n = self.ranks
         if name == "SP-Ulysses" and n > m.heads:
             return f"{m.heads} query heads leave {n - m.heads} ranks without one"
         if name in _HEADS_SPLIT:
@@ -88,7 +90,8 @@ class Evaluation:
         return ""
 
     def _impossible_heads(self) -> str:
-        m, n = self.model, self.ranks
+        m = self.model
+        n = self.ranks
         if n > m.kv_heads:
             return f"{m.kv_heads} K/V heads leave {n - m.kv_heads} ranks without one"
         sizes = {
@@ -130,9 +133,12 @@ class Evaluation:
             cost: in the table's symbols.
             experts: whether each token's activations exist once for each of its experts.
         """
-        m, n = self.model, self.ranks
-        whole, expert = m.layer_parameters, feed_forward(m)
-        tokens, copies = self.batch * self.seq_len, self.top_k if experts else 1
+        m = self.model
+        n = self.ranks
+        whole = m.layer_parameters
+        expert = feed_forward(m)
+        tokens = self.batch * self.seq_len
+        copies = self.top_k if experts else 1
         kept = activations_per_token(m)
         units = {
             "d²": Fraction(m.hidden**2),

@@ -74,7 +74,8 @@ class EngineBuffers:
 
         The chunk before it has left its dq and dkv in variables until the loop overwrites them.
         """
-        m, exchanged = self.shape, self.ulysses > 1
+        m = self.shape
+        exchanged = self.ulysses > 1
         fullest = before = 0
         for chunk in self.chunks:
             # The gradient of out, of this rank's heads.

@@ -235,14 +235,20 @@ class _Rank:
         )
 
     def _loss_backward_rows(self) -> int:
-        """Rows of logits that the loss's backward holds at most, besides the logits themselves."""
+        """Rows of logits that the loss's backward holds at most, besides the logits themselves.
+
+        The logits live until the backward of the chunk that comes first in the sequence, and last in the
+        backward: its checkpoint is the last to hold them. So what is added after it is never the most.
+        """
         n = self.tokens
         chunks = -(-n // LOSS_ROWS)
         in_a_chunk = n + 3 * min(n, LOSS_ROWS)  # the sum so far, and the three of a chunk
         adding = 3 * n  # the sum so far, the padded one, and the new sum
-        if chunks == 1:  # nothing to add: the three of the only chunk
+        if chunks == 1:  # no sum so far: the three of the only chunk
             return 3 * n
-        if chunks == 2:  # the trace shows that the one addition holds less than the second chunk's backward
+        if chunks == 2:
+            # The one addition of chunks has no logits beside it: its 3n are less than the second chunk's
+            # n of logits and in_a_chunk, for n <= 2 LOSS_ROWS.
             return in_a_chunk
         return max(adding, in_a_chunk)
 
@@ -251,7 +257,8 @@ class _Rank:
 
         Gradients of x through x/rms, and of the squares; x, 2 x, and their product with those.
         """
-        n, m = self.tokens, self.shape
+        n = self.tokens
+        m = self.shape
         return self._moment(
             "last norm",
             gradients=m.embedding_parameters + m.hidden,

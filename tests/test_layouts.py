@@ -46,6 +46,13 @@ def test_even_splits_differ_by_at_most_one(total: int, parts: int) -> None:
     assert max(sizes) - min(sizes) <= 1
 
 
+def test_spans_of_any_stride_in_any_order_may_share_a_sequence() -> None:
+    layout = Layout(9, ((Span(5, 2), Span(0, 2)), (Span(7, 2), Span(3, 2)), (Span(2, 1),)))
+    assert [list(layout.positions(rank)) for rank in range(3)] == [[5, 6, 0, 1], [7, 8, 3, 4], [2]]
+    mixed = Layout(9, ((Span(1, 2), Span(4, 2, 2)), (Span(0, 1), Span(3, 3, 2), Span(8, 1))))
+    assert mixed.counts == (4, 5)
+
+
 @pytest.mark.parametrize(
     ("build", "message"),
     [

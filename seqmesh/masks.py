@@ -121,8 +121,9 @@ class Band(NamedTuple):
 
     @property
     def area(self) -> int:
-        """Number of pairs, in closed form: rectangle minus the corner above lo minus the corner below hi,
-        kept inside it.
+        """Number of pairs, in closed form.
+
+        The rectangle, minus the corner above lo, minus the corner below hi.
         """
         q, k = self.q_stop - self.q_start, self.k_stop - self.k_start
         if q <= 0 or k <= 0 or (self.lo is not None and self.hi is not None and self.lo > self.hi):
@@ -232,8 +233,9 @@ class Mask:
                 )
 
     def __and__(self, other: "Mask") -> "Mask":
-        """The pairs allowed by both masks: `documents(lengths) & sliding_window(s, w)` is a window inside
-        each document.
+        """The pairs allowed by both masks.
+
+        `documents(lengths) & sliding_window(s, w)` is a window inside each document.
         """
         if (self.q_len, self.k_len) != (other.q_len, other.k_len):
             raise ValueError(
@@ -304,8 +306,9 @@ def causal(s: int) -> Mask:
 
 
 def sliding_window(s: int, window: int, sink_tokens: int = 0) -> Mask:
-    """Token i of s sees the last `window` tokens, itself included, and the first `sink_tokens` tokens
-    (StreamingLLM's sinks).
+    """Token i of s sees the last `window` tokens, itself included, and the first `sink_tokens` tokens.
+
+    The latter are StreamingLLM's attention sinks.
 
     Raises:
         ValueError: window < 1 or sink_tokens < 0.

@@ -1,5 +1,6 @@
-"""Attention on real ranks against the dense fp64 oracle: output and all gradients, over layout x mask x mesh
-x heads x length.
+"""Attention on real ranks against the dense fp64 oracle: output and all gradients.
+
+Over layout x mask x mesh x heads x length.
 """
 
 import random
@@ -111,9 +112,7 @@ def test_any_number_of_stages_from_ring_to_all_gather(ranks: Ranks, stages: int)
 
 
 def sum_of_outputs(case: Case) -> list[list[float]]:
-    """On one rank: gradients of `out.sum()`, whose incoming gradient has stride 0, and of the same loss with
-    real ones.
-    """
+    """On one rank: how gradients of `out.sum()`, which sends back stride 0, differ from real ones."""
     schedule = build(case)
     found = []
     for loss in (lambda out: out.sum(), lambda out: (out * torch.ones_like(out)).sum()):

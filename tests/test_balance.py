@@ -1,5 +1,6 @@
-"""balanced and auto layouts: against brute-forced dense masks on small cases, and the load of long-tailed
-documents at 1M tokens.
+"""balanced and auto layouts: against brute-forced dense masks on small cases.
+
+And the load of long-tailed documents at 1M tokens.
 """
 
 import random
@@ -192,9 +193,7 @@ def test_whole_documents_are_not_cut_where_they_fit() -> None:
 
 
 def test_the_longest_document_shares_its_head_with_the_ranks_of_its_tail() -> None:
-    """The rank that holds the last row receives the document less what it holds, so it has to hold more than
-    an equal share.
-    """
+    """The rank of the last row receives the document less what it holds: it must hold more than its share."""
     mask = masks.documents([32768] + [64] * 512)
     layout = layouts.balanced(mask, 8)
     area, rows = busiest(mask, layout)

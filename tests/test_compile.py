@@ -1,6 +1,4 @@
-"""torch.compile(fullgraph=True) around the attention: same numbers as eager, and new documents do not compile
-again.
-"""
+"""torch.compile(fullgraph=True): the same numbers as eager, and new documents do not compile again."""
 
 import warnings
 from dataclasses import replace
@@ -16,9 +14,7 @@ pytestmark = pytest.mark.filterwarnings("default")  # PyTorch's compiler warns a
 
 
 def compiled(cases: list[Case], backend: str) -> tuple[list[float], int]:
-    """On one rank: per case the largest difference to eager over outputs and gradients; how often it
-    compiled.
-    """
+    """On one rank: the largest difference to eager of each case, and how often it compiled."""
     import torch._dynamo.testing
 
     torch._dynamo.reset()

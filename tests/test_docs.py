@@ -1,6 +1,4 @@
-"""README and docs: every Python snippet runs, every linked file exists, and the README's example runs under
-torchrun.
-"""
+"""README and docs: every Python snippet runs, the README's under torchrun; every linked file exists."""
 
 import re
 import subprocess

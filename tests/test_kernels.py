@@ -1,5 +1,6 @@
-"""Kernels: tiles cover each band once, every kernel equals the maths on every tile, and selection explains
-its refusals.
+"""Kernels: tiles cover each band once, and every kernel equals the maths on every tile.
+
+Selection explains its refusals.
 """
 
 import numpy as np
@@ -71,9 +72,7 @@ def test_a_band_with_few_pairs_is_one_call(band: Band) -> None:
 @given(BANDS)
 @settings(max_examples=400, deadline=None)
 def test_the_flash_window_of_a_trimmed_band_is_the_band(band: Band) -> None:
-    """Flash's rule, lower-right aligned, evaluated pair by pair: what the CUDA kernel asks for is what the
-    band means.
-    """
+    """Flash's rule, lower-right aligned, pair by pair: what we ask for is what the band means."""
     left, right = window(band)
     assert (left == -1) == (band.hi is None)
     assert (right == -1) == (band.lo is None)

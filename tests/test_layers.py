@@ -1,5 +1,6 @@
-"""The architecture as a test: imports point one way and never in a circle, the pure part knows no torch,
-importing does nothing.
+"""The architecture as a test: imports point one way and never in a circle.
+
+The pure part knows no torch, and importing does nothing.
 """
 
 import ast
@@ -43,8 +44,9 @@ ALLOWED: dict[str, list[str]] = {
     "cli": ["seqmesh", "train", "bench", "planner.command"],
     "seqmesh": ["masks", "layouts", "engine"],
 }
-"""Part of the package -> the parts that it may import, besides itself. "planner" is what lies in no folder of
-it.
+"""Part of the package -> the parts that it may import, besides itself.
+
+"planner" is what lies in none of its folders.
 """
 
 TORCH_FREE = [
@@ -84,8 +86,9 @@ MODULES = {module_of(path): path for path in FILES}
 
 
 def imports(path: Path, *, at_import: bool = False) -> set[str]:
-    """Full names of what a file imports, anywhere in it or only `at_import` (not in functions, not for
-    types).
+    """Full names of what a file imports, anywhere in it.
+
+    Or only `at_import`: not in functions, not for types.
     """
     found: set[str] = set()
     pending: list[ast.AST] = [ast.parse(path.read_text())]

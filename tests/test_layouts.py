@@ -1,6 +1,4 @@
-"""Layouts: every token exactly once, near-equal shares, and what their names say, for any length and ring
-degree.
-"""
+"""Layouts: every token exactly once, near-equal shares, and what their names say, for any length."""
 
 from itertools import pairwise
 

@@ -1,6 +1,4 @@
-"""What cannot be computed is refused, on the rank that got it, before any communication, with got, rule and
-remedy.
-"""
+"""What cannot be computed is refused, on the rank that got it, before any communication."""
 
 import subprocess
 import sys

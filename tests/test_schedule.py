@@ -1,5 +1,6 @@
-"""The schedule against brute force: every pair exactly once, exactly the needed rows, the paper's and our own
-traffic ratios.
+"""The schedule against brute force: every pair exactly once, exactly the needed rows.
+
+And the paper's traffic, and our own.
 """
 
 import numpy as np
@@ -25,9 +26,7 @@ def all_ranks(
 
 
 def covered(mask: Mask, q_layout: Layout, kv_layout: Layout, schedules: list[RingSchedule]) -> np.ndarray:
-    """How often the blocks of all ranks compute each global pair, replayed through the rows that really
-    travel.
-    """
+    """How often all ranks compute each global pair, replayed through the rows that really travel."""
     count = np.zeros((mask.q_len, mask.k_len), dtype=np.int64)
     for schedule in schedules:
         q_positions = np.fromiter(q_layout.positions(schedule.ring_rank), dtype=np.int64)
@@ -84,9 +83,7 @@ def check_rows(mask: Mask, q_layout: Layout, kv_layout: Layout, schedules: list[
 
 
 def check_peers(schedules: list[RingSchedule]) -> None:
-    """Each exchange is entered with matching peers: what a sends to b at stage t, b receives from a at stage
-    t.
-    """
+    """Each exchange is entered with matching peers: what a sends to b at a stage, b receives from a."""
     for stage in range(len(schedules[0].stages)):
         pairs_sent, pairs_received = set(), set()
         for schedule in schedules:

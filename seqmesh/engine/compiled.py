@@ -1,5 +1,6 @@
-"""Attention under torch.compile: one opaque operator, so that `fullgraph=True` works and new documents do not
-recompile.
+"""Attention under torch.compile: one opaque operator.
+
+So `fullgraph=True` works, and new documents do not recompile.
 
 Dynamo must not look into a schedule: it would unroll every stage and compile again for every batch. The
 operator takes the schedule as a tensor instead (encoding.py), decodes it when it runs, and caches what it
@@ -28,8 +29,9 @@ from seqmesh.schedule.heads import default_chunks, split_heads
 
 
 class Sizes(NamedTuple):
-    """Numbers of a schedule that the shapes in a graph depend on; the degrees are fixed in it, the others may
-    vary.
+    """Numbers of a schedule that the shapes in a graph depend on.
+
+    The degrees are fixed in a graph, the others may vary.
     """
 
     ulysses: int
@@ -87,6 +89,7 @@ def compiled_attention(
             " or call attention outside the compiled region"
         )
     mesh = schedule.mesh
+    # What shapes in the graph depend on; everything else is inside the encoded schedule.
     sizes = Sizes(
         ulysses=mesh.ulysses,
         ulysses_rank=mesh.ulysses_rank,
@@ -149,6 +152,7 @@ def _forward_op(
     schedule, options = _resolve(encoded, names, scale, softcap, head_chunks)
     call = checked_call(q, k, v, sinks, schedule, options)
     out, saved = attend(unit_last_stride(q), unit_last_stride(k), unit_last_stride(v), sinks, call)
+    # An operator returns tensors of the strides that its fake says: contiguous ones.
     return [out, *(x.contiguous() for x in saved.made())]
 
 

@@ -94,6 +94,7 @@ def scatter_heads(parts: Sequence[HeadSlices], rows: Sequence[int], ulysses_rank
     n, b, _, d = parts[0].tensor.shape
     widths = [sum(part.width(u) for part in parts) for u in range(len(rows))]
     send_sizes = [n * b * d * width for width in widths]
+    # One buffer with a message for each peer, one after the other, as the collective wants it.
     send = parts[0].tensor.new_empty(sum(send_sizes))
     for u, message in enumerate(send.split(send_sizes)):
         _pack_heads_(message.view(n, b, widths[u], d), parts, u)
@@ -170,6 +171,7 @@ def fetch_rows(
     """
     _, b, g, d = k.shape
     send = k.new_empty((sum(transfer.rows for transfer in sends), b, 2 * g, d))
+    # Keys beside values in one row, so that a stage is one collective.
     for stored, packed in _runs(sends):
         send[packed, :, :g].copy_(k[stored])
         send[packed, :, g:].copy_(v[stored])
@@ -180,8 +182,9 @@ def fetch_rows(
 def return_rows(
     grads: Tensor, sends: Sequence[Transfer], receives: Sequence[Transfer], ring: int, group: str
 ) -> Pending:
-    """Start the transpose of `fetch_rows`: gradients (received rows, b, 2 g, d) of a stage travel to the
-    rows' owners.
+    """Start the transpose of `fetch_rows`: gradients of a stage's rows travel to their owners.
+
+    `grads` is (received rows, b, 2 g, d).
     """
     row = grads.shape[1:].numel()
     return start_exchange(grads.reshape(-1), _sizes(receives, ring, row), _sizes(sends, ring, row), group)
@@ -195,8 +198,7 @@ def add_returned_rows_(grads: Tensor, returned: Tensor, sends: Sequence[Transfer
 
 
 class CountBytes(TorchDispatchMode):
-    """Counts the bytes that this rank hands to all-to-all collectives for other ranks, while the context is
-    active.
+    """Counts the bytes that this rank hands to all-to-all collectives for others, while it is active.
 
     `bytes_sent` counts at the collective itself, in the forward and in the backward; what stays on the rank
     is not counted.
@@ -218,6 +220,7 @@ class CountBytes(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops._c10d_functional.all_to_all_single.default:
             send, _, send_sizes, group = args
+            # A message to oneself is a copy: it crosses no link.
             stays = send_sizes[_resolve_process_group(group).rank()]
             self.bytes_sent += (
                 (sum(send_sizes) - stays) * send.element_size() * (send.numel() // max(1, send.shape[0]))

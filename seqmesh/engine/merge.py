@@ -1,5 +1,4 @@
-"""Online softmax: merge the attention of one more block into a running (out, lse); and sums of gradients by
-row.
+"""Online softmax: merge the attention of one more block; and sums of gradients by row.
 
     lse = log(e^lse_a + e^lse_b)        out = out_a e^(lse_a - lse) + out_b e^(lse_b - lse)
 
@@ -74,6 +73,7 @@ class RunningAttention:
         out = out.permute(2, 0, 1, 3)
         is_fresh = self._touched.add(rows.start, rows.stop)
         if self._out is None and rows.stop - rows.start == self._q.shape[0]:
+            # As stage 0 of zigzag is: what the kernel made is taken, nothing is copied.
             self._out = out
             self._lse = lse
             return
@@ -97,8 +97,9 @@ class RunningAttention:
         return self._out, self._lse
 
     def finish(self, sinks: Tensor | None) -> tuple[Tensor, Tensor]:
-        """(n, b, h, d) in the dtype of q, and lse (b, h, n), with the sinks (h,) in the denominator if there
-        are any.
+        """The merged out (n, b, h, d) in the dtype of q, and lse (b, h, n).
+
+        Sinks (h,), if there are any, join the denominator here, once.
         """
         if sinks is not None or self._out is None or self._lse is None:
             self._accumulators()

@@ -31,8 +31,9 @@ class SequenceMesh:
     ulysses_rank: int
     ring_rank: int
     ulysses_group: str | None
-    """Name of the ulysses process group, None for U = 1: names are what functional collectives and
-    torch.compile take.
+    """Name of the ulysses process group, None for U = 1.
+
+    Names are what functional collectives and torch.compile take.
     """
     ring_group: str | None
     """Name of the ring process group, None for R = 1."""

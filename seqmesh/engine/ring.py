@@ -1,5 +1,4 @@
-"""The ring: walk over the stages of a schedule, the next stage's rows in flight, and merge; the same for
-gradients.
+"""The ring: walk over the stages of a schedule, the next stage's rows in flight; forward and backward.
 
     forward     stage 0: own K/V   | stage 1: received rows       | stage 2 ...
                 fetch 1 in flight  | fetch 2 in flight            |
@@ -83,11 +82,11 @@ def ring_backward(
             )
             dq.add(rows, tile_dq)
             dkv.add(columns, tile_dk, tile_dv)
-        home.receive()
+        home.receive()  # what the stage before has sent; it travelled while this one computed
         if not is_own:
             home.send(dkv.sums().to(k.dtype), stage)
         del keys, values  # the walk frees them before it makes the next buffers
-    home.receive()
+    home.receive()  # of the last stage, which nothing hides
     return dq.sums().to(q.dtype), home.grads.sums().to(k.dtype)
 
 
@@ -136,9 +135,7 @@ class _Home:
         self._under_way: tuple[Pending, Stage] | None = None
 
     def send(self, partial: Tensor, stage: Stage) -> None:
-        """Send the gradients (received rows, b, 2 g, d) of a stage's rows to their owners; ours start to
-        come.
-        """
+        """Send gradients (received rows, b, 2 g, d) of a stage's rows to their owners; ours start to come."""
         mesh = self._mesh
         assert mesh.ring_group is not None
         pending = return_rows(partial, stage.sends, stage.receives, mesh.ring, mesh.ring_group)
@@ -175,7 +172,7 @@ def _tile_forward(
     One call per group of equally used K/V heads: one in all, unless query heads are split unevenly.
     """
     q, k, v = _heads_first(q), _heads_first(k), _heads_first(v)
-    if not share.groups:  # this rank holds no head of the chunk
+    if not share.groups:  # no head of the chunk is ours: q has none either, and is its own output
         return q, q.new_zeros(q.shape[:3], dtype=accumulator_dtype(q.dtype))
     parts = []
     for group in share.groups:

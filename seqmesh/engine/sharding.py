@@ -125,7 +125,7 @@ class Schedule:
                 f"shard: dim {dim} of a tensor of shape {tuple(x.shape)}"
                 f" must hold the mask's {length} tokens; pass that dim"
             )
-        if self._keeps_order(keys):
+        if self._keeps_order(keys):  # no copy on one rank
             return x
         return x.index_select(dim, self.positions(keys=keys, device=x.device))
 
@@ -257,14 +257,14 @@ class _Unshard(torch.autograd.Function):
         for group, counts in ((mesh.ulysses_group, side.rows), (mesh.ring_group, side.layout.counts)):
             if group is not None:
                 gathered = _all_gather(gathered, counts, row_shape.numel(), group)
-        stored = gathered.view(-1, *row_shape)
+        stored = gathered.view(-1, *row_shape)  # (s, ...), rank after rank
         order = _all_positions(side.layout, mesh).to(x.device)
         return torch.empty_like(stored).index_copy_(0, order, stored).movedim(0, dim)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None, None]:
         (grad,) = grads
-        if ctx.reduce_grad:
+        if ctx.reduce_grad:  # every rank used the whole tensor in a part of the loss
             rows_first = grad.movedim(ctx.dim, 0)
             own = _sum_to_owner(rows_first, ctx.schedule, ctx.keys).movedim(0, ctx.dim)
         else:
@@ -273,8 +273,9 @@ class _Unshard(torch.autograd.Function):
 
 
 def _all_gather(mine: Tensor, counts: tuple[int, ...], row: int, group: str) -> Tensor:
-    """Flat rows of this rank -> flat rows of all ranks of a group, which hold `counts` rows of `row`
-    elements.
+    """Flat rows of this rank -> flat rows of all ranks of a group.
+
+    They hold `counts` rows, of `row` elements each.
     """
     size = mine.numel()
     copies = mine.expand(len(counts), size).reshape(-1)
@@ -283,8 +284,9 @@ def _all_gather(mine: Tensor, counts: tuple[int, ...], row: int, group: str) -> 
 
 
 def _sum_to_owner(grad: Tensor, schedule: Schedule, keys: bool) -> Tensor:
-    """(s, ...) gradients of all ranks -> (n, ...) this rank's rows, summed: to the ring rank, then to the
-    ulysses rank.
+    """(s, ...) gradients of all ranks -> (n, ...) this rank's rows, summed.
+
+    First to the ring rank that holds them, then to the ulysses rank.
     """
     mesh = schedule.mesh
     side = schedule.side(keys=keys)
@@ -297,9 +299,7 @@ def _sum_to_owner(grad: Tensor, schedule: Schedule, keys: bool) -> Tensor:
 
 
 def _sum_scatter(stored: Tensor, counts: tuple[int, ...], me: int, group: str) -> Tensor:
-    """Every rank's rows of all ranks of a group, which hold `counts` rows -> this rank's rows, summed over
-    the group.
-    """
+    """Rows for all ranks of a group -> this rank's rows, summed over the group; ranks hold `counts` rows."""
     row_shape = stored.shape[1:]
     sizes = [count * row_shape.numel() for count in counts]
     pending = start_exchange(stored.reshape(-1), sizes, [sizes[me]] * len(counts), group)

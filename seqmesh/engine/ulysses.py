@@ -1,5 +1,4 @@
-"""Ulysses: swap sequence shards for head shards, run the ring on each chunk of heads, swap back; and
-backward.
+"""Ulysses: swap sequence shards for head shards, run the ring on each chunk of heads, swap back.
 
     chunk of heads    scatter_heads -> ring_forward -> gather_heads           written into out (b, n, h, d)
     its backward      scatter_heads(dout) -> ring_backward -> gather_heads    dq, dk, dv likewise
@@ -44,8 +43,9 @@ class LocalTensors:
 
 @dataclass(frozen=True, kw_only=True)
 class ReceivedHeads:
-    """What came of one chunk where heads are exchanged, and the output made of it: what the backward reads at
-    U > 1.
+    """What the exchange of heads delivered for one chunk, and the output made of it.
+
+    The backward reads them at U > 1.
     """
 
     buffers: tuple[Tensor, ...]
@@ -78,8 +78,9 @@ class Saved:
         return own + self.made()
 
     def made(self) -> list[Tensor]:
-        """What attention made besides its output; compiled.py's `_forward_fake` has its shapes, in this
-        order.
+        """What attention made besides its output.
+
+        The fake forward of compiled.py has its shapes, in this order.
         """
         found: list[Tensor] = []
         for chunk in self.chunks:
@@ -121,8 +122,9 @@ def attend(
     chunks = []
     for shares in call.chunks:
         mine = call.mine(shares)
-        buffers = _exchange_qkv(q, k, v, call, shares)
+        buffers = _exchange_qkv(q, k, v, call, shares)  # (b, n, heads, d) -> (N, b, heads of this rank, d)
         chunk_q, chunk_k, chunk_v = _my_qkv(buffers, call, mine) if buffers else _slice_qkv(q, k, v, mine)
+        # Sinks are whole on every rank: each takes those of its heads.
         chunk_sinks = None if sinks is None else sinks[mine.q_start : mine.q_stop]
         chunk_out, lse = ring_forward(chunk_q, chunk_k, chunk_v, chunk_sinks, call, mine)
         if not call.exchanges_heads and len(call.chunks) == 1:
@@ -155,7 +157,7 @@ def attend_backward(
             assert saved.local is not None
             chunk_out = saved.local.out.transpose(0, 1)[:, :, heads]
             chunk_q, chunk_k, chunk_v = _slice_qkv(saved.local.q, saved.local.k, saved.local.v, mine)
-        chunk_grad = _exchange_grad(grad_out, call, shares)
+        chunk_grad = _exchange_grad(grad_out, call, shares)  # (b, n, h, d) -> (N, b, h of this rank, d)
         if sinks is not None and grad_sinks is not None:
             grad_sinks[heads] = _sinks_grad(chunk_grad, chunk_out, chunk.lse, sinks[heads])
         dq, dkv = ring_backward(chunk_grad, chunk_q, chunk_k, chunk_v, chunk_out, chunk.lse, call, mine)
@@ -247,6 +249,7 @@ class _LocalGrads:
         b, _, _, d = grad_out.shape
         held = call.schedule.kv_rows[call.schedule.mesh.ulysses_rank]
         kv_shape = (b, held, call.kv_heads, d)
+        # More parts than K/V heads: some head is used by several ranks, and its parts must add up.
         parts = 0
         for shares in call.chunks:
             parts += sum(share.kv for share in shares)
@@ -257,9 +260,7 @@ class _LocalGrads:
         self.dv = grad_out.new_zeros(kv_shape, dtype=dtype)
 
     def add(self, dq: Tensor, dkv: Tensor, shares: Shares) -> None:
-        """Send dq (N, b, q heads, d) and dkv (N, b, 2 kv heads, d) of this rank's heads home; put what
-        arrives in place.
-        """
+        """Send dq (N, b, q heads, d) and dkv (N, b, 2 kv heads, d) home, and put what arrives in place."""
         for share, (part_q, part_kv) in zip(shares, self._bring_home(dq, dkv, shares), strict=True):
             self.dq[:, :, share.q_start : share.q_stop].copy_(part_q.transpose(0, 1))
             part_k = part_kv[:, :, : share.kv].transpose(0, 1)
@@ -297,9 +298,7 @@ class _LocalGrads:
 
 
 def _sinks_grad(grad_out: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:
-    """d loss / d sinks (h,): the sink's softmax weight times minus rowsum(dout out), summed over batch and
-    rows.
-    """
+    """d loss / d sinks (h,): minus the sink's softmax weight times rowsum(dout out), over batch and rows."""
     dtype = accumulator_dtype(out.dtype)
     delta = (grad_out.to(dtype) * out.to(dtype)).sum(-1)  # (N, b, h)
     logits = sinks.to(dtype)[None, :, None]

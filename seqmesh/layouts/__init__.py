@@ -1,5 +1,4 @@
-"""Layouts: which tokens of the global sequence each ring rank holds, and in which order it stores them
-(docs/layouts.md).
+"""Layouts: which tokens each ring rank holds, and in which order (docs/layouts.md).
 
 16 tokens, ring 2    contiguous  0 0 0 0 0 0 0 0 1 1 1 1 1 1 1 1      the owner of each token
                      zigzag      0 0 0 0 1 1 1 1 1 1 1 1 0 0 0 0      chunk r and chunk 2R-1-r

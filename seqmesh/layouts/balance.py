@@ -59,8 +59,9 @@ class Busiest:
 
 
 def balanced(mask: Mask, ring: int, *, pairs_per_row: float = DEFAULT_PAIRS_PER_ROW) -> Layout:
-    """Equal token counts, near-equal area and few rows moved, for any mask: made for long-tailed packed
-    documents.
+    """Equal token counts, near-equal area and few rows moved, for any mask.
+
+    Made for long-tailed packed documents.
 
     Minimises the busiest rank's `area + pairs_per_row * rows received` over a family of layouts, contiguous
     and zigzag among them.
@@ -87,8 +88,9 @@ def balanced(mask: Mask, ring: int, *, pairs_per_row: float = DEFAULT_PAIRS_PER_
 
 
 def best_layout(mask: Mask, ring: int, pairs_per_row: float) -> Busiest:
-    """The cheapest of contiguous, zigzag and the dealt-out segments; contiguous at once where there is next
-    to nothing to gain.
+    """The cheapest of contiguous, zigzag and the dealt-out segments.
+
+    Contiguous at once where there is next to nothing to gain.
 
     Raises:
         ValueError: as of `balanced`.
@@ -138,8 +140,9 @@ def busiest(mask: Mask, layout: Layout, pairs_per_row: float, limit: float) -> B
 
 
 def _deal(mask: Mask, ring: int, pairs_per_row: float) -> Busiest:
-    """Segments dealt out rank after rank: equal tokens, and each rank the average area of what is left when
-    its turn comes.
+    """Segments dealt out rank after rank, each with equal tokens.
+
+    A rank gets the average area of what is left when its turn comes.
     """
     parts = segments(mask)
     counts = [stop - start for start, stop in pairwise(split_evenly(mask.q_len, ring))]
@@ -181,8 +184,7 @@ def _lowest_level(length: int, area: float, tokens: float) -> float:
 
 
 def _reaches(level: float, length: float, area: float) -> bool:
-    """Whether ranks of equal area can share a causal segment, tail by tail, so that none receives more rows
-    than `level`.
+    """Whether ranks of equal area can share a causal segment with none receiving more rows than `level`.
 
     Row i of the segment has an area of about i. What is left of it are the rows [head, tail); the next rank
     takes the last of them, so it must hold tail - level rows: some from the tail, which are heavy, and the

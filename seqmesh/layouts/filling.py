@@ -1,5 +1,6 @@
-"""Filling ring ranks with segments, one rank after the other, so that each gets exactly its tokens and its
-area.
+"""Filling ring ranks with segments, one rank after the other.
+
+Each gets exactly its tokens, and its area.
 
 Segments lie sorted by area per token. A rank takes from both ends of that order: the heaviest segments for
 area, the lightest for tokens. Whole ones cost no traffic. The heaviest that does not fit is cut, and because
@@ -28,8 +29,9 @@ TOLERANCE = 0.005
 """
 
 ROUNDING = 0.125
-"""Tokens, in parts of the rank's, that the cut segment may give more or fewer than its share to keep a light
-one whole.
+"""Tokens that the cut segment may give more or fewer than its share, to keep a light one whole.
+
+In parts of the rank's tokens.
 """
 
 UNSETTLED = 0.01
@@ -37,8 +39,7 @@ UNSETTLED = 0.01
 
 
 class Pool:
-    """The segments not yet given out, by area per token: the lightest are [low, high), the heaviest is at
-    high.
+    """The segments not yet given out, by area per token: the last is the heaviest, the others are light.
 
     `area` is what is left of it; `level` is how few rows the busiest rank can at best receive
     (docs/layouts.md, "How far balance reaches"): fewer for another rank gain nothing.
@@ -50,8 +51,9 @@ class Pool:
         self._arrange(segments)
 
     def _arrange(self, segments: Sequence[Segment]) -> None:
-        """Sort, and add up tokens and area from the lightest on, so that any stretch of lights is two
-        look-ups.
+        """Sort, and add up tokens and area from the lightest on.
+
+        Then any stretch of light segments is two look-ups.
         """
         not_empty = (segment for segment in segments if segment.tokens)
         self._order = sorted(not_empty, key=lambda segment: (segment.area / segment.tokens, -segment.start))

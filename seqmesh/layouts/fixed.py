@@ -25,8 +25,9 @@ def contiguous(s: int, ring: int) -> Layout:
 
 
 def zigzag(s: int, ring: int) -> Layout:
-    """Of 2R near-equal chunks, ring rank r holds chunks r and 2R-1-r: causal work is equal exactly when 2R
-    divides s.
+    """Of 2R near-equal chunks, ring rank r holds chunks r and 2R-1-r.
+
+    Causal work is equal exactly when 2R divides s.
 
     Raises:
         ValueError: s < 0 or ring < 1.
@@ -45,8 +46,9 @@ def zigzag(s: int, ring: int) -> Layout:
 
 
 def striped(s: int, ring: int) -> Layout:
-    """Ring rank r holds tokens r, r + R, r + 2R, ...: balanced for causal masks, but every rank needs every
-    row.
+    """Ring rank r holds tokens r, r + R, r + 2R, ...
+
+    Balanced for causal masks, but every rank needs every row.
 
     Raises:
         ValueError: s < 0 or ring < 1.

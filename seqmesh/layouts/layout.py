@@ -48,8 +48,9 @@ class Layout:
             self._check_every_token()
 
     def _is_consecutive(self) -> bool:
-        """Whether the spans, none of them strided, follow one another from 0 to s: a proof by a sort, without
-        a look at tokens.
+        """Whether the spans, none of them strided, follow one another from 0 to s.
+
+        That proves a partition by a sort, without a look at every token.
         """
         reach = 0
         for span in sorted(chain.from_iterable(self.ranks)):
@@ -98,8 +99,9 @@ class Layout:
 
 
 def split_evenly(total: int, parts: int) -> list[int]:
-    """Boundaries 0 = b[0] <= ... <= b[parts] = total of near-equal pieces: the first `total % parts` hold one
-    more.
+    """Boundaries 0 = b[0] <= ... <= b[parts] = total of near-equal pieces.
+
+    The first `total % parts` hold one more.
     """
     size, extra = divmod(total, parts)
     return [part * size + min(part, extra) for part in range(parts + 1)]

@@ -1,5 +1,6 @@
-"""Which heads each ulysses rank computes: any number of query heads, any number of K/V heads, in one pass or
-in chunks.
+"""Which heads each ulysses rank computes: any number of query heads, any number of K/V heads.
+
+In one pass, or in chunks.
 
 Query heads are cut in U near-equal consecutive shares. A rank receives exactly the K/V heads that its query
 heads use, so a K/V head that several ranks need is routed to each of them, and its gradients are summed where
@@ -20,21 +21,21 @@ from typing import NamedTuple
 from seqmesh.layouts import split_evenly
 
 MOST_HEAD_CHUNKS = 4
-"""Default limit of head chunks on a ring alone: enough for its buffers to stay below 3x the local K + V
-forward, 6x backward.
+"""Default limit of head chunks on a ring alone.
+
+Enough for its buffers to stay below 3x the local K + V forward, 6x backward.
 """
 MOST_HEAD_CHUNKS_EXCHANGED = 8
 """The same where heads are exchanged: what is kept for the backward takes 2x, so the rest must be smaller."""
 CHUNK_ELEMENTS = 1 << 17
-"""By default a chunk holds at least this many elements of K per rank: below, latency costs more than memory
-is worth.
+"""By default a chunk holds at least this many elements of K per rank.
+
+Below, latency costs more than memory is worth.
 """
 
 
 class HeadGroup(NamedTuple):
-    """Local query heads [q_start, q_stop) that share local K/V heads [kv_start, kv_stop), each serving
-    equally many.
-    """
+    """Local query heads [q_start, q_stop), and the local K/V heads that serve equally many of them each."""
 
     q_start: int
     q_stop: int
@@ -44,8 +45,9 @@ class HeadGroup(NamedTuple):
 
 @dataclass(frozen=True, kw_only=True)
 class HeadShare:
-    """The global heads that one ulysses rank computes, as half-open ranges, and how its queries map to its
-    K/V heads.
+    """The global heads that one ulysses rank computes, and how its queries map to its K/V heads.
+
+    Ranges are half open.
     """
 
     q_start: int

@@ -1,5 +1,4 @@
-"""The ring schedule of one rank: which K/V rows travel at which stage, and which blocks of attention they
-allow. Data, not code.
+"""The ring schedule of one rank: which K/V rows travel when, and which blocks they allow. Data, not code.
 
 From a mask and two layouts (of queries and of keys) every rank derives its own list of *stages*. Stage 0
 computes what needs only local rows. Each later stage receives exactly the K/V rows that some block needs from
@@ -178,9 +177,7 @@ def _ceil_div(a: int, b: int) -> int:
 def _pieces_of_queries(
     mask: Mask, q_layout: Layout, kv_layout: Layout, rank: int
 ) -> Iterator[tuple[int, Band]]:
-    """All pairs of this rank's queries: (owner of the keys, band from query storage to the owner's K/V
-    storage).
-    """
+    """All pairs of this rank's queries: (owner of the keys, band from our to the owner's storage)."""
     owners = _owners(kv_layout)
     for q_offset, q in _storage(q_layout, rank):
         start = q.start
@@ -221,9 +218,7 @@ def _union(pieces: Iterable[Band]) -> Runs:
 
 
 def _into_buffer(pieces: Iterable[Band], runs: Runs, base: int) -> Iterator[Band]:
-    """Move the keys of bands from the sender's storage to where its runs lie in the receive buffer, from
-    `base` on.
-    """
+    """Move the keys of bands from the sender's storage to its place in the receive buffer, from `base` on."""
     starts = [start for start, _ in runs]
     places = list(accumulate((stop - start for start, stop in runs), initial=base))
     for piece in pieces:
@@ -294,6 +289,7 @@ def ring_schedule(
     found = [Stage(blocks=coalesce(wanted.get(ring_rank, ())))]
     if ring > 1:
         asked = _by_rank(_pieces_of_keys(mask, q_layout, kv_layout, ring_rank))
+        # One exchange a hop by default; fewer exchanges take several hops each.
         for first, last in pairwise(split_evenly(ring - 1, stages or ring - 1)):
             # Hop t brings rows from t ranks before and sends to t ranks after: all send and receive at every
             # hop.
@@ -345,9 +341,7 @@ def _stage(
     wanted: dict[int, list[Band]],
     asked: dict[int, list[Band]],
 ) -> Stage:
-    """One exchange: the rows that `sources` have for us and that we have for `targets`, and the blocks of the
-    former.
-    """
+    """One exchange: rows come from `sources` and go to `targets`, and the former allow some blocks."""
     receives: list[Transfer] = []
     blocks: list[Band] = []
     row = 0  # of the receive buffer

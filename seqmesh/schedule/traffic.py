@@ -1,5 +1,6 @@
-"""Bytes that one rank sends in one call of attention, exactly: what is executed, counted, priced and shown,
-computed once, here.
+"""Bytes that one rank sends in one call of attention, exactly.
+
+What is executed, counted, priced and shown is computed here, once.
 
     forward    q, k, v to the heads' owners    K/V rows round the ring                      out home
     backward   dout to the heads' owners       K/V rows again, dK/dV rows straight home     dq, dk, dv home

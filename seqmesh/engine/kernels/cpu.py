@@ -1,5 +1,6 @@
-"""The CPU kernel: PyTorch's flash attention for CPU, which returns the log-sum-exp and has a block-wise
-backward.
+"""The CPU kernel: PyTorch's flash attention for CPU.
+
+It returns the log-sum-exp and has a block-wise backward.
 
 It computes full blocks and square causal blocks (its `is_causal` is aligned to the top left). Other bands are
 cut by tiles.py; an upper triangle is a causal one with the order of queries and keys reversed; slivers go

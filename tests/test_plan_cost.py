@@ -55,7 +55,7 @@ def test_data_parallelism_sends_gradients_and_weights_by_the_zero_stage(zero: in
 
 
 def test_bytes_of_ulysses_ring_and_tensor_parallelism_are_papers_formulas() -> None:
-    """USP (Fang & Zhao 2024, arXiv 2405.07719).
+    """As in USP (Fang & Zhao 2024, arXiv 2405.07719), but a ring sends only the rows that zigzag needs.
 
     Ulysses e (2 + 2κ)(U - 1)/U each way; zigzag 3/4 of 2κe (R - 1), three times; TP-sp 10 M (t - 1)/t.
     """

@@ -237,8 +237,8 @@ class _Rank:
     def _loss_backward_rows(self) -> int:
         """Rows of logits that the loss's backward holds at most, besides the logits themselves.
 
-        The logits live until the backward of the chunk that comes first in the sequence, and last in the
-        backward: its checkpoint is the last to hold them. So what is added after it is never the most.
+        The last to hold the logits is the checkpoint of the first chunk, whose backward comes last.
+        What is added after it has none beside it.
         """
         n = self.tokens
         chunks = -(-n // LOSS_ROWS)
@@ -247,8 +247,8 @@ class _Rank:
         if chunks == 1:  # no sum so far: the three of the only chunk
             return 3 * n
         if chunks == 2:
-            # The one addition of chunks has no logits beside it: its 3n are less than the second chunk's
-            # n of logits and in_a_chunk, for n <= 2 LOSS_ROWS.
+            # The one addition of chunks comes when the logits are gone. Just before it there were n of logits
+            # and in_a_chunk, which is more than its 3n as n <= 2 LOSS_ROWS.
             return in_a_chunk
         return max(adding, in_a_chunk)
 

@@ -79,7 +79,7 @@ def with_savers(job: Job, point: Point, pins: Pins) -> Iterator[Point]:
 
 @lru_cache(maxsize=256)
 def _combinations(options: tuple[tuple[str, ...], ...]) -> list[tuple[str, ...]]:
-    """One value of each saver, in every combination; those of the first values first."""
+    """One value of each saver, in every combination; those closest to the first values first."""
 
     def distance(values: tuple[str, ...]) -> int:
         """How far the values are from the first ones, together."""

@@ -9,8 +9,8 @@
 Pipeline stages differ: the first holds the embedding and most micro-batches, the last the head and the
 logits. The fuller one counts.
 
-Source: USP (Fang & Zhao 2024, arXiv 2405.07719), Table 2, for what ZeRO shards; the layers that
-autograd walks back; engine/ring.py, ulysses.py and merge.py for the attention's own buffers.
+Source: USP (Fang & Zhao 2024, arXiv 2405.07719), Table 2, for what ZeRO shards; engine/ring.py,
+ulysses.py and merge.py for the attention's own buffers. What autograd keeps is counted module by module.
 """
 
 from dataclasses import dataclass

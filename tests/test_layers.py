@@ -172,6 +172,26 @@ def test_the_planner_runs_without_torch() -> None:
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
 
 
+CONTRACT = """
+import seqmesh.engine.attention  # a module of that name must not hide the function
+import seqmesh
+from seqmesh import layouts, masks
+from seqmesh.schedule import ring_schedule
+from seqmesh.integrations.transformers import plug_in
+
+assert callable(seqmesh.attention) and callable(seqmesh.Schedule.build) and callable(plug_in)
+assert callable(seqmesh.SequenceMesh.build) and callable(seqmesh.SequenceMesh.from_device_mesh)
+for name in ("full", "causal", "sliding_window", "documents", "prefix_lm", "cross", "Mask", "Band"):
+    assert callable(getattr(masks, name)), name
+for name in ("contiguous", "zigzag", "striped", "balanced", "auto", "Layout", "Span"):
+    assert callable(getattr(layouts, name)), name
+"""
+
+
+def test_the_names_that_other_code_relies_on_are_there() -> None:
+    subprocess.run([sys.executable, "-c", CONTRACT], check=True, timeout=60)
+
+
 @pytest.mark.parametrize("module", [m for m in MODULES if is_in(m, TORCH_ONLY)])
 def test_the_engine_needs_torch_alone(module: str) -> None:
     assert foreign(imports(MODULES[module])) <= {"torch"}

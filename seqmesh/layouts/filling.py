@@ -250,7 +250,8 @@ def _light_beside(
         return heavy_area(tokens - light - head) + light_area + of_segment
 
     part = nearest(area_with, 0, min(segment.tokens, tokens - light), area)
-    # Leave it out, or take it whole? (tokens moved, light tokens, their area), the smaller move first.
+    # Leaving this segment out, or taking it whole, moves the cut into the heaviest: fewer tokens moved first.
+    # (tokens moved, light tokens, their area)
     choices = [(part, light, light_area)]
     if after <= tokens:
         choices.append((segment.tokens - part, after, light_area + segment.area))

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from oracle import Case, Result, assemble, attend, dense
+from oracle import Case, assemble, attend, dense, errors
 
 from seqmesh import layouts, masks
 from seqmesh.layouts import Layout, Span
@@ -24,16 +24,6 @@ def parse(text: str) -> Case:
     case = eval(text, {"torch": torch, "masks": masks, "layouts": layouts, **NAMES})
     assert isinstance(case, Case), f"{text!r} is a {type(case).__name__}; pass Case(...)"
     return case
-
-
-def errors(got: Result, want: Result) -> dict[str, float]:
-    """Largest error of each tensor, relative to the largest entry of the oracle's, or to 1."""
-    found = {}
-    for name in ("out", "dq", "dk", "dv", "dsinks"):
-        a, b = getattr(got, name), getattr(want, name)
-        if b is not None and b.numel():
-            found[name] = (a - b).abs().max().item() / max(b.abs().max().item(), 1.0)
-    return found
 
 
 def main(text: str) -> None:

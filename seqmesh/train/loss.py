@@ -18,11 +18,11 @@ Labels must be shifted before sharding (data.py).
 
 from typing import cast
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from seqmesh.engine.merge import accumulator_dtype
 from seqmesh.train.data import IGNORED_LABEL
 
 
@@ -60,7 +60,7 @@ def next_token_loss(
             " pass the count of the global batch (Batch.label_count)"
         )
     # The sum of no rows is 0, but has a gradient: a rank without tokens must run its backward too.
-    total = rows.new_zeros((), dtype=_accumulator(rows)) + rows[:0].sum()
+    total = rows.new_zeros((), dtype=accumulator_dtype(rows.dtype)) + rows[:0].sum()
     for start in range(0, rows.shape[0], chunk_rows):
         chunk = slice(start, start + chunk_rows)
         part = checkpoint(_cross_entropy_sum, rows[chunk], labels[chunk], use_reentrant=False)
@@ -68,9 +68,7 @@ def next_token_loss(
     return total / label_count
 
 
-def _accumulator(x: Tensor) -> torch.dtype:
-    return torch.float64 if x.dtype == torch.float64 else torch.float32
-
-
 def _cross_entropy_sum(rows: Tensor, labels: Tensor) -> Tensor:
-    return F.cross_entropy(rows.to(_accumulator(rows)), labels, ignore_index=IGNORED_LABEL, reduction="sum")
+    return F.cross_entropy(
+        rows.to(accumulator_dtype(rows.dtype)), labels, ignore_index=IGNORED_LABEL, reduction="sum"
+    )

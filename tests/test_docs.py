@@ -80,6 +80,6 @@ def test_the_tree_names_every_module_outside_the_programs() -> None:
     for path in [*(ROOT / "seqmesh").glob("*.py"), *(ROOT / "seqmesh").glob("*/")]:
         if not path.name.startswith("__"):
             assert path.name in tree, f"docs/architecture.md does not show {path.name}"
-    for folder in ("layouts", "schedule", "engine"):
+    for folder in ("masks", "layouts", "schedule", "engine"):
         for path in (ROOT / "seqmesh" / folder).glob("*.py"):
             assert path.name == "__init__.py" or path.stem in tree, f"docs/architecture.md lacks {path.name}"

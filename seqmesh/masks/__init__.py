@@ -19,9 +19,13 @@ dense library.
     band_index.py    which bands meet
     mask.py          disjoint bands: a mask
     families.py      the masks that have a name
+    conventions.py   masks from cumulative offsets, position ids and padding
+    batch.py         a mask for each row of a batch
 """
 
 from seqmesh.masks.band import Band
+from seqmesh.masks.batch import rows
+from seqmesh.masks.conventions import from_cu_seqlens, from_padding, from_position_ids
 from seqmesh.masks.families import causal, chunked, cross, documents, full, prefix_lm, sliding_window
 from seqmesh.masks.mask import Mask
 
@@ -32,7 +36,11 @@ __all__ = [
     "chunked",
     "cross",
     "documents",
+    "from_cu_seqlens",
+    "from_padding",
+    "from_position_ids",
     "full",
     "prefix_lm",
+    "rows",
     "sliding_window",
 ]

@@ -21,6 +21,7 @@ dense library.
     families.py      the masks that have a name
     conventions.py   masks from cumulative offsets, position ids and padding
     batch.py         a mask for each row of a batch
+    tree.py          one prompt and many completions: the mask, and what training over a tree needs
 """
 
 from seqmesh.masks.band import Band
@@ -28,10 +29,13 @@ from seqmesh.masks.batch import rows
 from seqmesh.masks.conventions import from_cu_seqlens, from_padding, from_position_ids
 from seqmesh.masks.families import causal, chunked, cross, documents, full, prefix_lm, sliding_window
 from seqmesh.masks.mask import Mask
+from seqmesh.masks.tree import Predictions, Tree, tree
 
 __all__ = [
     "Band",
     "Mask",
+    "Predictions",
+    "Tree",
     "causal",
     "chunked",
     "cross",
@@ -43,4 +47,5 @@ __all__ = [
     "prefix_lm",
     "rows",
     "sliding_window",
+    "tree",
 ]

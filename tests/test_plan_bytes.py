@@ -150,3 +150,13 @@ def test_the_share_of_rows_that_leaves_the_node_is_that_of_a_full_mask_counted_p
     assert load.off_node(per_node) == pytest.approx(
         sum(a // per_node != b // per_node for a, b in pairs) / len(pairs)
     )
+
+
+def test_the_share_of_a_window_that_leaves_the_node_is_that_of_the_hops_it_uses() -> None:
+    """Each exchange is weighed by its own hops: those that no rank uses have been dropped."""
+    load = ring_load(masks.sliding_window(512, 30), "contiguous", 8, 256.0)[0]
+    assert load.hops == ((), (1,))
+    assert load.exchanges == 1
+    assert load.off_node(4) == pytest.approx(
+        1 / 4
+    )  # the last of a node's four ranks has its neighbour elsewhere

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from seqmesh import layouts, masks
 from seqmesh.layouts import Layout, Span
 from seqmesh.masks import Band, Mask
-from seqmesh.schedule import RingSchedule, coalesce, ring_schedule
+from seqmesh.schedule import RingSchedule, Stages, coalesce, ring_schedule
 
 pytestmark = pytest.mark.fast
 
@@ -20,9 +20,12 @@ STATIC_LAYOUTS = {"contiguous": layouts.contiguous, "zigzag": layouts.zigzag, "s
 
 
 def all_ranks(
-    mask: Mask, q_layout: Layout, kv_layout: Layout, stages: int | None = None
+    mask: Mask, q_layout: Layout, kv_layout: Layout, stages: Stages = None, latency_rows: int = 512
 ) -> list[RingSchedule]:
-    return [ring_schedule(mask, q_layout, kv_layout, r, stages) for r in range(q_layout.ring)]
+    return [
+        ring_schedule(mask, q_layout, kv_layout, rank, stages, latency_rows=latency_rows)
+        for rank in range(q_layout.ring)
+    ]
 
 
 def covered(mask: Mask, q_layout: Layout, kv_layout: Layout, schedules: list[RingSchedule]) -> np.ndarray:
@@ -53,9 +56,11 @@ def needed_rows(mask: Mask, q_layout: Layout, kv_layout: Layout, receiver: int, 
     return [row for row, j in enumerate(kv_layout.positions(sender)) if dense[q, j].any()]
 
 
-def check_exact(mask: Mask, q_layout: Layout, kv_layout: Layout, stages: int | None) -> None:
+def check_exact(
+    mask: Mask, q_layout: Layout, kv_layout: Layout, stages: Stages, latency_rows: int = 512
+) -> None:
     """Every pair once, exactly the needed rows, and senders and receivers that agree."""
-    schedules = all_ranks(mask, q_layout, kv_layout, stages)
+    schedules = all_ranks(mask, q_layout, kv_layout, stages, latency_rows)
     counted = covered(mask, q_layout, kv_layout, schedules)
     np.testing.assert_array_equal(counted, mask.dense().astype(np.int64))
     assert sum(schedule.area for schedule in schedules) == mask.area
@@ -83,7 +88,8 @@ def check_rows(mask: Mask, q_layout: Layout, kv_layout: Layout, schedules: list[
 
 
 def check_peers(schedules: list[RingSchedule]) -> None:
-    """Each exchange is entered with matching peers: what a sends to b at a stage, b receives from a."""
+    """Each exchange is entered by all, and what a sends to b at a stage, b receives from a."""
+    assert len({tuple(stage.hops for stage in schedule.stages) for schedule in schedules}) == 1
     for stage in range(len(schedules[0].stages)):
         pairs_sent, pairs_received = set(), set()
         for schedule in schedules:
@@ -91,6 +97,10 @@ def check_peers(schedules: list[RingSchedule]) -> None:
             pairs_sent |= {(me, peer) for peer, _ in schedule.stages[stage].sends}
             pairs_received |= {(peer, me) for peer, _ in schedule.stages[stage].receives}
         assert pairs_sent == pairs_received
+        ring = len(schedules)
+        assert {(target - source) % ring for source, target in pairs_sent} == set(
+            schedules[0].stages[stage].hops
+        )
 
 
 @st.composite
@@ -135,8 +145,8 @@ def test_blocks_of_all_ranks_cover_the_mask_once_with_exactly_the_needed_rows(
     data: st.DataObject, mask: Mask, ring: int
 ) -> None:
     layout = data.draw(random_layouts(mask, mask.q_len, ring))
-    stages = data.draw(st.one_of(st.none(), st.integers(1, max(1, ring - 1))))
-    check_exact(mask, layout, layout, stages)
+    stages = data.draw(st.none() | st.just("auto") | st.integers(1, max(1, ring - 1)))
+    check_exact(mask, layout, layout, stages, latency_rows=data.draw(st.integers(0, 20)))
 
 
 @given(st.data(), st.integers(0, 20), st.integers(0, 20), st.integers(1, 5))
@@ -242,6 +252,16 @@ def test_one_rank_of_a_million_tokens_is_scheduled_without_touching_the_other_do
         (
             lambda: ring_schedule(masks.causal(8), layouts.zigzag(8, 2), layouts.zigzag(8, 2), 0, 2),
             "stages=2",
+        ),
+        (
+            lambda: ring_schedule(masks.causal(8), layouts.zigzag(8, 2), layouts.zigzag(8, 2), 0, "all"),
+            "stages='all' for ring=2; use 1",
+        ),
+        (
+            lambda: ring_schedule(
+                masks.causal(8), layouts.zigzag(8, 2), layouts.zigzag(8, 2), 0, "auto", latency_rows=-1
+            ),
+            "latency_rows=-1",
         ),
     ],
 )

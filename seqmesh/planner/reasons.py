@@ -77,7 +77,7 @@ def _layout(estimate: StepEstimate) -> Iterator[str]:
     if p.ring > 1:
         yield (
             f"layout {estimate.layout} over ring {p.ring},"
-            f" {estimate.exchanges} exchange{'s' if estimate.exchanges > 1 else ''}:"
+            f" {estimate.exchanges} exchange{'s' if estimate.exchanges != 1 else ''}:"
             f" the busiest rank computes {estimate.imbalance:.3f}x the mean"
         )
 

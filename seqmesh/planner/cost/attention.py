@@ -290,9 +290,9 @@ def head_rate(head_dim: int, a: Assumptions) -> float:
 class Loads:
     """Ring loads of a job, each computed once.
 
-    A ring passes through R - 1 exchanges, which hides most; where only few rows travel (packed documents,
-    windows) fewer exchanges cost less latency. Their number is chosen by the time of one attention on the
-    ring alone.
+    A ring passes through an exchange for each hop, which hides most; where only few rows travel (packed
+    documents, windows) fewer exchanges cost less latency. Their number is chosen by the time of one attention
+    on the ring alone.
     """
 
     def __init__(self, job: Job) -> None:
@@ -312,7 +312,7 @@ class Loads:
         return min(found, key=self._seconds)
 
     def _exchanges(self, ring: int) -> Sequence[int | None]:
-        """Numbers of exchanges to compare, None for R - 1.
+        """Numbers of exchanges to compare, None for one for each hop that is used.
 
         A causal sequence needs all of its ring, and has large rows to hide.
         """

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from seqmesh import layouts, masks
-from seqmesh.layouts import Layout, load, split_evenly
+from seqmesh.layouts import Layout, load
 from seqmesh.masks import Mask
 from seqmesh.schedule.ring import RingSchedule, Stage, ring_schedule
 
@@ -29,10 +29,7 @@ class StageLoad:
 
     count: int
     hop: int
-    """Number of the first of them; 0 for a rank's own rows.
-
-    In a ring of R - 1 exchanges, the distance in ring ranks.
-    """
+    """Number of the first of them; 0 for a rank's own rows."""
     pairs: int
     slow_pairs: float
     """Pairs, each weighed by the inverse of its block's efficiency."""
@@ -50,7 +47,9 @@ class RingLoad:
     layout: Layout
     stages: tuple[StageLoad, ...]
     exchanges: int
-    """Stages after the first: R - 1 of a ring, 1 of an all-gather."""
+    """Stages after the first: one for each hop that is used, of a ring; 1 of an all-gather."""
+    hops: tuple[tuple[int, ...], ...]
+    """Of each stage, one by one, the distances in ring ranks that rows travel."""
     imbalance: float
     """Pairs of the busiest rank over the mean."""
     rows_moved: int
@@ -64,11 +63,10 @@ class RingLoad:
         ring = self.layout.ring
         if per_node >= ring:
             return 0.0
-        hops = split_evenly(ring - 1, max(1, self.exchanges))  # which hops each exchange makes at once
         moved = left = 0.0
         for stage in self.stages[1:]:
             for number in range(stage.hop, stage.hop + stage.count):
-                spanned = range(hops[number - 1] + 1, hops[number] + 1)
+                spanned = self.hops[number]
                 # Of a node's ranks the last `hop` have that neighbour on another node; the ring is closed.
                 shares = (min(1.0, hop / per_node, (ring - hop) / per_node) for hop in spanned)
                 moved += stage.received
@@ -86,7 +84,7 @@ def ring_load(
         layout: its name, one of `Schedule.build`'s.
         ring: ring degree.
         half_rows: rows of a block that runs at half efficiency.
-        exchanges: numbers of exchanges; None for R - 1.
+        exchanges: as `stages` of `ring_schedule`.
     """
     laid = _layout(mask, layout, ring)
     areas, received = _areas_and_rows(mask, laid)
@@ -100,6 +98,7 @@ def ring_load(
                 layout=laid,
                 stages=_stage_loads(schedule, half_rows),
                 exchanges=len(schedule.stages) - 1,
+                hops=tuple(stage.hops for stage in schedule.stages),
                 imbalance=imbalance,
                 rows_moved=sum(received),
             )

@@ -254,6 +254,10 @@ def test_one_rank_of_a_million_tokens_is_scheduled_without_touching_the_other_do
             "stages=2",
         ),
         (
+            lambda: ring_schedule(masks.causal(8), layouts.zigzag(8, 4), layouts.zigzag(8, 4), 0, 0),
+            "stages=0 for ring=4; use 1",
+        ),
+        (
             lambda: ring_schedule(masks.causal(8), layouts.zigzag(8, 2), layouts.zigzag(8, 2), 0, "all"),
             "stages='all' for ring=2; use 1",
         ),

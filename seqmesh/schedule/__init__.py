@@ -2,7 +2,7 @@
 
 ring.py       stages of one ring rank: rows to send and receive, blocks to compute
 hops.py       which hops each stage is made of
-pieces.py     the pairs of a band between two spans
+peers.py      what a rank exchanges with every other: pieces.py by search, stripes.py by arithmetic
 coalesce.py   fewer blocks with the same pairs
 heads.py      heads of each ulysses rank
 traffic.py    bytes that follow from both

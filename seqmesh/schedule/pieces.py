@@ -20,6 +20,9 @@ from seqmesh.masks import Band, Mask
 Runs = tuple[tuple[int, int], ...]
 """Rows as sorted, disjoint [start, stop) ranges of a rank's storage."""
 
+Blocks = list[Band]
+"""Bands whose queries index a rank's storage, and whose keys index what it has received, or its own."""
+
 
 class _Stored(NamedTuple):
     """A span with its owner and its place in the owner's storage."""

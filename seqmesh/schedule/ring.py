@@ -21,17 +21,15 @@ Stage 0 of each is ONE causal block over both chunks: blocks are coalesced whene
 Source: Ring-Attention (Liu et al. 2023), zigzag as in the USP paper; exactly-needed rows are ours.
 """
 
-from bisect import bisect_right
-from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import NamedTuple
 
 from seqmesh.layouts import Layout
 from seqmesh.masks import Band, Mask
 from seqmesh.schedule.coalesce import coalesce
 from seqmesh.schedule.hops import LATENCY_ROWS, Stages, exchanges
-from seqmesh.schedule.pieces import Runs, by_rank, keys_of, pieces_of_keys, pieces_of_queries
+from seqmesh.schedule.peers import Peers, peers_of
+from seqmesh.schedule.pieces import Runs
 
 
 class Transfer(NamedTuple):
@@ -97,15 +95,6 @@ class RingSchedule:
         return sum(block.area for stage in self.stages for block in stage.blocks)
 
 
-def _into_buffer(pieces: Iterable[Band], runs: Runs, base: int) -> Iterator[Band]:
-    """Move the keys of bands from the sender's storage to its place in the receive buffer, from `base` on."""
-    starts = [start for start, _ in runs]
-    places = list(accumulate((stop - start for start, stop in runs), initial=base))
-    for piece in pieces:
-        run = bisect_right(starts, piece.k_start) - 1
-        yield piece.shift(0, places[run] - starts[run])
-
-
 def ring_schedule(
     mask: Mask,
     q_layout: Layout,
@@ -134,17 +123,15 @@ def ring_schedule(
     """
     _check(mask, q_layout, kv_layout, ring_rank)
     hops_of_stages = exchanges(mask, q_layout, kv_layout, stages, latency_rows)
-    wanted = by_rank(pieces_of_queries(mask, q_layout, kv_layout, ring_rank))
-    found = [Stage(blocks=coalesce(wanted.get(ring_rank, ())))]
-    if hops_of_stages:
-        asked = by_rank(pieces_of_keys(mask, q_layout, kv_layout, ring_rank))
-        found += (_stage(ring_rank, q_layout.ring, hops, wanted, asked) for hops in hops_of_stages)
+    peers = peers_of(mask, q_layout, kv_layout, ring_rank)
+    own = Stage(blocks=tuple(peers.own()) if peers.apart else coalesce(peers.own()))
+    later = (_stage(ring_rank, q_layout.ring, hops, peers) for hops in hops_of_stages)
     return RingSchedule(
         ring_rank=ring_rank,
         ring=q_layout.ring,
         q_rows=q_layout.counts[ring_rank],
         kv_rows=kv_layout.counts[ring_rank],
-        stages=tuple(found),
+        stages=(own, *later),
     )
 
 
@@ -166,23 +153,22 @@ def _check(mask: Mask, q_layout: Layout, kv_layout: Layout, ring_rank: int) -> N
         )
 
 
-def _stage(
-    ring_rank: int,
-    ring: int,
-    hops: tuple[int, ...],
-    wanted: dict[int, list[Band]],
-    asked: dict[int, list[Band]],
-) -> Stage:
+def _stage(ring_rank: int, ring: int, hops: tuple[int, ...], peers: Peers) -> Stage:
     """One exchange: rows come from so many ranks before, which allow some blocks, and go as far behind."""
     receives: list[Transfer] = []
     blocks: list[Band] = []
     row = 0  # of the receive buffer
     for source in sorted((ring_rank - hop) % ring for hop in hops):
-        if source in wanted:
-            transfer = Transfer(source, keys_of(wanted[source]))
-            blocks += _into_buffer(wanted[source], transfer.runs, row)
-            receives.append(transfer)
-            row += transfer.rows
+        runs, allowed = peers.received(source, row)
+        if runs:
+            receives.append(Transfer(source, runs))
+            blocks += allowed
+            row += receives[-1].rows
     targets = sorted((ring_rank + hop) % ring for hop in hops)
-    sends = tuple(Transfer(target, keys_of(asked[target])) for target in targets if target in asked)
-    return Stage(hops=hops, sends=sends, receives=tuple(receives), blocks=coalesce(blocks))
+    sends = (Transfer(target, peers.sent(target)) for target in targets)
+    return Stage(
+        hops=hops,
+        sends=tuple(transfer for transfer in sends if transfer.runs),
+        receives=tuple(receives),
+        blocks=tuple(blocks) if peers.apart and len(receives) == 1 else coalesce(blocks),
+    )

@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from seqmesh import layouts, masks
 from seqmesh.layouts import Layout, load
+from seqmesh.layouts.demand import Demand
 from seqmesh.layouts.segments import nearest, segments
 from seqmesh.masks import Band, Mask
 
@@ -109,7 +110,7 @@ def test_load_matches_the_dense_mask(mask: Mask, ring: int) -> None:
 @given(any_mask())
 def test_segments_cover_the_tokens_know_their_area_and_never_turn(mask: Mask) -> None:
     area_of_rows, at = mask.dense().sum(1), 0
-    for segment in segments(mask):
+    for segment in segments(Demand.of(mask, 1, None, None)):
         rows = [segment.area_between(place, place + 1) for place in range(segment.tokens)]
         assert rows == list(area_of_rows[at : at + segment.tokens])
         assert segment.start == at
@@ -238,10 +239,11 @@ def test_more_ranks_than_tokens_leaves_ranks_empty() -> None:
     assert layouts.balanced(masks.documents([2, 3]), 9).counts == (1,) * 5 + (0,) * 4
 
 
-def test_a_mask_of_two_lengths_is_refused() -> None:
-    for choose in (layouts.balanced, layouts.auto):
-        with pytest.raises(ValueError, match=r"4 queries x 6 keys.*same tokens; use a mask of equally many"):
-            choose(masks.cross(4, 6), 2)
+@pytest.mark.parametrize("name", ["balanced", "auto"])
+def test_keys_are_not_laid_out_by_a_name_that_balances_queries(name: str) -> None:
+    assert layouts.named(name, masks.cross(4, 6), 4, 2).s == 4
+    with pytest.raises(ValueError, match=r"of 6 tokens lays out queries, of which the mask has 4; lay out"):
+        layouts.named(name, masks.cross(4, 6), 6, 2)
 
 
 @pytest.mark.parametrize("pairs_per_row", [-1.0, float("inf"), float("nan")])

@@ -1,4 +1,4 @@
-"""Balanced layouts, for any mask: equal tokens, near-equal area, few rows received.
+"""Balanced layouts, for any mask or several: equal tokens, near-equal area, few rows received.
 
 Long-tailed documents are where fixed layouts lose: on 1M tokens of log-normal documents over 64 ranks the
 busiest rank of zigzag computes 4 to 5 times the mean (docs/measured.md). `balanced` deals out whole segments
@@ -17,11 +17,12 @@ Trade-off: it fills rank after rank without looking back; the best split of the 
 causal ones only.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import inf
 
-from seqmesh.layouts import load
+from seqmesh.layouts.demand import Demand
 from seqmesh.layouts.filling import TOLERANCE, Pool, fill
 from seqmesh.layouts.fixed import contiguous, zigzag
 from seqmesh.layouts.layout import Layout, check_degrees, from_runs, split_evenly
@@ -50,7 +51,10 @@ BISECTIONS = 16
 
 @dataclass(frozen=True, kw_only=True)
 class Busiest:
-    """A layout and the most that one of its ranks computes (pairs), receives (rows), and both (pairs)."""
+    """A layout, and the most that a rank computes (pairs), receives (rows), and both (pairs), in all layers.
+
+    The busiest ranks of two masks may be different ones: all wait for each of them, so they add up.
+    """
 
     layout: Layout
     area: int
@@ -58,112 +62,115 @@ class Busiest:
     cost: float
 
 
-def balanced(mask: Mask, ring: int, *, pairs_per_row: float = DEFAULT_PAIRS_PER_ROW) -> Layout:
-    """Equal token counts, near-equal area and few rows moved, for any mask.
+def balanced(
+    mask: Mask | Sequence[Mask],
+    ring: int,
+    *,
+    weights: Sequence[int] | None = None,
+    kv_layout: Layout | None = None,
+    pairs_per_row: float = DEFAULT_PAIRS_PER_ROW,
+) -> Layout:
+    """A layout of the queries: equal token counts, near-equal area and few rows moved, for any mask.
 
     Made for long-tailed packed documents.
 
     Minimises the busiest rank's `area + pairs_per_row * rows received` over a family of layouts, contiguous
-    and zigzag among them.
+    and zigzag among them. Of several masks, the sum over all layers of each layer's busiest rank.
 
     Args:
-        mask: a mask of s queries and s keys.
+        mask: of all layers; or the masks of layers that share the layout, all of one shape.
         ring: ring degree.
+        weights: how many layers have each mask, or whole numbers in that proportion; default 1 each.
+        kv_layout: where the keys lie, in cross-attention; by default with their queries, or contiguous if a
+            mask has another number of keys than queries.
         pairs_per_row: (query, key) pairs that one rank computes in the time in which one K/V row travels.
 
     Raises:
-        ValueError: a mask whose q_len and k_len differ, ring < 1 or pairs_per_row < 0.
+        ValueError: masks of different shapes, weights that are not one whole number >= 1 for each, a layout
+            of the keys that does not fit, ring < 1 or pairs_per_row < 0.
     """
-    best = best_layout(mask, ring, pairs_per_row)
-    mean = mask.area / ring or 1.0
+    check_price(ring, pairs_per_row)
+    demand = Demand.of(mask, ring, weights, kv_layout)
+    best = best_layout(demand, ring, pairs_per_row)
+    mean = demand.area / ring or 1.0
     if best.layout.name == "balanced":
         how = best.layout.reason
     else:
         how = f"same as {best.layout.name}, which costs no more"
-    reason = (
-        f"{how}: the busiest rank computes {best.area / mean:.3f}x the mean area,"
-        f" none receives more than {best.rows} rows"
+    who = (
+        "the busiest rank computes" if len(demand.masks) == 1 else "layer by layer, the busiest ranks compute"
     )
+    reason = f"{how}: {who} {best.area / mean:.3f}x the mean area, none receives more than {best.rows} rows"
     return Layout(best.layout.s, best.layout.ranks, "balanced", reason)
 
 
-def best_layout(mask: Mask, ring: int, pairs_per_row: float) -> Busiest:
+def best_layout(demand: Demand, ring: int, pairs_per_row: float) -> Busiest:
     """The cheapest of contiguous, zigzag and the dealt-out segments.
 
     Contiguous at once where there is next to nothing to gain.
-
-    Raises:
-        ValueError: as of `balanced`.
     """
-    _check(mask, ring, pairs_per_row)
-    enough = (1 + TOLERANCE) * mask.area / ring + pairs_per_row * NEGLIGIBLE_ROWS * mask.q_len / ring
-    simplest = busiest(mask, contiguous(mask.q_len, ring), pairs_per_row, limit=enough)
+    enough = (1 + TOLERANCE) * demand.area / ring
+    enough += pairs_per_row * NEGLIGIBLE_ROWS * sum(demand.weights) * demand.q_len / ring
+    simplest = busiest(demand, contiguous(demand.q_len, ring), pairs_per_row, limit=enough)
     if simplest is not None:
         return simplest
-    best = _deal(mask, ring, pairs_per_row)
-    for fixed in (zigzag(mask.q_len, ring), contiguous(mask.q_len, ring)):
-        best = busiest(mask, fixed, pairs_per_row, limit=best.cost) or best
+    best = busiest(demand, _deal(demand, ring), pairs_per_row, limit=inf)
+    assert best is not None
+    others = [zigzag(demand.q_len, ring), contiguous(demand.q_len, ring)]
+    if len(demand.masks) > 1:
+        # With equal sums the layers may still differ: that of one kind of layer may be the better for all.
+        others += (_deal(one, ring) for one in demand.apart())
+    for other in others:
+        best = busiest(demand, other, pairs_per_row, limit=best.cost) or best
     return best
 
 
-def _check(mask: Mask, ring: int, pairs_per_row: float) -> None:
-    check_degrees(mask.q_len, ring)
-    if mask.q_len != mask.k_len:
-        raise ValueError(
-            f"a mask of {mask.q_len} queries x {mask.k_len} keys,"
-            " but a rank holds the queries and the keys of the same tokens;"
-            " use a mask of equally many queries and keys,"
-            " or lay out each side by itself (layouts.contiguous)"
-        )
+def check_price(ring: int, pairs_per_row: float) -> None:
+    """Raise ValueError unless ring >= 1 and the price of a row is one."""
+    check_degrees(0, ring)
     if not 0 <= pairs_per_row < inf:
         raise ValueError(
             f"ring={ring}, pairs_per_row={pairs_per_row}: use ring >= 1 and a finite pairs_per_row >= 0"
         )
 
 
-def busiest(mask: Mask, layout: Layout, pairs_per_row: float, limit: float) -> Busiest | None:
-    """A layout's busiest ranks, or None as soon as one rank's cost is above the limit."""
-    most_area = most_rows = 0
-    most_cost = 0.0
-    for spans in layout.ranks:
-        area = load.area(mask, spans)
-        if area > limit:  # saves counting rows, which is the slower part
+def busiest(demand: Demand, layout: Layout, pairs_per_row: float, limit: float) -> Busiest | None:
+    """A layout's busiest ranks, or None as soon as their cost is above the limit."""
+    kinds = range(len(demand.masks))
+    most_area = [0 for _ in kinds]
+    most_rows = [0 for _ in kinds]
+    most_cost = [0.0 for _ in kinds]
+    for rank, spans in enumerate(layout.ranks):
+        areas = demand.areas_of(spans)
+        if sum(areas) > limit:  # saves counting rows, which is the slower part
             return None
-        rows = load.rows(mask, spans)
-        cost = area + pairs_per_row * rows
-        if cost > limit:
+        rows = demand.rows_of(layout, rank)
+        for kind in kinds:
+            most_area[kind] = max(most_area[kind], areas[kind])
+            most_rows[kind] = max(most_rows[kind], rows[kind])
+            most_cost[kind] = max(most_cost[kind], areas[kind] + pairs_per_row * rows[kind])
+        if sum(most_cost) > limit:
             return None
-        most_area = max(most_area, area)
-        most_rows = max(most_rows, rows)
-        most_cost = max(most_cost, cost)
-    return Busiest(layout=layout, area=most_area, rows=most_rows, cost=most_cost)
+    return Busiest(layout=layout, area=sum(most_area), rows=sum(most_rows), cost=sum(most_cost))
 
 
-def _deal(mask: Mask, ring: int, pairs_per_row: float) -> Busiest:
+def _deal(demand: Demand, ring: int) -> Layout:
     """Segments dealt out rank after rank, each with equal tokens.
 
     A rank gets the average area of what is left when its turn comes.
     """
-    parts = segments(mask)
-    counts = [stop - start for start, stop in pairwise(split_evenly(mask.q_len, ring))]
+    parts = segments(demand)
+    counts = [stop - start for start, stop in pairwise(split_evenly(demand.q_len, ring))]
     longest = max((part.tokens for part in parts), default=0)
-    pool = Pool(parts, _lowest_level(longest, mask.area / ring, mask.q_len / ring))
-    slack = TOLERANCE * mask.area / ring
+    pool = Pool(parts, _lowest_level(longest, demand.heaviest.area / ring, demand.q_len / ring))
+    slack = TOLERANCE * demand.area / ring
     runs: list[list[Run]] = []
-    areas: list[int] = []
     ranks_left = sum(count > 0 for count in counts)
     for count in counts[:ranks_left]:  # with more ranks than tokens the last ones get nothing
-        before = pool.area
-        runs.append(sorted(fill(pool, count, before / ranks_left, slack)))
-        areas.append(before - pool.area)
+        runs.append(sorted(fill(pool, count, pool.area / ranks_left, slack)))
         ranks_left -= 1
     runs.extend([] for _ in range(ring - len(runs)))
-    layout = from_runs(mask.q_len, runs, "balanced", f"{len(parts)} segments, whole where they fit")
-    received = load.rows_received(mask, layout)
-    costs = [area + pairs_per_row * rows for area, rows in zip(areas, received, strict=False)]
-    return Busiest(
-        layout=layout, area=max(areas, default=0), rows=max(received), cost=max(costs, default=0.0)
-    )
+    return from_runs(demand.q_len, runs, "balanced", f"{len(parts)} segments, whole where they fit")
 
 
 def _lowest_level(length: int, area: float, tokens: float) -> float:

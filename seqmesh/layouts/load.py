@@ -18,9 +18,10 @@ def areas(mask: Mask, layout: Layout) -> list[int]:
     return [area(mask, spans) for spans in layout.ranks]
 
 
-def rows_received(mask: Mask, layout: Layout) -> list[int]:
-    """K/V rows that each ring rank receives."""
-    return [rows(mask, spans) for spans in layout.ranks]
+def rows_received(mask: Mask, layout: Layout, kv_layout: Layout | None = None) -> list[int]:
+    """K/V rows that each ring rank receives; keys lie as the queries do, or in a layout of their own."""
+    keys = layout if kv_layout is None else kv_layout
+    return [rows(mask, spans, held) for spans, held in zip(layout.ranks, keys.ranks, strict=True)]
 
 
 def area(mask: Mask, spans: Iterable[Span]) -> int:
@@ -28,14 +29,15 @@ def area(mask: Mask, spans: Iterable[Span]) -> int:
     return sum(mask.rows_area(start, stop) for start, stop in _runs(spans))
 
 
-def rows(mask: Mask, spans: Iterable[Span]) -> int:
-    """K/V rows received by the rank that holds these spans.
+def rows(mask: Mask, spans: Iterable[Span], keys: Iterable[Span] | None = None) -> int:
+    """K/V rows received by the rank that holds the queries of these spans, and the same keys or others.
 
     They are the distinct keys that its queries may see and that it does not hold.
     """
-    held = sorted(_runs(spans))
+    queries = sorted(_runs(spans))
+    held = queries if keys is None else sorted(_runs(keys))
     seen: list[tuple[int, int]] = []
-    for start, stop in held:
+    for start, stop in queries:
         seen += _keys_seen(mask, start, stop)
     return _outside(sorted(seen), held)
 
@@ -53,8 +55,8 @@ def _runs(spans: Iterable[Span]) -> list[tuple[int, int]]:
 
 def _keys_seen(mask: Mask, start: int, stop: int) -> list[tuple[int, int]]:
     """Key runs that the queries [start, stop) may see, one per band; runs of different bands may overlap."""
-    clipped = (band.within(start, stop, 0, mask.k_len) for band in mask.by_query.meeting(start, stop))
-    return [(band.k_start, band.k_stop) for band in clipped if band is not None]
+    seen = (band.keys_seen(start, stop) for band in mask.by_query.meeting(start, stop))
+    return [keys for keys in seen if keys is not None]
 
 
 def _outside(seen: list[tuple[int, int]], held: list[tuple[int, int]]) -> int:

@@ -1,4 +1,4 @@
-"""Segments of a mask: stretches of tokens that share no pair with the rest.
+"""Segments of a demand: stretches of tokens that share no pair with the rest, in any of its masks.
 
 Packed documents are one segment each; a causal mask or a window is one segment in all. Ranks that hold
 different segments exchange nothing, so `balanced` deals in segments and cuts as few as it can.
@@ -7,8 +7,8 @@ different segments exchange nothing, so `balanced` deals in segments and cuts as
                          / |  / |   __/             a wanted number of tokens *and* a wanted area is
     tokens           document  window  prefix-LM    found by bisection
 
-Trade-off: a mask whose row area rises and then falls is cut there into two segments, which do exchange rows:
-exact, more traffic.
+Trade-off: a demand whose row area rises and then falls is cut there into two segments, which do exchange
+rows: exact, more traffic.
 """
 
 from bisect import bisect_right
@@ -17,7 +17,7 @@ from itertools import pairwise
 from math import inf
 from typing import NamedTuple
 
-from seqmesh.masks import Band, Mask
+from seqmesh.layouts.demand import Demand, WeightedBand
 
 Run = tuple[int, int]
 """The tokens start <= i < stop."""
@@ -48,7 +48,7 @@ class _Change(NamedTuple):
 class RowArea:
     """Area of the rows of some bands: a piecewise straight line, kept by its knots."""
 
-    def __init__(self, start: int, bands: list[Band]) -> None:
+    def __init__(self, start: int, bands: list[WeightedBand]) -> None:
         self._rows = [start]
         self._knots = [_Knot(start, 0, 0, 0)]
         changes: list[_Change] = []
@@ -101,27 +101,27 @@ class RowArea:
                 direction = direction or jump
 
 
-def _changes(band: Band) -> Iterator[_Change]:
-    """Where the area per row of a trimmed band begins, bends and ends.
+def _changes(weighted: WeightedBand) -> Iterator[_Change]:
+    """Where the area per row of a trimmed band begins, bends and ends, times its weight.
 
     A lower bound lets each row see one key more until it sees the last one; an upper bound takes one key from
     each row as soon as the first one is out of reach.
     """
-    q_start, q_stop, k_start, k_stop, lo, hi = band
+    (q_start, q_stop, k_start, k_stop, lo, hi), weight = weighted
     rising_until = q_start if lo is None else min(q_stop, max(q_start, k_stop + lo - 1))
     falling_from = q_stop if hi is None else min(q_stop, max(q_start, k_start + hi))
     first_key = k_start if hi is None else max(k_start, q_start - hi)
     last_key = k_stop if lo is None else min(k_stop, q_start - lo + 1)
     height = last_key - first_key
-    yield _Change(q_start, height, 0)
+    yield _Change(q_start, weight * height, 0)
     if rising_until > q_start:
-        yield _Change(q_start, 0, 1)
-        yield _Change(rising_until, 0, -1)
+        yield _Change(q_start, 0, weight)
+        yield _Change(rising_until, 0, -weight)
     if falling_from < q_stop:
-        yield _Change(falling_from, 0, -1)
-        yield _Change(q_stop, 0, 1)
+        yield _Change(falling_from, 0, -weight)
+        yield _Change(q_stop, 0, weight)
     final_height = height + (rising_until - q_start) - (q_stop - falling_from)
-    yield _Change(q_stop, -final_height, 0)
+    yield _Change(q_stop, -weight * final_height, 0)
 
 
 class Segment:
@@ -134,7 +134,7 @@ class Segment:
         self,
         start: int,
         stop: int,
-        bands: list[Band],
+        bands: list[WeightedBand],
         row_area: RowArea | None = None,
         area: int | None = None,
     ) -> None:
@@ -144,7 +144,7 @@ class Segment:
         """Place of the first token not yet given out."""
         self.tail = stop - start
         """Place after the last one."""
-        self.area = sum(band.area for band in bands) if area is None else area
+        self.area = sum(weight * band.area for band, weight in bands) if area is None else area
         """Of the tokens not yet given out."""
         self._bands = bands
         self._row_area = row_area
@@ -263,35 +263,55 @@ def nearest(function: Callable[[int], float], low: int, high: int, target: float
     return low if abs(at_low) <= abs(at_high) else high
 
 
-def segments(mask: Mask) -> list[Segment]:
-    """The segments of a mask of equally many queries and keys, in order.
+def segments(demand: Demand) -> list[Segment]:
+    """The segments of a demand, in order.
 
     Tokens that no band touches are segments of no area.
     """
     found: list[Segment] = []
     start = reach = 0  # of the bands that belong together so far
-    together: list[Band] = []
-    for band in sorted(mask.bands, key=lambda band: min(band.q_start, band.k_start)):
-        first = min(band.q_start, band.k_start)
+    together: list[WeightedBand] = []
+    for first, stop, weighted in _extents(demand):
         if first >= reach:  # it touches nothing that was before
             found.extend(_monotone(start, reach, together))
             if first > reach:
                 found.append(Segment(reach, first, []))
             start = first
             together = []
-        together.append(band)
-        reach = max(reach, band.q_stop, band.k_stop)
+        together.append(weighted)
+        reach = max(reach, stop)
     found.extend(_monotone(start, reach, together))
-    if reach < mask.q_len:
-        found.append(Segment(reach, mask.q_len, []))
+    if reach < demand.q_len:
+        found.append(Segment(reach, demand.q_len, []))
     return found
 
 
-def _monotone(start: int, stop: int, bands: list[Band]) -> Iterator[Segment]:
+class _Extent(NamedTuple):
+    """The tokens first <= i < stop that a band connects."""
+
+    first: int
+    stop: int
+    weighted: WeightedBand
+
+
+def _extents(demand: Demand) -> list[_Extent]:
+    """What each band connects, in order: its queries, and its keys unless they lie elsewhere."""
+    found = []
+    for weighted in demand.bands():
+        q_start, q_stop, k_start, k_stop, _, _ = weighted.band
+        if demand.kv_layout is None:
+            found.append(_Extent(min(q_start, k_start), max(q_stop, k_stop), weighted))
+        else:
+            found.append(_Extent(q_start, q_stop, weighted))
+    return sorted(found, key=lambda extent: extent.first)
+
+
+def _monotone(start: int, stop: int, bands: list[WeightedBand]) -> Iterator[Segment]:
     """The tokens [start, stop) that some bands connect, cut where the area per row turns."""
     if not bands:
         return
-    never_falls = len(bands) == 1 and bands[0].hi is None and bands[0].q_stop == stop
+    only = bands[0].band
+    never_falls = len(bands) == 1 and only.hi is None and only.q_stop == stop
     if never_falls:  # causal and full documents: nearly all segments there are, without the cost of a RowArea
         yield Segment(start, stop, bands)
         return

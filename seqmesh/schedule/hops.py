@@ -14,11 +14,11 @@ transfers are merged, because the latency of an exchange is all they cost. Large
 would have the compute of one stage to hide behind, in place of two.
 """
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from functools import lru_cache
-from itertools import islice, pairwise
+from itertools import pairwise
 from typing import Literal
 
 from seqmesh.layouts import Layout, split_evenly
@@ -154,10 +154,8 @@ class _Received:
         ring = self._q_layout.ring
         rows: dict[int, int] = defaultdict(int)
         for first, stop in self._keys_seen(rank):
-            at = bisect_right(self._starts, first) - 1
-            for start, end, owner in islice(self._held, at, None):
-                if start >= stop:
-                    break
+            met = slice(bisect_right(self._starts, first) - 1, bisect_left(self._starts, stop))
+            for start, end, owner in self._held[met]:
                 rows[(rank - owner) % ring] += min(end, stop) - max(start, first)
         return rows
 

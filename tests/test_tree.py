@@ -74,6 +74,23 @@ def test_every_token_sees_its_ancestors_and_itself(tree: Tree) -> None:
 
 
 @pytest.mark.fast
+@given(trees(), st.integers(1, 9))
+def test_a_window_counts_tokens_of_the_path(tree: Tree, window: int) -> None:
+    expected = np.zeros((sum(tree.lengths),) * 2, dtype=bool)
+    for path in brute_paths(tree):
+        for at, token in enumerate(path):
+            expected[token, path[max(0, at + 1 - window) : at + 1]] = True
+    np.testing.assert_array_equal(tree.window(window).dense(), expected)
+
+
+@pytest.mark.fast
+def test_a_window_makes_no_bands_for_ancestors_out_of_its_reach() -> None:
+    chain = Tree(lengths=(10,) * 30, parents=(None, *range(29)))
+    assert len(chain.window(11).bands) == 30 + 29
+    assert len(chain.window(12).bands) == 30 + 29 + 28
+
+
+@pytest.mark.fast
 @given(st.data(), trees())
 def test_predictions_weigh_each_step_by_the_paths_that_take_it(data: st.DataObject, tree: Tree) -> None:
     paths = brute_paths(tree)
@@ -114,6 +131,8 @@ def test_eight_completions_that_share_three_quarters_have_a_third_of_the_tokens(
         ("segment 1 continues segment 1, which does not", lambda: masks.tree([3, 4], [None, 1])),
         ("segment 0 continues segment -1", lambda: masks.tree([3], [-1])),
         ("2.5 is not a whole number of tokens", lambda: masks.tree([2.5], [None])),
+        ("window=0: a token sees at least itself", lambda: TREE.window(0)),
+        ("2.5 is not a whole number", lambda: TREE.window(2.5)),
         ("weights=[1.0] of a tree of 2 paths", lambda: TREE.predictions([1.0])),
         ("of a tree of 2 paths; pass one finite", lambda: TREE.predictions([1.0, float("nan")])),
     ],

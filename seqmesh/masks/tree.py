@@ -19,10 +19,10 @@ band: everything below it lies in consecutive rows. Any other order in which par
 with more bands.
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from itertools import accumulate
+from itertools import accumulate, chain
 from math import isfinite
 from typing import NamedTuple
 
@@ -103,16 +103,32 @@ class Tree:
         """Every token sees its ancestors and itself."""
         return Mask(self.starts[-1], self.starts[-1], tuple(_bands(self)))
 
+    def window(self, window: int) -> Mask:
+        """Every token sees the last `window` tokens of its path, itself included: for sliding-window layers.
+
+        A window over the rows as they lie, `mask & sliding_window(...)`, would count the tokens of other
+        branches in between.
+
+        Raises:
+            ValueError: window < 1.
+        """
+        if whole(window) < 1:
+            raise ValueError(f"window={window}: a token sees at least itself; use window >= 1")
+        return Mask(self.starts[-1], self.starts[-1], tuple(_windows(self, whole(window))))
+
+    @cached_property
+    def depths(self) -> tuple[int, ...]:
+        """How many tokens precede each segment on its path."""
+        found: list[int] = []
+        for parent in self.parents:
+            found.append(0 if parent is None else found[parent] + self.lengths[parent])
+        return tuple(found)
+
     @cached_property
     def positions(self) -> tuple[int, ...]:
         """How many tokens precede each token on its path: its position id."""
-        ends: list[int] = []  # the position after each segment
-        found: list[int] = []
-        for length, parent in zip(self.lengths, self.parents, strict=True):
-            first = 0 if parent is None else ends[parent]
-            found += range(first, first + length)
-            ends.append(first + length)
-        return tuple(found)
+        runs = (range(depth, depth + length) for depth, length in zip(self.depths, self.lengths, strict=True))
+        return tuple(chain.from_iterable(runs))
 
     def predictions(self, weights: Sequence[float] | None = None) -> Predictions:
         """Which token predicts which, and with what weight; the last of a segment predicts all its children.
@@ -191,6 +207,19 @@ def _bands(tree: Tree) -> list[Band]:
                 continue
         bands += (Band(first, last, start, keys_stop, lo=0) for first, last in rows)
     return bands
+
+
+def _windows(tree: Tree, window: int) -> Iterator[Band]:
+    """For each segment and each of its ancestors, the pairs that are less than `window` apart on the path."""
+    for segment, (start, length) in enumerate(zip(tree.starts, tree.lengths, strict=False)):
+        above: int | None = segment
+        while above is not None:
+            # Rows lie further apart than the path says by what lies between the two segments.
+            between = (start - tree.depths[segment]) - (tree.starts[above] - tree.depths[above])
+            keys = (tree.starts[above], tree.starts[above + 1])
+            yield Band(start, start + length, *keys, lo=between, hi=between + window - 1)
+            near = tree.depths[segment] - tree.depths[above] < window - 1
+            above = tree.parents[above] if near else None
 
 
 def _join(runs: Iterable[Run]) -> list[Run]:

@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from wrong_input import refused
 
-from seqmesh import Schedule, attention, masks
+from seqmesh import Schedule, attention, layouts, masks
 from seqmesh.integrations.transformers import plug_in
+from seqmesh.layouts import load
 from seqmesh.masks import Band, Mask, Tree
 
 MESHES = [(1, 1), (2, 1), (1, 2), (2, 2), (1, 4)]
@@ -120,6 +121,17 @@ def test_eight_completions_that_share_three_quarters_have_a_third_of_the_tokens(
     tree = Tree(lengths=(750, *[250] * 8), parents=(None, *[0] * 8))
     apart = sum(len(tokens_of(tree, path)) for path in tree.paths)
     assert sum(tree.lengths) / apart == 2.75 / 8
+
+
+@pytest.mark.fast
+@pytest.mark.parametrize("ring", [8, 64])
+def test_a_balanced_layout_spreads_a_tree_evenly(ring: int) -> None:
+    mask = masks.tree([98304, *[32768] * 8], [None, *[0] * 8])
+    worst = {}
+    for layout in (layouts.auto(mask, ring), layouts.zigzag(mask.q_len, ring)):
+        worst[layout.name] = max(load.areas(mask, layout)) * ring / mask.area
+    assert worst["balanced"] <= 1.005
+    assert worst["zigzag"] > 1.15
 
 
 @pytest.mark.fast

@@ -30,9 +30,7 @@ def brute_transfers(mask: Mask, q_layout: Layout, kv_layout: Layout) -> list[int
 
 
 def is_striped(layout: Layout) -> bool:
-    return all(
-        position % layout.ring == rank for rank in range(layout.ring) for position in layout.positions(rank)
-    )
+    return layout == layouts.striped(layout.s, layout.ring)
 
 
 @given(st.data(), random_masks(), st.integers(1, 6), st.integers(1, 20))

@@ -24,6 +24,7 @@ from typing import Literal
 from seqmesh.layouts import Layout, split_evenly
 from seqmesh.masks import Mask
 from seqmesh.schedule.pieces import Runs, by_rank, join, keys_of, pieces_of_queries
+from seqmesh.schedule.stripes import is_striped
 
 Stages = int | Literal["auto"] | None
 """How many exchanges follow stage 0: one for each hop that is used (None), at most so many, or by rule."""
@@ -103,7 +104,7 @@ def largest_transfers(mask: Mask, q_layout: Layout, kv_layout: Layout, enough: i
     nearly every transfer is a whole shard, so it is taken to be one where there is any.
     """
     ring = q_layout.ring
-    if _is_striped(q_layout) and _is_striped(kv_layout):
+    if is_striped(q_layout) and is_striped(kv_layout):
         return _between_stripes(mask, kv_layout, enough)
     if _is_consecutive(q_layout) and _is_consecutive(kv_layout):
         received: _Received | _ReceivedByPieces = _Received(mask, q_layout, kv_layout)
@@ -120,16 +121,6 @@ def largest_transfers(mask: Mask, q_layout: Layout, kv_layout: Layout, enough: i
         if not few:
             break
     return (0, *most[1:])
-
-
-def _is_striped(layout: Layout) -> bool:
-    """Whether ring rank r holds the tokens that are r modulo R."""
-    ring = layout.ring
-    return all(
-        span.start % ring == rank and (span.stride % ring == 0 or span.count == 1)
-        for rank, spans in enumerate(layout.ranks)
-        for span in spans
-    )
 
 
 def _is_consecutive(layout: Layout) -> bool:

@@ -36,7 +36,7 @@ def applies(mask: Mask, q_layout: Layout, kv_layout: Layout) -> bool:
     bands of few diagonals could be joined there.
     """
     ring = q_layout.ring
-    if len(mask.bands) < 2 or not (_is_striped(q_layout) and _is_striped(kv_layout)):
+    if len(mask.bands) < 2 or not (is_striped(q_layout) and is_striped(kv_layout)):
         return False
     for band, after in pairwise(mask.bands):
         if band.q_stop > after.q_start or band.k_stop > after.k_start:
@@ -44,7 +44,7 @@ def applies(mask: Mask, q_layout: Layout, kv_layout: Layout) -> bool:
     return all(band.lo is None or band.hi is None or band.hi - band.lo >= 2 * ring for band in mask.bands)
 
 
-def _is_striped(layout: Layout) -> bool:
+def is_striped(layout: Layout) -> bool:
     """Whether ring rank r holds the tokens r, r + R, r + 2R, ..."""
     ring = layout.ring
     return all(
@@ -67,6 +67,7 @@ class StripedPeers:
         def of_queries(band: Band, peer: int) -> _Piece | None:
             return _piece(band, ring, peer, ring_rank)
 
+        # Where the peer's stripe passes the residue of an edge, it has a row more or less before that edge.
         def changes_of_keys(band: Band) -> set[int]:
             found = {0, band.k_start % ring, band.k_stop % ring}
             if band.lo is not None:

@@ -114,6 +114,13 @@ def test_equal_masks_are_laid_out_as_one() -> None:
     assert layouts.balanced([mask], 4, weights=[7]) == layouts.balanced(mask, 4)
 
 
+def test_the_heaviest_mask_is_the_one_whose_layers_have_most_pairs() -> None:
+    causal, window = masks.causal(100), masks.sliding_window(100, 2)  # 5,050 and 199 pairs
+    assert Demand.of([window, causal], 2, None, None).weights == (1, 1)
+    for weights, heaviest in (([1, 1], causal), ([25, 1], causal), ([26, 1], window)):
+        assert Demand.of([window, causal], 2, weights, None).heaviest == heaviest
+
+
 FULL = masks.causal(MEGA)
 SECOND = {
     "window": masks.sliding_window(MEGA, 4096),

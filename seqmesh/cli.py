@@ -1,4 +1,4 @@
-"""The command line: `seqmesh train`, `seqmesh plan`, `seqmesh bench` and `seqmesh --version`.
+"""The command line: `seqmesh train`, `plan`, `bench`, `verify` and `seqmesh --version`.
 
 Modules are imported where they are used: what loads torch costs seconds, which help, a version or a typing
 mistake should not.
@@ -61,7 +61,8 @@ def _fail(message: str, code: int) -> int:
 
 
 def _help_of(arguments: Sequence[str]) -> str:
-    return "seqmesh plan --help" if arguments[1:2] == ["plan"] else "seqmesh --help"
+    named = arguments[1:2]
+    return f"seqmesh {named[0]} --help" if named and named[0] in ("plan", "verify") else "seqmesh --help"
 
 
 def _one_line(message: object) -> str:
@@ -78,12 +79,14 @@ def _app() -> "typer.Typer":
     import typer
 
     from seqmesh.planner.command import add_to as add_plan
+    from seqmesh.verify.command import add_to as add_verify
 
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     _add_root(app)
     _add_train(app)
     _add_bench(app)
     add_plan(app)
+    add_verify(app)
     return app
 
 

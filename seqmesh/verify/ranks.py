@@ -1,0 +1,145 @@
+"""Ranks that run cases: forked here, or those of torchrun that this process is one of.
+
+    forked     parent  -- (number, case) -->  every rank  -- outcome of the rank whose turn it is -->  parent
+    torchrun   every rank walks over the same cases; rank 0 reports
+
+The ranks exchange their parts and one of them, another one each time, compares with the oracle. On CUDA all
+ranks may share one device: gloo moves tensors through the host, while NCCL refuses two ranks on one GPU.
+"""
+
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from seqmesh.engine.mesh import SequenceMesh
+from seqmesh.processes import Place, Workers, connect, one_line
+from seqmesh.verify.attend import Part, assemble, attend
+from seqmesh.verify.cases import AttentionCase
+from seqmesh.verify.judge import CaseOutcome, judge
+from seqmesh.verify.oracle import dense, make, one_device
+
+JOIN_SECONDS = 60.0
+"""A collective under torchrun that takes longer is an error."""
+
+Numbered = tuple[int, AttentionCase]
+"""A case and its number, which says whose turn it is to compare."""
+
+
+def place_from(environment: Mapping[str, str]) -> Place | None:
+    """This process's place when torchrun (or alike) started it, None when ranks are ours to start."""
+    if "RANK" not in environment or "WORLD_SIZE" not in environment:
+        return None
+    return Place(rank=int(environment["RANK"]), world=int(environment["WORLD_SIZE"]), rendezvous="env://")
+
+
+def outcomes(
+    cases: Sequence[AttentionCase], world: int, device_type: str, place: Place | None
+) -> Iterator[CaseOutcome]:
+    """The outcome of every case, as it is known; of none on ranks other than 0 of torchrun.
+
+    A rank that dies, or hangs, ends the walk with the outcome of the case that it was at.
+
+    Args:
+        cases: each for a mesh of `world` ranks.
+        world: number of ranks.
+        device_type: "cpu" or "cuda".
+        place: this process under torchrun, else None: then ranks are forked, before any tensor work.
+
+    Raises:
+        ValueError: there is no such device.
+    """
+    if device_type == "cuda" and not torch.cuda.device_count():
+        raise ValueError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
+    numbered = list(enumerate(cases))
+    if place is not None:
+        connect(place, JOIN_SECONDS)
+        yield from _joined(numbered, place, device_type)
+        return
+    with Workers(lambda: _handler(device_type), world=world) as workers:
+        for one in numbered:
+            try:
+                found: list[CaseOutcome | None] = workers.ask(one)
+            except (RuntimeError, TimeoutError) as error:
+                yield CaseOutcome(case=one[1], errors={}, failure=one_line(error))
+                return
+            yield from (outcome for outcome in found if outcome is not None)
+
+
+def _joined(numbered: Sequence[Numbered], place: Place, device_type: str) -> Iterator[CaseOutcome]:
+    handle = _handler(device_type)
+    for one in numbered:
+        found = _exchanged(handle(one))
+        if place.rank == 0:
+            yield from (outcome for outcome in found if outcome is not None)
+
+
+def _handler(device_type: str) -> Callable[[Numbered], CaseOutcome | None]:
+    """What a rank does with a case; prepared once its process group is up."""
+    device = _device(device_type)
+
+    def handle(one: Numbered) -> CaseOutcome | None:
+        number, case = one
+        return compare(case, mesh_of(case.ulysses, case.ring, device_type), device, turn=number)
+
+    return handle
+
+
+def _device(device_type: str) -> torch.device:
+    """This rank's device: GPUs in turn, shared if there are fewer than ranks."""
+    if device_type != "cuda":
+        return torch.device(device_type)
+    rank = dist.get_rank() if dist.is_initialized() else 0
+    local_rank = int(os.environ.get("LOCAL_RANK", rank))
+    device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
+
+
+def device_name(device_type: str) -> str:
+    """What cases ran on. Asks the device: not before ranks are forked."""
+    if device_type != "cuda":
+        return device_type
+    return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+
+
+@cache
+def mesh_of(ulysses: int, ring: int, device_type: str) -> SequenceMesh:
+    """One mesh per shape and process: making process groups is slow, and they are never freed."""
+    return SequenceMesh.build(ulysses=ulysses, ring=ring, device_type=device_type)
+
+
+def compare(case: AttentionCase, mesh: SequenceMesh, device: torch.device, turn: int) -> CaseOutcome | None:
+    """Run a case on all ranks and judge it on one of them, rank `turn` modulo the world; None on the others.
+
+    A collective.
+    """
+    given = make(case)
+    try:
+        mine = attend(case, given, mesh, device)
+    except Exception as error:  # whatever it is, it is the case's outcome; the next case may do better
+        nothing = torch.empty(0, dtype=torch.int64)
+        mine = Part(queries=nothing, keys=nothing, local={}, failure=one_line(error))
+    parts = _exchanged(mine)
+    if turn % mesh.size != mesh.rank:
+        return None
+    failures = [part.failure for part in parts if part.failure is not None]
+    if failures:
+        return CaseOutcome(case=case, errors={}, failure=failures[0])
+    try:
+        whole = assemble(case, parts)
+        return judge(case, whole, one_device(case, given, device), dense(case, given))
+    except Exception as error:
+        return CaseOutcome(case=case, errors={}, failure=one_line(error))
+
+
+def _exchanged(mine: Any) -> list[Any]:
+    """What every rank has, by rank."""
+    if not dist.is_initialized():
+        return [mine]
+    everyone: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(everyone, mine)
+    return everyone

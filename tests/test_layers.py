@@ -32,7 +32,10 @@ ALLOWED: dict[str, list[str]] = {
     "integrations": ["masks", "engine"],
     "train": ["masks", "engine", "integrations", "processes", "provenance"],
     "bench": [*PURE, "seqmesh", "engine", "train", "processes", "provenance"],
-    "verify": ["masks", "layouts", "notation", "engine", "processes", "provenance"],
+    "verify": [
+        *("seqmesh", "masks", "layouts", "notation", "engine"),
+        *("integrations", "train", "processes", "provenance"),
+    ],
     "planner.inputs": ["masks", "layouts"],
     "planner.trainer": ["layouts", "schedule", "planner.inputs", "engine", "train"],
     "planner.cost": [*PURE, "planner.inputs", "planner.trainer"],

@@ -18,7 +18,7 @@ from seqmesh.verify.attend import Part, assemble
 from seqmesh.verify.cases import DTYPES, FAMILIES, SHAPES, AttentionCase, Support, grid, parse
 from seqmesh.verify.judge import LIMIT, LUCK, CaseOutcome, floor_of, judge
 from seqmesh.verify.oracle import dense, make, one_device
-from seqmesh.verify.ranks import compare, mesh_of
+from seqmesh.verify.ranks import judged as judged_on_ranks
 from seqmesh.verify.support import left_out, supported
 
 ROOT = Path(__file__).parent.parent
@@ -167,9 +167,7 @@ def test_a_token_that_two_ranks_hold_is_no_result() -> None:
 
 def compared(cases: list[AttentionCase]) -> list[CaseOutcome]:
     """On one rank: the outcomes of the cases that it judged."""
-    found = [
-        compare(case, mesh_of(case.ulysses, case.ring, "cpu"), CPU, turn) for turn, case in enumerate(cases)
-    ]
+    found = [judged_on_ranks(case, turn, CPU) for turn, case in enumerate(cases)]
     return [outcome for outcome in found if outcome is not None]
 
 

@@ -8,11 +8,15 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Annotated
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from seqmesh.verify.cases import AttentionCase, grid, parse
+
+if TYPE_CHECKING:
+    from seqmesh.processes import Place
 
 LOCAL_RANKS = 4
 """Forked where nothing says how many: they make every kind of mesh."""
@@ -28,6 +32,12 @@ class Wanted:
     quick: bool
     as_json: bool
     case: AttentionCase | None
+    model: Path | None
+    dtype: str | None
+
+
+def _option(name: str, text: str) -> Any:
+    return typer.Option(name, help=text)
 
 
 def add_to(app: typer.Typer) -> None:
@@ -35,36 +45,52 @@ def add_to(app: typer.Typer) -> None:
 
     @app.command("verify")
     def verify_command(
-        ulysses: Annotated[int | None, typer.Option("--ulysses", help="Ulysses degree of the mesh.")] = None,
-        ring: Annotated[int | None, typer.Option("--ring", help="Ring degree of the mesh.")] = None,
-        device: Annotated[
-            str, typer.Option("--device", help="cpu or cuda; ranks share GPUs if there are fewer.")
-        ] = "cpu",
-        quick: Annotated[bool, typer.Option("--quick", help="One mesh, under a minute.")] = False,
-        as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-        case: Annotated[
-            str | None, typer.Option("--case", help="Replay one case: the text printed with a failure.")
+        ulysses: Annotated[int | None, _option("--ulysses", "Ulysses degree of the mesh.")] = None,
+        ring: Annotated[int | None, _option("--ring", "Ring degree of the mesh.")] = None,
+        device: Annotated[str, _option("--device", "cpu, or cuda: ranks share what GPUs there are.")] = "cpu",
+        quick: Annotated[bool, _option("--quick", "One mesh, under a minute.")] = False,
+        as_json: Annotated[bool, _option("--json", "Print JSON.")] = False,
+        case: Annotated[str | None, _option("--case", "Replay one case: a failure prints it.")] = None,
+        model: Annotated[
+            Path | None, _option("--model", "Verify a Hugging Face model instead: config.json or its folder.")
         ] = None,
+        dtype: Annotated[str | None, _option("--dtype", "Of the model: fp32 (default), bf16, fp16.")] = None,
     ) -> int:
         """Prove attention on this machine: every mask, layout, dtype and kernel there, output and all
         gradients, against dense attention in fp64. Starts local ranks, or joins torchrun's.
         """
-        only = None if case is None else parse(case)
         return verify(
-            Wanted(ulysses=ulysses, ring=ring, device=device, quick=quick, as_json=as_json, case=only)
+            Wanted(
+                ulysses=ulysses,
+                ring=ring,
+                device=device,
+                quick=quick,
+                as_json=as_json,
+                case=None if case is None else parse(case),
+                model=model,
+                dtype=dtype,
+            )
         )
 
 
 def verify(wanted: Wanted) -> int:
-    """Run the cases and print what came of them: the exit code."""
+    """Run what is wanted and print what came of it: the exit code."""
     _check(wanted)
-    # Only now: these load torch.
-    from seqmesh.verify import report
-    from seqmesh.verify.ranks import device_name, outcomes, place_from
-    from seqmesh.verify.support import left_out, supported
+    # Only now: this loads torch.
+    from seqmesh.verify.ranks import place_from
 
     place = place_from(os.environ)
     meshes = _meshes(wanted, None if place is None else place.world)
+    if wanted.model is not None:
+        return _verify_model(wanted, wanted.model, meshes[0], place)
+    return _verify_attention(wanted, meshes, place)
+
+
+def _verify_attention(wanted: Wanted, meshes: Sequence[tuple[int, int]], place: "Place | None") -> int:
+    from seqmesh.verify import report
+    from seqmesh.verify.ranks import device_name, outcomes
+    from seqmesh.verify.support import left_out, supported
+
     if wanted.case is not None:
         cases = [wanted.case]
     else:
@@ -85,6 +111,30 @@ def verify(wanted: Wanted) -> int:
     return int(not all(outcome.ok for outcome in found))
 
 
+def _verify_model(wanted: Wanted, given: Path, mesh: tuple[int, int], place: "Place | None") -> int:
+    # These load transformers.
+    from seqmesh.verify import hf_model, model, model_report
+    from seqmesh.verify.ranks import device_name, last_line, on_ranks
+    from seqmesh.verify.report import console, header
+
+    hf_model.check(given)
+    ulysses, ring = mesh
+    case = model.ModelCase(given=str(given), ulysses=ulysses, ring=ring, dtype=wanted.dtype or "fp32")
+    try:
+        found = list(on_ranks(model.compare_model, [case], ulysses * ring, wanted.device, place))
+    except (RuntimeError, TimeoutError) as error:
+        print(f"seqmesh: error: {last_line(error)}", file=sys.stderr)
+        return 1
+    if not found:  # a rank of torchrun that does not report
+        return 0
+    about = header(device_name(wanted.device))
+    if wanted.as_json:
+        print(json.dumps(model_report.as_json(about, found[0]), indent=1))
+    else:
+        model_report.show(console(), about, found[0])
+    return int(not found[0].ok)
+
+
 def _progress(done: int, cases: int) -> None:
     """On stderr, and only for somebody who watches: one line that the next covers."""
     if sys.stderr.isatty():
@@ -100,6 +150,10 @@ def _check(wanted: Wanted) -> None:
             raise ValueError(f"{name} {degree}: a degree is at least 1")
     if wanted.case is not None and (wanted.ulysses or wanted.ring or wanted.quick):
         raise ValueError("--case has its own mesh; leave out --ulysses, --ring and --quick")
+    if wanted.model is not None and (wanted.case is not None or wanted.quick):
+        raise ValueError("--model runs one model on one mesh; leave out --case and --quick")
+    if wanted.model is None and wanted.dtype is not None:
+        raise ValueError("--dtype is the model's; pass --model, or --case '...; dtype=...'")
 
 
 def _meshes(wanted: Wanted, world: int | None) -> Sequence[tuple[int, int]]:

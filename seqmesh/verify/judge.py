@@ -88,15 +88,17 @@ def judge(case: AttentionCase, got: Results, one: Results, oracle: Results) -> C
         if got[name].shape != right.shape:
             return CaseOutcome(case=case, errors={}, failure=f"{name} has shape {tuple(got[name].shape)}")
         if right.numel():
-            ours, theirs = _error(got[name], right), _error(one[name], right)
+            # Terms are of order one: where they cancel, their rounding stays.
+            least = sqrt(right.shape[-1])
+            ours = row_error(got[name], right, least)
+            theirs = row_error(one[name], right, least)
             errors[name] = TensorError(ours=ours, one_device=theirs, floor=floor_of(case, name))
     return CaseOutcome(case=case, errors=errors, failure=_misfit(case, got, one) or _no_yardstick(errors))
 
 
-def _error(got: Tensor, right: Tensor) -> float:
-    """Of the worst row, relative to the largest."""
-    # Terms are of order one: where they cancel, their rounding stays.
-    largest = max(float(right.norm(dim=-1).max()), sqrt(right.shape[-1]))
+def row_error(got: Tensor, right: Tensor, least: float) -> float:
+    """Of the worst row, relative to the largest, or to a row of `least`; rows lie along the last dim."""
+    largest = max(float(right.norm(dim=-1).max()), least)
     return float((got.double() - right).norm(dim=-1).max()) / largest
 
 

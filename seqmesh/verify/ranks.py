@@ -25,8 +25,8 @@ from seqmesh.verify.oracle import dense, make, one_device
 JOIN_SECONDS = 60.0
 """A collective under torchrun that takes longer is an error."""
 
-Numbered = tuple[int, AttentionCase]
-"""A case and its number, which says whose turn it is to compare."""
+Work = Callable[[Any, int, torch.device], Any]
+"""What all ranks do with a request and its number, on their devices: an answer on one rank, else None."""
 
 
 def place_from(environment: Mapping[str, str]) -> Place | None:
@@ -41,51 +41,62 @@ def outcomes(
 ) -> Iterator[CaseOutcome]:
     """The outcome of every case, as it is known; of none on ranks other than 0 of torchrun.
 
-    A rank that dies, or hangs, ends the walk with the outcome of the case that it was at.
+    A rank that dies, or hangs, ends the walk with the outcome of the case that it was at. Arguments and
+    errors are those of `on_ranks`.
+    """
+    done = 0
+    try:
+        for outcome in on_ranks(judged, cases, world, device_type, place):
+            done += 1
+            yield outcome
+    except (RuntimeError, TimeoutError) as error:
+        yield CaseOutcome(case=cases[done], errors={}, failure=last_line(error))
+
+
+def on_ranks(
+    work: Work, requests: Sequence[Any], world: int, device_type: str, place: Place | None
+) -> Iterator[Any]:
+    """Every rank does the work of every request; what one of them answers.
 
     Args:
-        cases: each for a mesh of `world` ranks.
+        work: a collective.
+        requests: one after the other.
         world: number of ranks.
         device_type: "cpu" or "cuda".
-        place: this process under torchrun, else None: then ranks are forked, before any tensor work.
+        place: this process under torchrun, where rank 0 gets the answers; else None: then ranks are forked,
+            which must come before any tensor work.
 
     Raises:
         ValueError: there is no such device.
+        RuntimeError: a rank failed or died.
+        TimeoutError: a rank did not answer in time.
     """
     if device_type == "cuda" and not torch.cuda.device_count():
         raise ValueError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
-    numbered = list(enumerate(cases))
+    numbered = list(enumerate(requests))
     if place is not None:
         connect(place, JOIN_SECONDS)
-        yield from _joined(numbered, place, device_type)
-        return
-    with Workers(lambda: _handler(device_type), world=world) as workers:
+        handle = _handler(work, device_type)
         for one in numbered:
-            try:
-                found: list[CaseOutcome | None] = workers.ask(one)
-            except (RuntimeError, TimeoutError) as error:
-                yield CaseOutcome(case=one[1], errors={}, failure=one_line(error))
-                return
-            yield from (outcome for outcome in found if outcome is not None)
+            answers = _exchanged(handle(one))
+            yield from (answer for answer in answers if answer is not None and place.rank == 0)
+        dist.destroy_process_group()  # or its threads may abort the process as it exits
+        return
+    with Workers(lambda: _handler(work, device_type), world=world) as workers:
+        for one in numbered:
+            yield from (answer for answer in workers.ask(one) if answer is not None)
 
 
-def _joined(numbered: Sequence[Numbered], place: Place, device_type: str) -> Iterator[CaseOutcome]:
-    handle = _handler(device_type)
-    for one in numbered:
-        found = _exchanged(handle(one))
-        if place.rank == 0:
-            yield from (outcome for outcome in found if outcome is not None)
+def last_line(error: BaseException) -> str:
+    """Of an error that holds a rank's traceback: what it ended in."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return lines[-1] if lines else type(error).__name__
 
 
-def _handler(device_type: str) -> Callable[[Numbered], CaseOutcome | None]:
-    """What a rank does with a case; prepared once its process group is up."""
+def _handler(work: Work, device_type: str) -> Callable[[tuple[int, Any]], Any]:
+    """What a rank does with a numbered request; prepared once its process group is up."""
     device = _device(device_type)
-
-    def handle(one: Numbered) -> CaseOutcome | None:
-        number, case = one
-        return compare(case, mesh_of(case.ulysses, case.ring, device_type), device, turn=number)
-
-    return handle
+    return lambda one: work(one[1], one[0], device)
 
 
 def _device(device_type: str) -> torch.device:
@@ -112,11 +123,12 @@ def mesh_of(ulysses: int, ring: int, device_type: str) -> SequenceMesh:
     return SequenceMesh.build(ulysses=ulysses, ring=ring, device_type=device_type)
 
 
-def compare(case: AttentionCase, mesh: SequenceMesh, device: torch.device, turn: int) -> CaseOutcome | None:
+def judged(case: AttentionCase, turn: int, device: torch.device) -> CaseOutcome | None:
     """Run a case on all ranks and judge it on one of them, rank `turn` modulo the world; None on the others.
 
     A collective.
     """
+    mesh = mesh_of(case.ulysses, case.ring, device.type)
     given = make(case)
     try:
         mine = attend(case, given, mesh, device)

@@ -1,0 +1,115 @@
+"""One forward and backward of a model, watched: what every module put out, the loss, every gradient.
+
+    hooks    a module's output, when it is done        children before parents: the order of the forward
+    gather   (1, n, ...) of every rank  -- unshard -->  (1, s, ...)        whatever runs along the tokens
+
+What does not run along the tokens on every rank alike (an expert's rows, a table) is left out.
+"""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from seqmesh.engine.sharding import Schedule
+from seqmesh.train.loss import next_token_loss
+from seqmesh.verify.hf_model import Packed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Trace:
+    """What a model computed from a batch: global, in fp64 on the CPU."""
+
+    loss: float
+    outputs: dict[str, Tensor]
+    """By module, in the order in which they were done."""
+    gradients: dict[str, Tensor]
+    """By parameter."""
+
+
+@contextmanager
+def watched(model: nn.Module) -> Iterator[dict[str, Tensor]]:
+    """Collects the first output of every module, while it is entered."""
+    seen: dict[str, Tensor] = {}
+    handles = [
+        module.register_forward_hook(partial(_keep, seen, name)) for name, module in model.named_modules()
+    ]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _keep(seen: dict[str, Tensor], name: str, module: nn.Module, given: Any, output: Any) -> None:
+    del module, given
+    if isinstance(output, Mapping):  # a model's output object
+        output = next(iter(output.values()), None)
+    if isinstance(output, tuple) and output:
+        output = output[0]
+    if isinstance(output, Tensor) and output.is_floating_point() and name not in seen:
+        seen[name] = output.detach()
+
+
+def alone(model: nn.Module, batch: Packed, dense: Any, device: torch.device) -> Trace:
+    """One device with transformers' own attention."""
+    with watched(model) as seen:
+        out = model(
+            batch.ids.to(device),
+            position_ids=batch.positions.to(device),
+            attention_mask=dense,
+            use_cache=False,
+        )
+        loss = next_token_loss(out.logits, batch.labels.to(device), batch.label_count)
+    loss.backward()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return Trace(loss=float(loss.detach()), outputs=_stored(seen), gradients=_stored(gradients))
+
+
+def on_mesh(
+    model: nn.Module, batch: Packed, schedules: Mapping[str, Schedule], device: torch.device
+) -> Trace:
+    """The same on a mesh, with attention plugged in: a collective. Every rank gets the whole."""
+    schedule = schedules["schedule"]
+    with watched(model) as seen:
+        out = model(
+            schedule.shard(batch.ids, 1).to(device),
+            position_ids=schedule.shard(batch.positions, 1).to(device),
+            **schedules,
+        )
+        labels = schedule.shard(batch.labels, 1).to(device)
+        loss = next_token_loss(out.logits, labels, batch.label_count)
+    loss.backward()
+    total = loss.detach().clone()
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    if dist.is_initialized():
+        for x in (total, *gradients.values()):
+            dist.all_reduce(x)
+    gathered = {name: schedule.unshard(seen[name], dim) for name, dim in _token_dims(seen, schedule).items()}
+    return Trace(loss=float(total), outputs=_stored(gathered), gradients=_stored(gradients))
+
+
+def _token_dims(seen: Mapping[str, Tensor], schedule: Schedule) -> dict[str, int]:
+    """The dim of every output that runs along this rank's tokens, where all ranks agree on one."""
+    n = schedule.rows[schedule.mesh.ulysses_rank]
+    mine = {name: [dim for dim in (1, 0) if dim < x.ndim and x.shape[dim] == n] for name, x in seen.items()}
+    everyone = [mine]
+    if dist.is_initialized():
+        gathered: list[Any] = [None] * dist.get_world_size()
+        dist.all_gather_object(gathered, mine)
+        everyone = gathered
+    found: dict[str, int] = {}
+    for name, dims in everyone[0].items():
+        common = [dim for dim in dims if all(dim in theirs.get(name, ()) for theirs in everyone)]
+        if common:
+            found[name] = common[0]
+    return found
+
+
+def _stored(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: x.detach().to("cpu", torch.float64) for name, x in tensors.items()}

@@ -33,7 +33,7 @@ ALLOWED: dict[str, list[str]] = {
     "train": ["masks", "engine", "integrations", "processes", "provenance"],
     "bench": [*PURE, "seqmesh", "engine", "train", "processes", "provenance"],
     "verify": [
-        *("seqmesh", "masks", "layouts", "notation", "engine"),
+        *("masks", "layouts", "notation", "engine"),
         *("integrations", "train", "processes", "provenance"),
     ],
     "planner.inputs": ["masks", "layouts"],

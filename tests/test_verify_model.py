@@ -151,7 +151,7 @@ def test_what_is_no_model_is_refused_in_one_line(tmp_path: Path) -> None:
     for text in (None, "{", "[]", '{"model_type": ""}'):
         if text is not None:
             (tmp_path / "config.json").write_text(text)
-        with pytest.raises(ValueError, match="no Hugging Face .* with a model_type there"):
+        with pytest.raises(ValueError, match=r"no Hugging Face .* with a model_type there"):
             check(tmp_path)
     (tmp_path / "config.json").write_text('{"model_type": "t5"}')
     with pytest.raises(ValueError, match="transformers cannot build it"):

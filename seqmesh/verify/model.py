@@ -25,7 +25,7 @@ from seqmesh.integrations.transformers import plug_in
 from seqmesh.verify.hf_model import Packed, build, dense_masks, has_weights, masks_of, packed, schedules_of
 from seqmesh.verify.judge import LIMIT, TensorError, row_error
 from seqmesh.verify.oracle import DTYPES
-from seqmesh.verify.trace import Trace, alone, on_mesh
+from seqmesh.verify.watch import Computed, alone, on_mesh
 
 ROUNDINGS = {"fp32": 4, "bf16": 1, "fp16": 1}
 """Of the floor, should one device be lucky, in units of the dtype's rounding: see judge.py."""
@@ -116,7 +116,7 @@ def compare_model(case: ModelCase, turn: int, device: torch.device) -> ModelOutc
 
 
 def _outcome(
-    case: ModelCase, batch: Packed, described: str, ours: Trace, one: Trace, truth: Trace
+    case: ModelCase, batch: Packed, described: str, ours: Computed, one: Computed, truth: Computed
 ) -> ModelOutcome:
     floor = ROUNDINGS[case.dtype] * torch.finfo(DTYPES[case.dtype]).eps / 2
     # The loss is a mean of tokens, in fp32.

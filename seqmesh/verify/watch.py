@@ -22,7 +22,7 @@ from seqmesh.verify.hf_model import Packed
 
 
 @dataclass(frozen=True, kw_only=True)
-class Trace:
+class Computed:
     """What a model computed from a batch: global, in fp64 on the CPU."""
 
     loss: float
@@ -56,7 +56,7 @@ def _keep(seen: dict[str, Tensor], name: str, module: nn.Module, given: Any, out
         seen[name] = output.detach()
 
 
-def alone(model: nn.Module, batch: Packed, dense: Any, device: torch.device) -> Trace:
+def alone(model: nn.Module, batch: Packed, dense: Any, device: torch.device) -> Computed:
     """One device with transformers' own attention."""
     with watched(model) as seen:
         out = model(
@@ -68,12 +68,12 @@ def alone(model: nn.Module, batch: Packed, dense: Any, device: torch.device) -> 
         loss = next_token_loss(out.logits, batch.labels.to(device), batch.label_count)
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return Trace(loss=float(loss.detach()), outputs=_stored(seen), gradients=_stored(gradients))
+    return Computed(loss=float(loss.detach()), outputs=_stored(seen), gradients=_stored(gradients))
 
 
 def on_mesh(
     model: nn.Module, batch: Packed, schedules: Mapping[str, Schedule], device: torch.device
-) -> Trace:
+) -> Computed:
     """The same on a mesh, with attention plugged in: a collective. Every rank gets the whole."""
     schedule = schedules["schedule"]
     with watched(model) as seen:
@@ -91,7 +91,7 @@ def on_mesh(
         for x in (total, *gradients.values()):
             dist.all_reduce(x)
     gathered = {name: schedule.unshard(seen[name], dim) for name, dim in _token_dims(seen, schedule).items()}
-    return Trace(loss=float(total), outputs=_stored(gathered), gradients=_stored(gradients))
+    return Computed(loss=float(total), outputs=_stored(gathered), gradients=_stored(gradients))
 
 
 def _token_dims(seen: Mapping[str, Tensor], schedule: Schedule) -> dict[str, int]:

@@ -19,14 +19,16 @@ if TYPE_CHECKING:
     from seqmesh.engine.attention import attention
     from seqmesh.engine.mesh import SequenceMesh
     from seqmesh.engine.sharding import Schedule
+    from seqmesh.kernel_table import capabilities
 
-__all__ = ["Schedule", "SequenceMesh", "attention", "layouts", "masks"]
+__all__ = ["Schedule", "SequenceMesh", "attention", "capabilities", "layouts", "masks"]
 __version__ = "0.1.0"
 
 _HOMES = {
     "attention": "seqmesh.engine.attention",
     "SequenceMesh": "seqmesh.engine.mesh",
     "Schedule": "seqmesh.engine.sharding",
+    "capabilities": "seqmesh.kernel_table",
 }
 
 

@@ -1,4 +1,4 @@
-"""The command line: `seqmesh train`, `plan`, `bench`, `verify` and `seqmesh --version`.
+"""The command line: `seqmesh train`, `plan`, `bench`, `verify`, `capabilities` and `--version`.
 
 Modules are imported where they are used: what loads torch costs seconds, which help, a version or a typing
 mistake should not.
@@ -87,6 +87,7 @@ def _app() -> "typer.Typer":
     _add_bench(app)
     add_plan(app)
     add_verify(app)
+    _add_capabilities(app)
     return app
 
 
@@ -155,6 +156,23 @@ def _add_bench(app: "typer.Typer") -> None:
         from seqmesh.bench.report import run_bench
 
         return run_bench(quick, json)
+
+
+def _add_capabilities(app: "typer.Typer") -> None:
+    import typer
+
+    json = typer.Option("--json", help="Print JSON: every kernel, device, dtype and feature.")
+    markdown = typer.Option("--markdown", help="Print the table as it stands in docs/kernels.md.")
+
+    @app.command("capabilities")
+    def capabilities_command(
+        as_json: Annotated[bool, json] = False, as_markdown: Annotated[bool, markdown] = False
+    ) -> int:
+        """Say which kernel computes what, on which device and in which dtype, and why not the rest."""
+        from seqmesh import kernel_table
+
+        print(kernel_table.as_json() if as_json else kernel_table.text(as_markdown=as_markdown))
+        return 0
 
 
 def train(arguments: Sequence[str]) -> int:

@@ -25,6 +25,7 @@ ALLOWED: dict[str, list[str]] = {
     "layouts": ["masks"],
     "schedule": ["masks", "layouts"],
     "engine": PURE,
+    "kernel_table": ["masks", "engine"],
     "notation": ["masks"],
     "processes": [],
     "provenance": [],
@@ -46,8 +47,8 @@ ALLOWED: dict[str, list[str]] = {
         *("planner", "planner.inputs", "planner.cost"),
         *("planner.trainer", "planner.paper", "planner.output"),
     ],
-    "cli": ["seqmesh", "train", "bench", "planner.command", "verify"],
-    "seqmesh": ["masks", "layouts", "engine"],
+    "cli": ["seqmesh", "train", "bench", "planner.command", "verify", "kernel_table"],
+    "seqmesh": ["masks", "layouts", "engine", "kernel_table"],
 }
 """Part of the package -> the parts that it may import, besides itself.
 
@@ -188,6 +189,7 @@ from seqmesh.schedule import ring_schedule
 from seqmesh.integrations.transformers import plug_in
 
 assert callable(seqmesh.attention) and callable(seqmesh.Schedule.build) and callable(plug_in)
+assert callable(seqmesh.capabilities)
 assert callable(seqmesh.SequenceMesh.build) and callable(seqmesh.SequenceMesh.from_device_mesh)
 for name in ("full", "causal", "sliding_window", "documents", "prefix_lm", "cross", "Mask", "Band"):
     assert callable(getattr(masks, name)), name

@@ -1,4 +1,4 @@
-"""The command line: `seqmesh train`, `plan`, `bench`, `verify`, `capabilities` and `--version`.
+"""The command line: `seqmesh train`, `plan`, `bench`, `verify`, `draw`, `capabilities`, `--version`.
 
 Modules are imported where they are used: what loads torch costs seconds, which help, a version or a typing
 mistake should not.
@@ -62,7 +62,9 @@ def _fail(message: str, code: int) -> int:
 
 def _help_of(arguments: Sequence[str]) -> str:
     named = arguments[1:2]
-    return f"seqmesh {named[0]} --help" if named and named[0] in ("plan", "verify") else "seqmesh --help"
+    return (
+        f"seqmesh {named[0]} --help" if named and named[0] in ("plan", "verify", "draw") else "seqmesh --help"
+    )
 
 
 def _one_line(message: object) -> str:
@@ -78,6 +80,7 @@ def _is_usage_error(error: Exception) -> bool:
 def _app() -> "typer.Typer":
     import typer
 
+    from seqmesh.picture.command import add_to as add_draw
     from seqmesh.planner.command import add_to as add_plan
     from seqmesh.verify.command import add_to as add_verify
 
@@ -87,6 +90,7 @@ def _app() -> "typer.Typer":
     _add_bench(app)
     add_plan(app)
     add_verify(app)
+    add_draw(app)
     _add_capabilities(app)
     return app
 

@@ -29,7 +29,7 @@ ALLOWED: dict[str, list[str]] = {
     "notation": ["masks"],
     "processes": [],
     "provenance": [],
-    "picture": PURE,
+    "picture": [*PURE, "notation"],
     "integrations": ["masks", "engine"],
     "train": ["masks", "engine", "integrations", "processes", "provenance"],
     "bench": [*PURE, "seqmesh", "engine", "train", "processes", "provenance"],
@@ -47,7 +47,7 @@ ALLOWED: dict[str, list[str]] = {
         *("planner", "planner.inputs", "planner.cost"),
         *("planner.trainer", "planner.paper", "planner.output"),
     ],
-    "cli": ["seqmesh", "train", "bench", "planner.command", "verify", "kernel_table"],
+    "cli": ["seqmesh", "train", "bench", "planner.command", "picture", "verify", "kernel_table"],
     "seqmesh": ["masks", "layouts", "engine", "kernel_table"],
 }
 """Part of the package -> the parts that it may import, besides itself.

@@ -58,8 +58,12 @@ def inches(page: Any, left: float, top: float, width: float, height: float) -> A
 
 
 def save(page: Any, path: Path) -> None:
-    """Write a figure. PNG files carry no version of matplotlib, so that equal pictures are equal files."""
-    page.savefig(path, metadata={"Software": None} if path.suffix == ".png" else None)
+    """Write a figure. No version, no date and no random names in it: equal pictures are equal files."""
+    from matplotlib import rc_context
+
+    metadata = {".png": {"Software": None}, ".svg": {"Date": None, "Creator": None}}
+    with rc_context({"svg.hashsalt": "seqmesh"}):
+        page.savefig(path, metadata=metadata.get(path.suffix))
 
 
 def rgb(color: str) -> tuple[float, float, float]:

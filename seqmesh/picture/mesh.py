@@ -34,11 +34,26 @@ def draw_mesh(ulysses: int, ring: int, path: Path) -> None:
         ValueError: a degree below 1 or above 8.
         ImportError: matplotlib is not installed.
     """
-    check_degrees(ulysses=ulysses, ring=ring)
-    width = max(NARROWEST, LEFT + 0.13 + ACROSS * ulysses)
-    height = 1.75 + DOWN * ring
+    width, height = mesh_size(ulysses, ring)
     page = figure(width, height)
-    axes = inches(page, 0, 0, width, height)
+    put_mesh(page, 0.0, ulysses, ring)
+    save(page, path)
+
+
+def mesh_size(ulysses: int, ring: int) -> tuple[float, float]:
+    """Inches that the picture of a mesh takes: across, down.
+
+    Raises:
+        ValueError: a degree below 1 or above 8.
+    """
+    check_degrees(ulysses=ulysses, ring=ring)
+    return max(NARROWEST, LEFT + 0.13 + ACROSS * ulysses), 1.75 + DOWN * ring
+
+
+def put_mesh(page: Any, top: float, ulysses: int, ring: int) -> None:
+    """Draw a mesh on a page, so many inches below its upper edge."""
+    width, height = mesh_size(ulysses, ring)
+    axes = inches(page, 0, top, width, height)
     title = f"{ulysses * ring} ranks = ulysses {ulysses} x ring {ring}"
     axes.text(0.1, 0.2, title, fontsize=10.5, fontweight="bold", color=INK, va="center")
     for ulysses_rank in range(ulysses):
@@ -48,7 +63,6 @@ def draw_mesh(ulysses: int, ring: int, path: Path) -> None:
         for ulysses_rank in range(ulysses):
             _draw_rank(axes, (ulysses_rank, ring_rank), (ulysses, ring))
     _draw_mesh_legend(axes, height - 0.86, ulysses, ring)
-    save(page, path)
 
 
 def _draw_ring_group(axes: Any, ulysses_rank: int, ring: int) -> None:

@@ -11,6 +11,7 @@ Trade-off: pictures end at 8 ring ranks; `describe` has no limit.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,6 +34,7 @@ from seqmesh.picture.text import peers, schedules_of_ranks, totals
 from seqmesh.schedule.ring import RingSchedule
 
 INCHES_OF_GRID = 3.6
+LEFT_OF_STAGES = INCHES_OF_GRID + 0.55
 INCHES_OF_LABEL = 0.98
 INCHES_PER_STAGE = 1.02
 """Wider where what a stage receives and sends takes more text."""
@@ -54,20 +56,56 @@ def draw_schedule(mask: Mask, layout: Layout, path: Path, stages: int | None = N
         ValueError: more than 8 ring ranks, a mask whose lengths differ, or a layout that does not fit it.
         ImportError: matplotlib is not installed.
     """
-    check_degrees(ring=layout.ring)
-    schedules = schedules_of_ranks(mask, layout, stages)
-    pitch = max(INCHES_PER_STAGE, 0.35 + 0.058 * _longest_text(schedules))  # inches of a character at 7.5 pt
-    left = INCHES_OF_GRID + 0.55
-    width = left + INCHES_OF_LABEL + pitch * len(schedules[0].stages)
-    height = 0.95 + max(INCHES_OF_GRID + 0.55, INCHES_PER_RANK * layout.ring)
-    page = figure(width, height)
-    sheet = inches(page, 0, 0, width, height)
-    title = f"{layout.name} layout, ring of {layout.ring}: who computes which pair, and when"
-    sheet.text(0.1, 0.2, title, fontsize=10.5, fontweight="bold", color=INK, va="center")
-    sheet.text(0.1, height - 0.18, totals(mask, schedules), fontsize=8.5, color=INK, va="center")
-    draw_grid(inches(page, 0.3, 0.62, INCHES_OF_GRID, INCHES_OF_GRID), layout, schedules)
-    _draw_timelines(inches(page, left, 0.34, width - left, height - 0.34), schedules, pitch)
+    drawing = ScheduleDrawing.of(mask, layout, stages)
+    page = figure(drawing.width, drawing.height)
+    drawing.put(page, top=0.0)
     save(page, path)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScheduleDrawing:
+    """The picture of a schedule, and the room that it takes."""
+
+    layout: Layout
+    schedules: Sequence[RingSchedule]
+    totals: str
+    """The line below."""
+    pitch: float
+    """Inches from one stage to the next."""
+
+    @staticmethod
+    def of(mask: Mask, layout: Layout, stages: int | None = None) -> "ScheduleDrawing":
+        """Of all ring ranks; what is refused is refused here, see `draw_schedule`."""
+        check_degrees(ring=layout.ring)
+        schedules = schedules_of_ranks(mask, layout, stages)
+        return ScheduleDrawing(
+            layout=layout,
+            schedules=schedules,
+            totals=totals(mask, schedules),
+            pitch=max(INCHES_PER_STAGE, 0.35 + 0.058 * _longest_text(schedules)),  # of a character at 7.5 pt
+        )
+
+    @property
+    def width(self) -> float:
+        """Inches."""
+        return LEFT_OF_STAGES + INCHES_OF_LABEL + self.pitch * len(self.schedules[0].stages)
+
+    @property
+    def height(self) -> float:
+        """Inches."""
+        return 0.95 + max(INCHES_OF_GRID + 0.55, INCHES_PER_RANK * self.layout.ring)
+
+    def put(self, page: Any, top: float) -> None:
+        """Draw it on a page, so many inches below its upper edge."""
+        sheet = inches(page, 0, top, self.width, self.height)
+        title = f"{self.layout.name} layout, ring of {self.layout.ring}: who computes which pair, and when"
+        sheet.text(0.1, 0.2, title, fontsize=10.5, fontweight="bold", color=INK, va="center")
+        sheet.text(0.1, self.height - 0.18, self.totals, fontsize=8.5, color=INK, va="center")
+        grid = inches(page, 0.3, top + 0.62, INCHES_OF_GRID, INCHES_OF_GRID)
+        draw_grid(grid, self.layout, self.schedules)
+        right = self.width - LEFT_OF_STAGES
+        timelines = inches(page, LEFT_OF_STAGES, top + 0.34, right, self.height - 0.34)
+        _draw_timelines(timelines, self.schedules, self.pitch)
 
 
 def _longest_text(schedules: Sequence[RingSchedule]) -> int:

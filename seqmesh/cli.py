@@ -142,8 +142,12 @@ def _add_bench(app: "typer.Typer") -> None:
     planners = typer.Option("--profile", help="Write a measured profile for seqmesh plan, and nothing else.")
     measured = typer.Option("--ranks", help="Ranks that --profile measures at once.")
 
-    @app.command("bench")
+    bench = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
+    app.add_typer(bench, name="bench")
+
+    @bench.callback()
     def bench_command(
+        context: typer.Context,
         quick: Annotated[bool, small] = False,
         json: Annotated[Path | None, file] = None,
         profile: Annotated[Path | None, planners] = None,
@@ -152,6 +156,8 @@ def _add_bench(app: "typer.Typer") -> None:
         """Measure speed against one process, memory, bytes, schedules and load balance,
         with their targets.
         """
+        if context.invoked_subcommand is not None:
+            return 0
         if profile is not None:
             from seqmesh.bench.profile import write_profile
 
@@ -160,6 +166,31 @@ def _add_bench(app: "typer.Typer") -> None:
         from seqmesh.bench.report import run_bench
 
         return run_bench(quick, json)
+
+    _add_gpu_rank(bench)
+
+
+def _add_gpu_rank(bench: "typer.Typer") -> None:
+    import typer
+
+    device = typer.Option("--device", help="cuda (bf16) or cpu (fp32).")
+    tokens = typer.Option("--tokens", help="Tokens of the rank (default: 8192 on cuda, 512 on cpu).")
+    rings = typer.Option("--rings", help="Ring degrees, such as 2,8,64 (default: 2 to 64).")
+    file = typer.Option("--json", help="Also write every figure to this file.")
+
+    @bench.command("gpu-rank")
+    def gpu_rank_command(
+        device: Annotated[str, device] = "cuda",
+        tokens: Annotated[int | None, tokens] = None,
+        rings: Annotated[str | None, rings] = None,
+        json: Annotated[Path | None, file] = None,
+    ) -> int:
+        """Time the exact work of one rank of a ring on one device, with exchanges as local copies,
+        against one call of as many pairs.
+        """
+        from seqmesh.bench.gpu_rank import run_gpu_rank, work_of
+
+        return run_gpu_rank(work_of(device, tokens, rings), json)
 
 
 def _add_capabilities(app: "typer.Typer") -> None:

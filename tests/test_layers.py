@@ -32,7 +32,10 @@ ALLOWED: dict[str, list[str]] = {
     "picture": [*PURE, "notation"],
     "integrations": ["masks", "engine"],
     "train": ["masks", "engine", "integrations", "processes", "provenance"],
-    "bench": [*PURE, "seqmesh", "engine", "train", "processes", "provenance"],
+    "bench": [
+        *(*PURE, "seqmesh", "engine", "train", "processes", "provenance"),
+        *("planner.inputs", "planner.cost"),
+    ],
     "verify": [
         *("masks", "layouts", "notation", "engine"),
         *("integrations", "train", "processes", "provenance"),

@@ -42,12 +42,12 @@ def run_bench(quick: bool, json_path: Path | None) -> int:
         ValueError: json_path cannot be written; before anything is measured.
     """
     if json_path is not None:
-        _check_writable(json_path)
+        check_writable(json_path)
     console = Console()
     if not console.is_terminal:
         console = Console(width=WIDTH)
-    header = _header()
-    for name, value in header.items():
+    about = header()
+    for name, value in about.items():
         console.print(f"{name:<8} {value}", highlight=False, markup=False)
     figures: list[Figure] = []
     for figure in measure(quick):
@@ -60,7 +60,7 @@ def run_bench(quick: bool, json_path: Path | None) -> int:
         )
     console.print(_table(figures))
     if json_path is not None:
-        document = {**header, "quick": quick, "figures": [asdict(figure) for figure in figures]}
+        document = {**about, "quick": quick, "figures": [asdict(figure) for figure in figures]}
         json_path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
     return int(any(figure.ok is False and figure.exact for figure in figures))
 
@@ -82,7 +82,8 @@ def measure(quick: bool) -> Iterator[Figure]:
     )
 
 
-def _header() -> dict[str, str]:
+def header() -> dict[str, str]:
+    """Hardware, versions, commit and command."""
     found = machine()
     return {
         "machine": f"{found['cores']} cores, {found['cpu']}",
@@ -105,7 +106,7 @@ def _table(figures: Iterable[Figure]) -> Table:
     return table
 
 
-def _check_writable(path: Path) -> None:
+def check_writable(path: Path) -> None:
     """Minutes of measurements must not be lost to a mistyped folder."""
     try:
         path.open("a", encoding="utf-8").close()

@@ -1,4 +1,4 @@
-"""Ranks as processes of this machine: forked, connected by gloo, one pipe each to the parent.
+"""Ranks as processes of this machine: forked, connected, one pipe each to the parent.
 
     start_ranks    parent  -- fork -->  rank 0, 1, 2, ...       file rendezvous, logs in a folder
     Workers        parent  -- request -->  every rank  -- answers -->  parent       a pool that waits for more
@@ -82,14 +82,14 @@ If it raises, a `Failure` is sent and the exit code is 1.
 """
 
 
-def connect(place: Place, timeout_s: float) -> None:
-    """Set up the default process group (gloo), if there is more than one rank.
+def connect(place: Place, timeout_s: float, backend: str = "gloo") -> None:
+    """Set up the default process group, if there is more than one rank.
 
     The timeout is explicit: a hung rank must not mean half an hour of silence.
     """
     if place.world > 1:
         dist.init_process_group(
-            "gloo",
+            backend,
             init_method=place.rendezvous,
             rank=place.rank,
             world_size=place.world,
@@ -193,13 +193,16 @@ class Workers:
     be measured in turns without disturbing each other.
     """
 
-    def __init__(self, prepare: Callable[[], Handler], *, world: int = 1, threads: int = 1) -> None:
+    def __init__(
+        self, prepare: Callable[[], Handler], *, world: int = 1, threads: int = 1, backend: str = "gloo"
+    ) -> None:
         """Start them.
 
         Args:
             prepare: runs once in each, when its process group is up (a single worker has none).
             world: number of workers.
             threads: CPU threads of each.
+            backend: of their process group, as PyTorch names it.
         """
         self._folder = TemporaryDirectory(prefix="seqmesh-workers-")
         folder = Path(self._folder.name)
@@ -207,7 +210,7 @@ class Workers:
         parent = os.getpid()
 
         def body(place: Place, pipe: Connection) -> None:
-            _answer_requests(prepare, place, pipe, threads, parent)
+            _answer_requests(prepare, place, pipe, threads, parent, backend)
 
         start_ranks(self._ranks, body, world, f"file://{folder / 'store'}", folder)
 
@@ -256,10 +259,10 @@ class Workers:
 
 
 def _answer_requests(
-    prepare: Callable[[], Handler], place: Place, pipe: Connection, threads: int, parent: int
+    prepare: Callable[[], Handler], place: Place, pipe: Connection, threads: int, parent: int, backend: str
 ) -> None:
     torch.set_num_threads(threads)
-    connect(place, REQUEST_SECONDS)
+    connect(place, REQUEST_SECONDS, backend)
     handle = prepare()
     while True:
         while not pipe.poll(LOOK_UP_SECONDS):

@@ -18,12 +18,18 @@ from seqmesh.verify.attend import Part, assemble
 from seqmesh.verify.cases import DTYPES, FAMILIES, SHAPES, AttentionCase, Support, grid, parse
 from seqmesh.verify.judge import LIMIT, LUCK, CaseOutcome, floor_of, judge
 from seqmesh.verify.oracle import dense, make, one_device
+from seqmesh.verify.ranks import Where
 from seqmesh.verify.ranks import judged as judged_on_ranks
+from seqmesh.verify.report import as_json
 from seqmesh.verify.support import left_out, supported
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
-ALL = [Support(kernel=kernel, dtype=dtype, softcap=True) for kernel in ("a", "b") for dtype in DTYPES]
+ALL = [
+    Support(kernel=kernel, dtype=dtype, device="cpu", softcap=True)
+    for kernel in ("a", "b")
+    for dtype in DTYPES
+]
 MESHES = [(2, 2), (1, 4), (4, 1)]
 
 
@@ -60,8 +66,10 @@ def test_a_mesh_of_more_ulysses_ranks_than_heads_gets_heads_that_do_not_divide()
 
 
 def test_a_kernel_without_softcap_is_tried_without() -> None:
-    capped = Support(kernel="a", dtype="fp32", softcap=True)
-    assert any(case.softcap for case in grid([(1, 2)], [capped], quick=False))
+    capped = Support(kernel="a", dtype="fp32", device="cuda", softcap=True)
+    tried = list(grid([(1, 2)], [capped], quick=False))
+    assert any(case.softcap for case in tried)
+    assert all("device=cuda" in str(case) for case in tried)
     assert not any(case.softcap for case in grid([(1, 2)], [replace(capped, softcap=False)], quick=False))
 
 
@@ -201,6 +209,29 @@ def test_what_attention_refuses_is_an_outcome_on_every_rank(ranks: Ranks) -> Non
     assert fine.ok
 
 
+def test_devices_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    shared = Where(device_type="cuda", world=4, place=None)
+    own = replace(shared, nccl=True)
+    assert (shared.backend, own.backend) == ("gloo", "cpu:gloo,cuda:nccl")
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 0)
+    with pytest.raises(ValueError, match="PyTorch sees no CUDA device here"):
+        shared.check()
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    shared.check()
+    replace(own, world=2).check()
+    with pytest.raises(ValueError, match="4 ranks would share 2"):
+        own.check()
+
+
+def test_json_has_no_nan() -> None:
+    nan = judged(CASE, lambda got: got["dk"].__setitem__((0, 3, 1, 5), torch.nan))
+    record = as_json({}, [nan], [])["cases"][0]
+    assert record["errors"]["dk"]["ours"] is None
+    assert record["errors"]["dk"]["ratio"] is None
+    assert not record["ok"]
+    json.dumps(record, allow_nan=False)
+
+
 RIGHT = """
 import sys
 from seqmesh import cli
@@ -282,7 +313,9 @@ def test_torchruns_ranks_are_joined(tmp_path: Path) -> None:
     [
         (("--device", "tpu"), "cases run on cpu or cuda"),
         (("--ring", "0"), "a degree is at least 1"),
+        (("--nccl",), "--nccl moves CUDA tensors; add --device cuda"),
         (("--case", "causal(9); ring=2", "--ring", "2"), "--case has its own mesh"),
+        (("--case", "causal(9)", "--device", "cuda"), "--case has its own device, cpu"),
         (("--case", "causal("), "cannot be read as a mask"),
     ],
 )

@@ -18,6 +18,7 @@ from seqmesh.masks import Mask
 from seqmesh.notation import family_of, mask_of
 
 DTYPES = ("fp64", "fp32", "bf16", "fp16")
+DEVICES = ("cpu", "cuda")
 MODES = ("eager", "compile", "checkpoint", "autocast")
 """How attention is called: as it is, in a full graph, recomputed in the backward, with fp32 inputs under an
 autocast to the case's dtype."""
@@ -41,6 +42,7 @@ class AttentionCase:
     softcap: float | None = None
     sinks: bool = False
     mode: str = "eager"
+    device: str = "cpu"
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -49,7 +51,8 @@ class AttentionCase:
         Raises:
             ValueError: a name that is none, or a size below 1.
         """
-        for name, known in (("layout", LAYOUTS), ("dtype", DTYPES), ("mode", MODES)):
+        names = (("layout", LAYOUTS), ("dtype", DTYPES), ("mode", MODES), ("device", DEVICES))
+        for name, known in names:
             if getattr(self, name) not in known:
                 raise ValueError(f"{name}={getattr(self, name)} is unknown; use {', '.join(known)}")
         for name in ("ulysses", "ring", "heads", "kv_heads", "head_dim", "batch"):
@@ -151,6 +154,7 @@ class Support:
 
     kernel: str
     dtype: str
+    device: str
     softcap: bool
     """Whether the kernel takes a softcap in this dtype; where not, it is left out."""
 
@@ -192,6 +196,7 @@ def _placed(case: AttentionCase, mesh: tuple[int, int], support: Support) -> Att
         softcap=case.softcap if support.softcap else None,
         kernel=support.kernel,
         dtype=support.dtype,
+        device=support.device,
     )
 
 

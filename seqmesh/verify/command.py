@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from seqmesh.verify.cases import AttentionCase, grid, parse
+from seqmesh.verify.cases import DEVICES, AttentionCase, grid, parse
 
 if TYPE_CHECKING:
-    from seqmesh.processes import Place
+    from seqmesh.verify.ranks import Where
 
 LOCAL_RANKS = 4
 """Forked where nothing says how many: they make every kind of mesh."""
@@ -34,6 +34,7 @@ class Wanted:
     case: AttentionCase | None
     model: Path | None
     dtype: str | None
+    nccl: bool
 
 
 def _option(name: str, text: str) -> Any:
@@ -47,7 +48,12 @@ def add_to(app: typer.Typer) -> None:
     def verify_command(
         ulysses: Annotated[int | None, _option("--ulysses", "Ulysses degree of the mesh.")] = None,
         ring: Annotated[int | None, _option("--ring", "Ring degree of the mesh.")] = None,
-        device: Annotated[str, _option("--device", "cpu, or cuda: ranks share what GPUs there are.")] = "cpu",
+        device: Annotated[
+            str | None, _option("--device", "cpu (default), or cuda: ranks share what GPUs there are.")
+        ] = None,
+        nccl: Annotated[
+            bool, _option("--nccl", "CUDA tensors through NCCL: a GPU a rank (default: gloo).")
+        ] = False,
         quick: Annotated[bool, _option("--quick", "One mesh, under a minute.")] = False,
         as_json: Annotated[bool, _option("--json", "Print JSON.")] = False,
         case: Annotated[str | None, _option("--case", "Replay one case: a failure prints it.")] = None,
@@ -59,16 +65,18 @@ def add_to(app: typer.Typer) -> None:
         """Prove attention on this machine: every mask, layout, dtype and kernel there, output and all
         gradients, against dense attention in fp64. Starts local ranks, or joins torchrun's.
         """
+        replayed = None if case is None else parse(case)
         return verify(
             Wanted(
                 ulysses=ulysses,
                 ring=ring,
-                device=device,
+                device=device or ("cpu" if replayed is None else replayed.device),
                 quick=quick,
                 as_json=as_json,
-                case=None if case is None else parse(case),
+                case=replayed,
                 model=model,
                 dtype=dtype,
+                nccl=nccl,
             )
         )
 
@@ -77,16 +85,18 @@ def verify(wanted: Wanted) -> int:
     """Run what is wanted and print what came of it: the exit code."""
     _check(wanted)
     # Only now: this loads torch.
-    from seqmesh.verify.ranks import place_from
+    from seqmesh.verify.ranks import Where, place_from
 
     place = place_from(os.environ)
     meshes = _meshes(wanted, None if place is None else place.world)
+    ulysses, ring = meshes[0]
+    where = Where(device_type=wanted.device, world=ulysses * ring, place=place, nccl=wanted.nccl)
     if wanted.model is not None:
-        return _verify_model(wanted, wanted.model, meshes[0], place)
-    return _verify_attention(wanted, meshes, place)
+        return _verify_model(wanted, wanted.model, meshes[0], where)
+    return _verify_attention(wanted, meshes, where)
 
 
-def _verify_attention(wanted: Wanted, meshes: Sequence[tuple[int, int]], place: "Place | None") -> int:
+def _verify_attention(wanted: Wanted, meshes: Sequence[tuple[int, int]], where: "Where") -> int:
     from seqmesh.verify import report
     from seqmesh.verify.ranks import device_name, outcomes
     from seqmesh.verify.support import left_out, supported
@@ -96,10 +106,10 @@ def _verify_attention(wanted: Wanted, meshes: Sequence[tuple[int, int]], place: 
     else:
         cases = list(grid(meshes, supported(wanted.device), quick=wanted.quick))
     found = []
-    for outcome in outcomes(cases, meshes[0][0] * meshes[0][1], wanted.device, place):
+    for outcome in outcomes(cases, where):
         found.append(outcome)
         _progress(len(found), len(cases))
-    if place is not None and place.rank > 0:
+    if where.place is not None and where.place.rank > 0:
         return 0
     about = report.header(device_name(wanted.device))
     if wanted.as_json:
@@ -111,7 +121,7 @@ def _verify_attention(wanted: Wanted, meshes: Sequence[tuple[int, int]], place: 
     return int(not all(outcome.ok for outcome in found))
 
 
-def _verify_model(wanted: Wanted, given: Path, mesh: tuple[int, int], place: "Place | None") -> int:
+def _verify_model(wanted: Wanted, given: Path, mesh: tuple[int, int], where: "Where") -> int:
     # These load transformers.
     from seqmesh.verify import hf_model, model, model_report
     from seqmesh.verify.ranks import device_name, last_line, on_ranks
@@ -121,7 +131,7 @@ def _verify_model(wanted: Wanted, given: Path, mesh: tuple[int, int], place: "Pl
     ulysses, ring = mesh
     case = model.ModelCase(given=str(given), ulysses=ulysses, ring=ring, dtype=wanted.dtype or "fp32")
     try:
-        found = list(on_ranks(model.compare_model, [case], ulysses * ring, wanted.device, place))
+        found = list(on_ranks(model.compare_model, [case], where))
     except (RuntimeError, TimeoutError) as error:
         print(f"seqmesh: error: {last_line(error)}", file=sys.stderr)
         return 1
@@ -143,8 +153,12 @@ def _progress(done: int, cases: int) -> None:
 
 def _check(wanted: Wanted) -> None:
     """Refuse what no rank could do, before torch is loaded."""
-    if wanted.device not in ("cpu", "cuda"):
-        raise ValueError(f"--device {wanted.device}: cases run on cpu or cuda; use one of them")
+    if wanted.device not in DEVICES:
+        raise ValueError(f"--device {wanted.device}: cases run on {' or '.join(DEVICES)}; use one of them")
+    if wanted.case is not None and wanted.device != wanted.case.device:
+        raise ValueError(f"--case has its own device, {wanted.case.device}; leave out --device")
+    if wanted.nccl and wanted.device != "cuda":
+        raise ValueError("--nccl moves CUDA tensors; add --device cuda")
     for name, degree in (("--ulysses", wanted.ulysses), ("--ring", wanted.ring)):
         if degree is not None and degree < 1:
             raise ValueError(f"{name} {degree}: a degree is at least 1")

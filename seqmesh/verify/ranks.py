@@ -9,6 +9,7 @@ ranks may share one device: gloo moves tensors through the host, while NCCL refu
 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
 from typing import Any
 
@@ -25,6 +26,39 @@ from seqmesh.verify.oracle import dense, make, one_device
 JOIN_SECONDS = 60.0
 """A collective under torchrun that takes longer is an error."""
 
+
+@dataclass(frozen=True, kw_only=True)
+class Where:
+    """On which devices ranks run, and how they talk."""
+
+    device_type: str
+    """"cpu" or "cuda"."""
+    world: int
+    place: Place | None
+    """This process under torchrun, where rank 0 gets the answers; else None: then ranks are forked, which
+    must come before any tensor work."""
+    nccl: bool = False
+    """Whether CUDA tensors go through NCCL, which needs a GPU for each rank, and not through gloo."""
+
+    @property
+    def backend(self) -> str:
+        """As PyTorch names it. Parts and outcomes are objects, which gloo gathers in any case."""
+        return "cpu:gloo,cuda:nccl" if self.nccl else "gloo"
+
+    def check(self) -> None:
+        """Raises ValueError where there are no such devices. Asks for their number without using them."""
+        if self.device_type != "cuda":
+            return
+        devices = torch.cuda.device_count()
+        if not devices:
+            raise ValueError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
+        if self.nccl and self.place is None and devices < self.world:
+            raise ValueError(
+                f"--nccl: NCCL refuses two ranks on one GPU, and {self.world} ranks would share {devices};"
+                " leave it out (gloo moves tensors through the host), or use fewer ranks"
+            )
+
+
 Work = Callable[[Any, int, torch.device], Any]
 """What all ranks do with a request and its number, on their devices: an answer on one rank, else None."""
 
@@ -36,53 +70,48 @@ def place_from(environment: Mapping[str, str]) -> Place | None:
     return Place(rank=int(environment["RANK"]), world=int(environment["WORLD_SIZE"]), rendezvous="env://")
 
 
-def outcomes(
-    cases: Sequence[AttentionCase], world: int, device_type: str, place: Place | None
-) -> Iterator[CaseOutcome]:
+def outcomes(cases: Sequence[AttentionCase], where: Where) -> Iterator[CaseOutcome]:
     """The outcome of every case, as it is known; of none on ranks other than 0 of torchrun.
 
-    A rank that dies, or hangs, ends the walk with the outcome of the case that it was at. Arguments and
-    errors are those of `on_ranks`.
+    A rank that dies, or hangs, ends the walk with the outcome of the case that it was at.
+
+    Raises:
+        ValueError: there is no such device.
     """
     done = 0
     try:
-        for outcome in on_ranks(judged, cases, world, device_type, place):
+        for outcome in on_ranks(judged, cases, where):
             done += 1
             yield outcome
     except (RuntimeError, TimeoutError) as error:
         yield CaseOutcome(case=cases[done], errors={}, failure=last_line(error))
 
 
-def on_ranks(
-    work: Work, requests: Sequence[Any], world: int, device_type: str, place: Place | None
-) -> Iterator[Any]:
-    """Every rank does the work of every request; what one of them answers.
-
-    Args:
-        work: a collective.
-        requests: one after the other.
-        world: number of ranks.
-        device_type: "cpu" or "cuda".
-        place: this process under torchrun, where rank 0 gets the answers; else None: then ranks are forked,
-            which must come before any tensor work.
+def on_ranks(work: Work, requests: Sequence[Any], where: Where) -> Iterator[Any]:
+    """Every rank does the work of every request, one after the other; what one of them answers.
 
     Raises:
         ValueError: there is no such device.
         RuntimeError: a rank failed or died.
         TimeoutError: a rank did not answer in time.
     """
-    if device_type == "cuda" and not torch.cuda.device_count():
-        raise ValueError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
+    where.check()
     numbered = list(enumerate(requests))
+    place = where.place
     if place is not None:
-        connect(place, JOIN_SECONDS)
-        handle = _handler(work, device_type)
+        connect(place, JOIN_SECONDS, where.backend)
+        handle = _handler(work, where.device_type)
         for one in numbered:
             answers = _exchanged(handle(one))
             yield from (answer for answer in answers if answer is not None and place.rank == 0)
-        dist.destroy_process_group()  # or its threads may abort the process as it exits
+        if dist.is_initialized():
+            dist.destroy_process_group()  # or its threads may abort the process as it exits
         return
-    with Workers(lambda: _handler(work, device_type), world=world) as workers:
+
+    def prepare() -> Callable[[tuple[int, Any]], Any]:
+        return _handler(work, where.device_type)
+
+    with Workers(prepare, world=where.world, backend=where.backend) as workers:
         for one in numbered:
             yield from (answer for answer in workers.ask(one) if answer is not None)
 
@@ -106,6 +135,7 @@ def _device(device_type: str) -> torch.device:
     rank = dist.get_rank() if dist.is_initialized() else 0
     local_rank = int(os.environ.get("LOCAL_RANK", rank))
     device = torch.device("cuda", local_rank % torch.cuda.device_count())
+    torch.cuda.init()  # or the device mesh would choose a device by LOCAL_RANK, which there may not be
     torch.cuda.set_device(device)
     return device
 

@@ -7,6 +7,7 @@ what one device gets wrong in the same tensor, and their ratio, which may be LIM
 import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
+from math import isfinite
 from typing import Any
 
 from rich.console import Console
@@ -83,7 +84,7 @@ def verdict(outcomes: Sequence[CaseOutcome]) -> str:
     worst = max(outcome.ratio for outcome in outcomes)
     ranks = outcomes[0].case.world
     return (
-        f"PASS: {len(outcomes):,} cases on {ranks} ranks, output and all gradients;"
+        f"PASS: {_count(len(outcomes), 'case')} on {_count(ranks, 'rank')}, output and all gradients;"
         f" the largest error is {worst:.2f} x that of one device (limit {LIMIT:g})"
     )
 
@@ -110,7 +111,8 @@ def as_json(
 
 def _record(outcome: CaseOutcome) -> dict[str, Any]:
     errors = {
-        name: {**asdict(error), "ratio": _finite(error.ratio)} for name, error in outcome.errors.items()
+        name: {key: _finite(value) for key, value in {**asdict(error), "ratio": error.ratio}.items()}
+        for name, error in outcome.errors.items()
     }
     return {
         "case": str(outcome.case),
@@ -124,8 +126,8 @@ def _record(outcome: CaseOutcome) -> dict[str, Any]:
 
 
 def _finite(number: float) -> float | None:
-    """JSON has no infinity."""
-    return number if number < float("inf") else None
+    """JSON has neither infinity nor NaN."""
+    return number if isfinite(number) else None
 
 
 def _table(outcomes: Sequence[CaseOutcome]) -> Table:
@@ -158,6 +160,10 @@ def _why(outcome: CaseOutcome) -> str:
         f"{outcome.worst} is off by {_number(error.ours)}, {error.ratio:.1f} x what one device"
         f" ({_number(error.one_device)}) or rounding ({_number(error.floor)}) explains; limit {LIMIT:g}"
     )
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
 
 
 def _number(error: float) -> str:

@@ -16,7 +16,9 @@ def supported(device_type: str) -> list[Support]:
         for dtype in DTYPES:
             if _refusal(kernel, device_type, TORCH_DTYPES[dtype], None) is None:
                 capped = _refusal(kernel, device_type, TORCH_DTYPES[dtype], A_SOFTCAP)
-                found.append(Support(kernel=kernel.name, dtype=dtype, softcap=capped is None))
+                found.append(
+                    Support(kernel=kernel.name, dtype=dtype, device=device_type, softcap=capped is None)
+                )
     return found
 
 

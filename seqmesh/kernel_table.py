@@ -41,17 +41,17 @@ WINDOW = Band(0, 4096, 0, 4096, lo=0, hi=1023)
 DEVICES = (
     Feature(name="cpu", asks={"device_type": "cpu"}),
     Feature(name="cuda", asks={"device_type": "cuda"}),
-    Feature(name="cuda, sm80", asks={"device_type": "cuda", "gpu": "sm80"}),
-    Feature(name="cuda, sm90", asks={"device_type": "cuda", "gpu": "sm90"}),
-    Feature(name="cuda, sm100", asks={"device_type": "cuda", "gpu": "sm100"}),
-    Feature(name="cuda, rocm", asks={"device_type": "cuda", "gpu": "rocm"}),
+    Feature(name="sm80", asks={"device_type": "cuda", "gpu": "sm80"}),
+    Feature(name="sm90", asks={"device_type": "cuda", "gpu": "sm90"}),
+    Feature(name="sm100", asks={"device_type": "cuda", "gpu": "sm100"}),
+    Feature(name="rocm", asks={"device_type": "cuda", "gpu": "rocm"}),
 )
 """Where a kernel may be asked to run."""
 FEATURES = (
     Feature(name="attention", asks={}),
     *(Feature(name=f"head dim {dim}", asks={"head_dim": dim}) for dim in HEAD_DIMS),
     Feature(name="softcap", asks={"softcap": 30.0}),
-    Feature(name="value head dim", asks={"head_dim": 192, "value_head_dim": 128}),
+    Feature(name="another value head dim", asks={"head_dim": 192, "value_head_dim": 128}),
 )
 
 
@@ -106,10 +106,10 @@ HEADER = ("kernel", "device", "dtypes", "head dims", "softcap", "a window of 1,0
 
 
 def table(kernels: Sequence[Kernel] | None = None) -> list[tuple[str, ...]]:
-    """The capabilities in short: HEADER, then a row for every kernel and device that it computes on."""
+    """In short: a header, then a row for a kernel and the devices on which it does the same."""
     asked = available() if kernels is None else kernels
     said = capabilities(asked)
-    rows = [_header()]
+    devices: dict[tuple[str, ...], list[str]] = {}
     for kernel, device in product(asked, expressible(DEVICES)):
         here = [one for one in said if (one.kernel, one.device) == (kernel.name, device.name)]
         dtypes = [one.dtype for one in here if one.feature == "attention" and one.refusal is None]
@@ -117,8 +117,9 @@ def table(kernels: Sequence[Kernel] | None = None) -> list[tuple[str, ...]]:
             calls = window_calls(kernel)
             window = "1 call" if calls == 1 else f"{calls} calls"
             cells = [_head_dims(here, dtypes), *(_dtypes_with(name, here, dtypes) for name in _optional())]
-            rows.append((kernel.name, device.name, ", ".join(dtypes), *cells, window))
-    return rows
+            row = (kernel.name, ", ".join(dtypes), *cells, window)
+            devices.setdefault(row, []).append(device.name)
+    return [_header(), *((row[0], ", ".join(names), *row[1:]) for row, names in devices.items())]
 
 
 def refusals(kernels: Sequence[Kernel] | None = None) -> list[str]:
@@ -147,7 +148,9 @@ def as_json() -> str:
 def _optional() -> list[str]:
     """Features that have a column of their own."""
     return [
-        feature.name for feature in expressible(FEATURES) if feature.name in ("softcap", "value head dim")
+        feature.name
+        for feature in expressible(FEATURES)
+        if feature.name in ("softcap", "another value head dim")
     ]
 
 

@@ -26,7 +26,7 @@ from seqmesh.verify.support import left_out, supported
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
 ALL = [
-    Support(kernel=kernel, dtype=dtype, device="cpu", softcap=True)
+    Support(kernel=kernel, dtype=dtype, device="cpu", softcap=True, value_head_dim=True)
     for kernel in ("a", "b")
     for dtype in DTYPES
 ]
@@ -65,12 +65,15 @@ def test_a_mesh_of_more_ulysses_ranks_than_heads_gets_heads_that_do_not_divide()
         assert case.heads % 8
 
 
-def test_a_kernel_without_softcap_is_tried_without() -> None:
-    capped = Support(kernel="a", dtype="fp32", device="cuda", softcap=True)
+def test_what_a_kernel_has_not_is_left_out() -> None:
+    capped = Support(kernel="a", dtype="fp32", device="cuda", softcap=True, value_head_dim=True)
     tried = list(grid([(1, 2)], [capped], quick=False))
     assert any(case.softcap for case in tried)
     assert all("device=cuda" in str(case) for case in tried)
-    assert not any(case.softcap for case in grid([(1, 2)], [replace(capped, softcap=False)], quick=False))
+    assert any(case.value_head_dim for case in tried)
+    plain = list(grid([(1, 2)], [replace(capped, softcap=False, value_head_dim=False)], quick=False))
+    assert len(plain) == len(tried)
+    assert not any(case.softcap or case.value_head_dim for case in plain)
 
 
 def test_what_is_not_tried_is_said() -> None:

@@ -38,6 +38,8 @@ class AttentionCase:
     heads: int = 4
     kv_heads: int = 4
     head_dim: int = 16
+    value_head_dim: int | None = None
+    """None: as `head_dim`."""
     batch: int = 1
     softcap: float | None = None
     sinks: bool = False
@@ -58,6 +60,8 @@ class AttentionCase:
         for name in ("ulysses", "ring", "heads", "kv_heads", "head_dim", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name}={getattr(self, name)} in a case; use at least 1")
+        if self.value_head_dim is not None and self.value_head_dim < 1:
+            raise ValueError(f"value_head_dim={self.value_head_dim} in a case; use at least 1")
         if self.heads % self.kv_heads:
             raise ValueError(f"heads={self.heads} with kv_heads={self.kv_heads}; use a multiple")
 
@@ -114,7 +118,9 @@ def _read(word: str, value: str, kind: object) -> object:
     try:
         if kind is str:
             return value
-        return bool(int(value)) if kind is bool else int(value) if kind is int else float(value)
+        if kind is bool:
+            return bool(int(value))
+        return float(value) if kind == float | None else int(value)
     except ValueError:
         raise ValueError(f"{word!r} in a case needs a number; write it as name=number") from None
 
@@ -138,12 +144,12 @@ FAMILIES: tuple[tuple[str, ...], ...] = (
 
 SHAPES = (
     AttentionCase(mask="", heads=4, kv_heads=4, head_dim=16),
-    AttentionCase(mask="", heads=6, kv_heads=2, head_dim=8, batch=2),
+    AttentionCase(mask="", heads=6, kv_heads=2, head_dim=8, value_head_dim=24, batch=2),
     AttentionCase(mask="", heads=7, kv_heads=1, head_dim=24, sinks=True),
     AttentionCase(mask="", heads=5, kv_heads=5, head_dim=16, batch=2, softcap=2.0),
     AttentionCase(mask="", heads=6, kv_heads=3, head_dim=64, softcap=1.5, sinks=True),
 )
-"""Heads that do not divide by 2 or by 4, grouped, and one K/V head for all; batches; softcap; sinks."""
+"""Heads that do not divide by 2 or 4, grouped, one K/V head for all; wide values; batches; softcap; sinks."""
 
 QUICK_LAYOUTS = ("zigzag", "striped", "balanced")
 
@@ -157,6 +163,8 @@ class Support:
     device: str
     softcap: bool
     """Whether the kernel takes a softcap in this dtype; where not, it is left out."""
+    value_head_dim: bool
+    """The same of values with a head dim of their own."""
 
 
 def grid(
@@ -194,6 +202,7 @@ def _placed(case: AttentionCase, mesh: tuple[int, int], support: Support) -> Att
         ring=ring,
         heads=heads,
         softcap=case.softcap if support.softcap else None,
+        value_head_dim=case.value_head_dim if support.value_head_dim else None,
         kernel=support.kernel,
         dtype=support.dtype,
         device=support.device,

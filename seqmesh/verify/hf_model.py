@@ -32,7 +32,7 @@ WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
 
 
 @dataclass(frozen=True, kw_only=True)
-class Packed:
+class PackedBatch:
     """A batch of one packed sequence."""
 
     lengths: tuple[int, ...]
@@ -112,7 +112,7 @@ def check(given: Path) -> None:
         plug_in(build(file, torch.float32))
 
 
-def packed(vocabulary: int, most: int | None) -> Packed:
+def packed(vocabulary: int, most: int | None) -> PackedBatch:
     """The batch for a vocabulary and, if the model has a limit, at most so many tokens."""
     s = TOKENS if most is None else min(TOKENS, most)
     lengths = [max(1, int(share * s)) for share in SHARES]
@@ -122,7 +122,7 @@ def packed(vocabulary: int, most: int | None) -> Packed:
     labels = ids.roll(-1, 1)
     labels[0, torch.tensor(lengths).cumsum(0) - 1] = -100
     positions = torch.cat([torch.arange(length) for length in lengths])[None]
-    return Packed(lengths=tuple(lengths), ids=ids, labels=labels, positions=positions)
+    return PackedBatch(lengths=tuple(lengths), ids=ids, labels=labels, positions=positions)
 
 
 def masks_of(config: Any, lengths: tuple[int, ...]) -> dict[str, Mask]:

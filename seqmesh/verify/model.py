@@ -22,7 +22,15 @@ from torch import Tensor
 
 from seqmesh.engine.mesh import SequenceMesh
 from seqmesh.integrations.transformers import plug_in
-from seqmesh.verify.hf_model import Packed, build, dense_masks, has_weights, masks_of, packed, schedules_of
+from seqmesh.verify.hf_model import (
+    PackedBatch,
+    build,
+    dense_masks,
+    has_weights,
+    masks_of,
+    packed,
+    schedules_of,
+)
 from seqmesh.verify.judge import LIMIT, TensorError, row_error
 from seqmesh.verify.oracle import DTYPES
 from seqmesh.verify.watch import Computed, alone, on_mesh
@@ -116,7 +124,7 @@ def compare_model(case: ModelCase, turn: int, device: torch.device) -> ModelOutc
 
 
 def _outcome(
-    case: ModelCase, batch: Packed, described: str, ours: Computed, one: Computed, truth: Computed
+    case: ModelCase, batch: PackedBatch, described: str, ours: Computed, one: Computed, truth: Computed
 ) -> ModelOutcome:
     floor = ROUNDINGS[case.dtype] * torch.finfo(DTYPES[case.dtype]).eps / 2
     # The loss is a mean of tokens, in fp32.

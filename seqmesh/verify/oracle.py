@@ -7,7 +7,7 @@ A learned sink is, for one device, one more key whose logit is the mask's last c
 A softcap it has not: there the definition is computed in the dtype that adds up (fp32 for half precisions)
 and its results are rounded once, which is the least that any kernel could be wrong.
 
-Legend: b batch, s queries, t keys, h query heads, g K/V heads, d head dim.
+Legend: b batch, s queries, t keys, h query heads, g K/V heads, d head dim of queries and keys, e of values.
 """
 
 from dataclasses import dataclass
@@ -34,8 +34,9 @@ class Global:
     k: Tensor
     """(b, t, g, d)"""
     v: Tensor
+    """(b, t, g, e)"""
     weights: Tensor
-    """(b, s, h, d), of the outputs in the loss"""
+    """(b, s, h, e), of the outputs in the loss"""
     sinks: Tensor | None
     """(h,)"""
 
@@ -54,12 +55,13 @@ def make(case: AttentionCase) -> Global:
         return torch.randn(*shape, generator=source, dtype=torch.float64).to(input_dtype(case))
 
     b, d = case.batch, case.head_dim
+    e = d if case.value_head_dim is None else case.value_head_dim
     return Global(
         q=normal(b, mask.q_len, case.heads, d),
         k=normal(b, mask.k_len, case.kv_heads, d),
-        v=normal(b, mask.k_len, case.kv_heads, d),
+        v=normal(b, mask.k_len, case.kv_heads, e),
         # Exact in every dtype that the output may have.
-        weights=normal(b, mask.q_len, case.heads, d).to(DTYPES[case.dtype]),
+        weights=normal(b, mask.q_len, case.heads, e).to(DTYPES[case.dtype]),
         sinks=normal(case.heads) if case.sinks else None,
     )
 
@@ -125,7 +127,7 @@ def _by_definition(case: AttentionCase, given: Global, dtype: torch.dtype) -> Re
 
 
 def _sdpa(leaves: list[Tensor], allowed: Tensor, case: AttentionCase) -> Tensor:
-    """(b, s, h, d) of PyTorch's own attention, with a dense mask."""
+    """(b, s, h, e) of PyTorch's own attention, with a dense mask."""
     q, k, v = (x.transpose(1, 2) for x in leaves[:3])
     sees_nothing = ~allowed.any(1)[:, None]
     mask = allowed | sees_nothing  # nothing to see would be NaN; its output is put to 0 below

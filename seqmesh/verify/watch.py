@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from seqmesh.engine.sharding import Schedule
 from seqmesh.train.loss import next_token_loss
-from seqmesh.verify.hf_model import Packed
+from seqmesh.verify.hf_model import PackedBatch
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +56,7 @@ def _keep(seen: dict[str, Tensor], name: str, module: nn.Module, given: Any, out
         seen[name] = output.detach()
 
 
-def alone(model: nn.Module, batch: Packed, dense: Any, device: torch.device) -> Computed:
+def alone(model: nn.Module, batch: PackedBatch, dense: Any, device: torch.device) -> Computed:
     """One device with transformers' own attention."""
     with watched(model) as seen:
         out = model(
@@ -72,7 +72,7 @@ def alone(model: nn.Module, batch: Packed, dense: Any, device: torch.device) -> 
 
 
 def on_mesh(
-    model: nn.Module, batch: Packed, schedules: Mapping[str, Schedule], device: torch.device
+    model: nn.Module, batch: PackedBatch, schedules: Mapping[str, Schedule], device: torch.device
 ) -> Computed:
     """The same on a mesh, with attention plugged in: a collective. Every rank gets the whole."""
     schedule = schedules["schedule"]

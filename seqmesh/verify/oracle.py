@@ -10,7 +10,7 @@ and its results are rounded once, which is the least that any kernel could be wr
 Legend: b batch, s queries, t keys, h query heads, g K/V heads, d head dim of queries and keys, e of values.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -74,13 +74,20 @@ def dense(case: AttentionCase, given: Global) -> Results:
 def one_device(case: AttentionCase, given: Global, device: torch.device) -> Results:
     """What a device makes of the case alone, in its dtype."""
     if case.softcap is not None:
-        rounded = _by_definition(case, given, accumulator_dtype(DTYPES[case.dtype]))
-        return {name: x.to(DTYPES[case.dtype]) for name, x in rounded.items()}
+        return _rounded_once(case, given)
     leaves = _leaves(given, input_dtype(case), device)
     allowed = _allowed(case).to(device)
     with autocast_of(case, device):
         out = _sdpa(leaves, allowed, case)
     return _with_gradients(out, given.weights.to(device, out.dtype), leaves)
+
+
+def _rounded_once(case: AttentionCase, given: Global) -> Results:
+    """The definition in the dtype that adds up; results in the dtypes that attention returns."""
+    dtype = DTYPES[case.dtype]
+    q, k, v = (x.to(dtype) for x in (given.q, given.k, given.v))  # where an autocast rounds them
+    found = _by_definition(case, replace(given, q=q, k=k, v=v), accumulator_dtype(dtype))
+    return {name: x.to(dtype if name == "out" else input_dtype(case)) for name, x in found.items()}
 
 
 def autocast_of(case: AttentionCase, device: torch.device) -> torch.autocast:

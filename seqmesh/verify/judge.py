@@ -88,8 +88,7 @@ def judge(case: AttentionCase, got: Results, one: Results, oracle: Results) -> C
         if got[name].shape != right.shape:
             return CaseOutcome(case=case, errors={}, failure=f"{name} has shape {tuple(got[name].shape)}")
         if right.numel():
-            # Where terms cancel, their rounding stays. Those of dq and dk grow with the head dim of v, as p (dp -
-            # delta) does.
+            # Where terms cancel, their rounding stays. Those of dq and dk grow with the head dim of v.
             least = sqrt(right.shape[-1] if name == "dsinks" else oracle["out"].shape[-1])
             ours = row_error(got[name], right, least)
             theirs = row_error(one[name], right, least)

@@ -13,7 +13,10 @@ import pytest
 import torch
 from ranks import Ranks
 
-from seqmesh.notation import families, family_of
+from seqmesh.engine.kernels import available
+from seqmesh.layouts import named
+from seqmesh.notation import families, family_of, mask_of
+from seqmesh.schedule import ring_schedule
 from seqmesh.verify.attend import Part, assemble
 from seqmesh.verify.cases import DTYPES, FAMILIES, SHAPES, AttentionCase, Support, grid, parse
 from seqmesh.verify.judge import LIMIT, LUCK, CaseOutcome, floor_of, judge
@@ -213,6 +216,22 @@ def test_what_attention_refuses_is_an_outcome_on_every_rank(ranks: Ranks) -> Non
     assert fine.ok
 
 
+def test_long_masks_are_there_because_kernels_cut_them() -> None:
+    """Short bands are one call of the CPU's kernel: a tile that is lost or turned wrongly would not show."""
+    (cpu,) = [kernel for kernel in available() if kernel.name == "cpu"]
+    cut = set()
+    for texts in FAMILIES:
+        for text in texts:
+            mask = mask_of(text)
+            if mask.q_len == mask.k_len:
+                for layout in ("zigzag", "striped", "balanced"):
+                    held = named(layout, mask, mask.q_len, 2)
+                    for stage in ring_schedule(mask, held, held, 1).stages:
+                        if any(len(cpu.tiles(block)) > 1 for block in stage.blocks):
+                            cut.add(family_of(text))
+    assert cut == {"sliding_window", "documents & sliding_window", "Mask"}
+
+
 def test_devices_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     shared = Where(device_type="cuda", world=4, place=None)
     own = replace(shared, nccl=True)
@@ -238,7 +257,6 @@ def test_json_has_no_nan() -> None:
 
 RIGHT = """
 import sys
-from seqmesh import cli
 from seqmesh.verify import cases
 cases.FAMILIES = cases.FAMILIES[3:4]  # packed documents
 """
@@ -264,9 +282,9 @@ def verify(program: str, *arguments: str, launcher: tuple[str, ...] = (), folder
     script = folder / "program.py"
     script.write_text(program + f"sys.argv = ['seqmesh', 'verify', *{list(arguments)!r}]\ncli.main()\n")
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, *launcher, str(script)]
+    started = [sys.executable, *launcher, str(script)]
     return subprocess.run(
-        command, env=environment, capture_output=True, text=True, timeout=180, check=False, cwd=folder
+        started, env=environment, capture_output=True, text=True, timeout=180, check=False, cwd=folder
     )
 
 

@@ -257,6 +257,7 @@ def test_json_has_no_nan() -> None:
 
 RIGHT = """
 import sys
+from seqmesh import cli
 from seqmesh.verify import cases
 cases.FAMILIES = cases.FAMILIES[3:4]  # packed documents
 """

@@ -8,8 +8,10 @@ import torch
 from torch import Tensor
 
 from seqmesh import Schedule, SequenceMesh, attention, layouts
+from seqmesh.engine.kernels import Kernel
 from seqmesh.layouts import Layout
 from seqmesh.masks import Mask
+from seqmesh.schedule import Stages
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,13 +25,14 @@ class Case:
     heads: int = 4
     kv_heads: int = 4
     head_dim: int = 8
+    value_head_dim: int | None = None
     batch: int = 1
     dtype: torch.dtype = torch.float64
-    kernel: str = "auto"
+    kernel: str | Kernel = "auto"
     scale: float | None = None
     softcap: float | None = None
     sinks: bool = False
-    stages: int | None = None
+    stages: Stages = None
     head_chunks: int | None = None
     strided: bool = False
     seed: int = 0
@@ -69,8 +72,9 @@ def inputs(case: Case) -> Inputs:
     b, d = case.batch, case.head_dim
     q = normal(b, case.mask.q_len, case.heads, d) * case.logit_scale
     k = normal(b, case.mask.k_len, case.kv_heads, d)
-    v = normal(b, case.mask.k_len, case.kv_heads, d)
-    weights = normal(b, case.mask.q_len, case.heads, d)
+    e = case.value_head_dim or d
+    v = normal(b, case.mask.k_len, case.kv_heads, e)
+    weights = normal(b, case.mask.q_len, case.heads, e)
     sinks = normal(case.heads) if case.sinks else None
     return Inputs(q, k, v, weights, sinks)
 
@@ -161,13 +165,14 @@ def assemble(case: Case, parts: list[dict[str, Any]]) -> Result:
             whole[:, torch.from_numpy(part[where])] = torch.from_numpy(part[name])
         return whole
 
+    e = case.value_head_dim or case.head_dim
     q_shape = (case.batch, case.mask.q_len, case.heads, case.head_dim)
     k_shape = (case.batch, case.mask.k_len, case.kv_heads, case.head_dim)
     return Result(
-        out=gather("out", "q_at", q_shape),
+        out=gather("out", "q_at", (*q_shape[:3], e)),
         dq=gather("dq", "q_at", q_shape),
         dk=gather("dk", "k_at", k_shape),
-        dv=gather("dv", "k_at", k_shape),
+        dv=gather("dv", "k_at", (*k_shape[:3], e)),
         dsinks=sum(torch.from_numpy(part["dsinks"]) for part in parts) if case.sinks else None,
     )
 

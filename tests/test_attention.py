@@ -9,11 +9,12 @@ from dataclasses import replace
 
 import pytest
 import torch
+from flash_ops import EmulatedFlash
 from oracle import Case, assemble, attend, build, compare, dense, local_inputs
 from ranks import Ranks
 
 from seqmesh import attention, masks
-from seqmesh.engine.merge import _Rows
+from seqmesh.engine.kernels import Kernel
 from seqmesh.masks import Band, Mask
 
 MESHES = [(1, 1), (2, 1), (1, 2), (4, 1), (1, 4), (2, 2), (4, 2), (2, 4), (1, 8)]
@@ -187,6 +188,10 @@ def random_case(draw: random.Random) -> Case:
     """Any mask x layout x mesh x heads x options that attention accepts."""
     u, r = draw.choice(MESHES)
     kv_heads = draw.randrange(1, 5)
+    softcap = draw.choice([None, None, 1.5])
+    kernels: list[str | Kernel] = ["auto", "auto", "reference"]
+    if softcap is None:
+        kernels.append(EmulatedFlash())
     return Case(
         mask=random_mask(draw),
         ulysses=u,
@@ -195,13 +200,14 @@ def random_case(draw: random.Random) -> Case:
         heads=kv_heads * draw.randrange(-(-u // kv_heads), 5 + u),
         kv_heads=kv_heads,
         head_dim=draw.choice([1, 2, 8, 20]),
+        value_head_dim=draw.choice([None, None, 3, 16]),
         batch=draw.randrange(1, 4),
-        softcap=draw.choice([None, None, 1.5]),
+        softcap=softcap,
         sinks=draw.random() < 0.3,
-        stages=draw.randrange(1, r) if r > 1 and draw.random() < 0.5 else None,
+        stages=draw.choice([None, "auto", draw.randrange(1, r)]) if r > 1 else None,
         head_chunks=draw.choice([None, 1, 2, 3]),
         strided=draw.random() < 0.3,
-        kernel=draw.choice(["auto", "auto", "reference"]),
+        kernel=draw.choice(kernels),
         seed=draw.randrange(1 << 30),
     )
 
@@ -210,6 +216,23 @@ def random_case(draw: random.Random) -> Case:
 def test_random_problems(ranks: Ranks, seed: int) -> None:
     draw = random.Random(seed)
     check(ranks, [random_case(draw) for _ in range(25)])
+
+
+def test_values_may_have_a_head_dim_of_their_own(ranks: Ranks) -> None:
+    """As in latent attention: keys of 192, values of 128."""
+    for u, r in ((1, 1), (2, 1), (1, 2), (2, 2)):
+        case = Case(
+            mask=masks.causal(23), ulysses=u, ring=r, heads=6, kv_heads=3, head_dim=24, layout="zigzag"
+        )
+        kernels: list[str | Kernel] = ["cpu", "reference", EmulatedFlash()]
+        shapes = [replace(case, value_head_dim=e, sinks=e == 16) for e in (1, 16, 40)]
+        check(ranks, [replace(shape, kernel=kernel) for shape in shapes for kernel in kernels])
+
+
+def test_half_precision_blocks_are_cut_by_rows_where_ranks_hold_many(ranks: Ranks) -> None:
+    """A piece is computed and added before the next, so that a kernel's output stays small."""
+    case = Case(mask=masks.causal(2600), ring=2, layout="zigzag", heads=1, kv_heads=1, dtype=torch.bfloat16)
+    check(ranks, [case])
 
 
 def minus_infinite_sink() -> tuple[torch.Tensor, torch.Tensor]:
@@ -247,15 +270,3 @@ def test_gradients_of_a_kv_head_that_several_ulysses_ranks_use_add_up_in_fp32(ra
     """
     for grad in ranks.run(4, kv_gradient_of_four_heads):
         assert (grad == 258).all()
-
-
-def test_thousands_of_strips_mark_their_rows_exactly() -> None:
-    """Touched rows are kept as merged ranges: against a plain set, in any order and overlap."""
-    draw = random.Random(0)
-    for _ in range(200):
-        rows, marked = _Rows(), set()
-        for _ in range(20):
-            start = draw.randrange(60)
-            some = range(start, start + draw.randrange(1, 12))
-            assert rows.add(some.start, some.stop) == marked.isdisjoint(some)
-            marked |= set(some)

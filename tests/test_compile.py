@@ -68,3 +68,43 @@ def test_keys_with_a_layout_of_their_own_compile_too(ranks: Ranks) -> None:
         case = replace(case, dtype=torch.float32)
         for (error,), _ in ranks.run(4, compiled, [case], "aot_eager"):
             assert error <= 2e-6
+
+
+def uneven(case: Case, backend: str) -> float:
+    """On one rank: the largest difference to eager; ranks may hold no head of a chunk."""
+    return compiled([case], backend)[0][0]
+
+
+@pytest.mark.parametrize("mesh", [(4, 1), (2, 2)], ids=lambda m: f"u{m[0]}r{m[1]}")
+def test_a_rank_without_a_head_in_a_chunk_compiles_too(ranks: Ranks, mesh: tuple[int, int]) -> None:
+    """The operator gave back its input there, which custom operators may not."""
+    u, r = mesh
+    for chunks in (None, 2, 3):
+        case = Case(mask=masks.causal(24), ulysses=u, ring=r, heads=14, kv_heads=2, head_chunks=chunks)
+        case = replace(case, dtype=torch.float32, sinks=True)
+        assert max(ranks.run(4, uneven, case, "aot_eager")) <= 2e-6
+
+
+def frozen(case: Case) -> list[float]:
+    """On one rank: differences to eager of dq with frozen keys, and of an output without gradients."""
+    torch._dynamo.reset()
+    schedule = build(case)
+    (q, k, v), weights, _ = local_inputs(case, schedule)
+    k.requires_grad_(False)
+    v.requires_grad_(False)
+    warnings.simplefilter("ignore")  # PyTorch's compiler warns about its own deprecations
+    layer = torch.compile(attention, fullgraph=True, backend="aot_eager")
+    found = []
+    for function in (attention, layer):
+        q.grad = None
+        (function(q, k, v, schedule) * weights).sum().backward()
+        with torch.no_grad():
+            found.append((q.grad, function(q, k, v, schedule)))
+    assert k.grad is None
+    return [(a - b).abs().max().item() for a, b in zip(*found, strict=True)]
+
+
+def test_frozen_inputs_and_no_grad_compile_too(ranks: Ranks) -> None:
+    case = Case(mask=masks.causal(24), ulysses=2, ring=2, dtype=torch.float32)
+    for errors in ranks.run(4, frozen, case):
+        assert max(errors) <= 2e-6

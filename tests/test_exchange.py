@@ -3,7 +3,9 @@
 Buffers stay bounded whatever the mesh; unshard inverts shard.
 """
 
+from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -46,6 +48,7 @@ def _count_one(case: Case) -> Counted:
         kv_heads=case.kv_heads,
         head_dim=case.head_dim,
         dtype=case.dtype,
+        value_head_dim=case.value_head_dim,
     )
     return Counted(forward.bytes_sent, traffic.forward_bytes, backward.bytes_sent, traffic.backward_bytes)
 
@@ -63,7 +66,7 @@ def test_bytes_counted_at_the_collective_are_the_schedules_bytes(ranks: Ranks, m
         case = Case(mask=mask, ulysses=u, ring=r, layout=layout, batch=2)
         cases.append(replace(case, heads=8, kv_heads=8, dtype=torch.float32))
         cases.append(replace(case, heads=8, kv_heads=2, head_chunks=2, dtype=torch.bfloat16))
-        cases.append(replace(case, heads=9, kv_heads=3, dtype=torch.float32))
+        cases.append(replace(case, heads=9, kv_heads=3, dtype=torch.float32, value_head_dim=5))
     total = 0
     for rank in ranks.run(u * r, count, cases):
         for counted in rank:
@@ -90,52 +93,69 @@ def test_causal_zigzag_moves_three_quarters_of_a_rotating_ring_forward(ranks: Ra
 
 
 def memory(case: Case) -> tuple[float, float]:
-    """On one rank: peak extra memory of forward and of both passes, in units of the local K + V."""
+    """On one rank: peak extra memory of forward and of both passes, in units of its q + k + v + out."""
     schedule = build(case)
     (q, k, v), weights, _ = local_inputs(case, schedule)
     attention(q, k, v, schedule).backward(weights)  # once, so that caches and contexts are not counted
-    q.grad = k.grad = v.grad = None
-    box: list[torch.Tensor] = []
-    forward = peak_bytes(lambda: box.append(attention(q, k, v, schedule)))
-    unit, out = k.nbytes + v.nbytes, box[0]
-    both = peak_bytes(lambda: attention(q, k, v, schedule).backward(weights))
-    return (forward - out.nbytes) / unit, (both - out.nbytes - q.nbytes - k.nbytes - v.nbytes) / unit
+    inputs = q.nbytes + k.nbytes + v.nbytes
+    found = []
+    for _ in range(2):  # the lesser: gloo's thread may let go of a message a moment late
+        q.grad = k.grad = v.grad = None
+        outputs: list[torch.Tensor] = []
+        forward = peak_bytes(partial(_run_into, outputs, lambda: attention(q, k, v, schedule)))
+        out = outputs.pop().nbytes
+        both = peak_bytes(lambda: attention(q, k, v, schedule).backward(weights))
+        found.append(((forward - out) / (inputs + out), (both - out - inputs) / (inputs + out)))
+    return min(forward for forward, _ in found), min(both for _, both in found)
+
+
+def _run_into(results: list[torch.Tensor], run: Callable[[], torch.Tensor]) -> None:
+    results.append(run())
 
 
 FULL, CAUSAL = "full contiguous", "causal zigzag"
 
 
 @pytest.mark.parametrize(
+    ("heads", "kv_heads", "dtype"),
+    [(32, 32, torch.float32), (64, 64, torch.bfloat16), (256, 32, torch.bfloat16), (64, 16, torch.float32)],
+    ids=["fp32", "bf16", "bf16, 8 queries a key", "fp32, 4 queries a key"],
+)
+@pytest.mark.parametrize(
     ("mask", "mesh"),
-    [(FULL, (1, 1)), (FULL, (2, 1)), (FULL, (1, 4)), (FULL, (2, 2)), (CAUSAL, (2, 2)), (FULL, (2, 4))],
+    [(FULL, (1, 1)), (FULL, (2, 1)), (FULL, (4, 1)), (FULL, (1, 4)), (CAUSAL, (2, 2)), (CAUSAL, (2, 4))],
     ids=lambda x: x if isinstance(x, str) else f"u{x[0]}r{x[1]}",
 )
-def test_buffers_stay_below_3x_and_6x_of_the_local_kv_whatever_the_mesh(
-    ranks: Ranks, mesh: tuple[int, int], mask: str
+def test_buffers_stay_small_whatever_the_mesh_the_dtype_and_the_heads(
+    ranks: Ranks, mesh: tuple[int, int], mask: str, heads: int, kv_heads: int, dtype: torch.dtype
 ) -> None:
+    """At most 1.5x q + k + v + out of the rank in the forward and 3x in both passes.
+
+    Beyond inputs, output and gradients, and with what the forward leaves to the backward.
+    """
     u, r = mesh
-    s, heads = 128 * u * r, 32  # 4 MiB of K per rank: large enough for every default chunk
+    rows = 64  # 2 MiB of K per rank where h = g: enough for every default chunk, and quick
     case = Case(
-        mask=masks.causal(s) if mask == CAUSAL else masks.full(s),
+        mask=masks.causal(rows * u * r) if mask == CAUSAL else masks.full(rows * u * r),
         layout="zigzag" if mask == CAUSAL else "contiguous",
         ulysses=u,
         ring=r,
         heads=heads,
-        kv_heads=heads,
+        kv_heads=kv_heads,
         head_dim=256,
-        dtype=torch.float32,
+        dtype=dtype,
     )
-    for forward, backward in ranks.run(u * r, memory, case):
-        assert 0 <= forward <= 3
-        assert 0 <= backward <= 6
+    for forward, both in ranks.run(u * r, memory, case):
+        assert 0 <= forward <= 1.5
+        assert 0 <= both <= 3
 
 
 def sent_bytes_after_wait(keep: bool) -> int:
     """On one of two ranks: bytes of the sent buffer that are left once the answer is there."""
     group = mesh_of(2, 1).ulysses_group
     assert group is not None
-    pending = start_exchange(torch.ones(6), [3, 3], [3, 3], group)
-    assert pending.wait(keep_sent=keep).tolist() == [1.0] * 6
+    pending = start_exchange(torch.ones(6), [3, 3], [3, 3], group, is_ours=not keep)
+    assert pending.wait().tolist() == [1.0] * 6
     return pending.sent.untyped_storage().nbytes()
 
 

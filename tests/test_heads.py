@@ -2,7 +2,14 @@
 
 import pytest
 
-from seqmesh.schedule.heads import CHUNK_ELEMENTS, HeadGroup, HeadShare, default_chunks, split_heads
+from seqmesh.schedule.heads import (
+    CHUNK_ELEMENTS,
+    HeadGroup,
+    HeadShare,
+    default_chunks,
+    overlaps_exchange,
+    split_heads,
+)
 
 pytestmark = pytest.mark.fast
 
@@ -56,16 +63,33 @@ def test_kv_heads_that_serve_equally_many_queries_are_one_group() -> None:
 
 
 @pytest.mark.parametrize(
-    ("ulysses", "ring", "chunks_worth", "expected"),
-    [(1, 1, 9, 1), (1, 2, 3, 3), (1, 2, 9, 4), (2, 1, 9, 8), (2, 2, 5, 5), (2, 2, 0.99, 1)],
+    ("ulysses", "ring", "chunks_worth", "element_bytes", "expected"),
+    [
+        (1, 1, 9, 4, 1),
+        (1, 2, 1.5, 4, 1),
+        (1, 2, 9, 4, 2),
+        (1, 2, 9, 8, 2),
+        (1, 2, 3, 2, 3),
+        (1, 2, 9, 2, 4),
+        (2, 1, 9, 4, 8),
+        (2, 2, 5, 2, 5),
+        (2, 2, 0.99, 4, 1),
+    ],
 )
 def test_heads_are_cut_in_as_many_chunks_as_are_worth_it(
-    ulysses: int, ring: int, chunks_worth: float, expected: int
+    ulysses: int, ring: int, chunks_worth: float, element_bytes: int, expected: int
 ) -> None:
-    """A rank's K in units of the smallest chunk, up to 4 on a ring alone and 8 where heads are exchanged."""
-    per_token = 64
-    k_len = int(chunks_worth * CHUNK_ELEMENTS * ulysses * ring / per_token)
-    assert default_chunks(ulysses, ring, k_len, per_token) == expected
+    """A rank's q, k, v and out in units of the smallest chunk.
+
+    Up to 2 on a ring alone, 4 in half precision, and 8 where heads are exchanged.
+    """
+    elements = int(chunks_worth * CHUNK_ELEMENTS * ulysses * ring)
+    assert default_chunks(ulysses, ring, elements, element_bytes) == expected
+
+
+def test_the_exchange_overlaps_where_chunks_are_many_and_heads_are_exchanged() -> None:
+    overlapped = {(u, c) for u in (1, 2, 8) for c in range(1, 9) if overlaps_exchange(u, c)}
+    assert overlapped == {(u, c) for u in (2, 8) for c in (6, 7, 8)}
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ def _small_limits(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small limits, so that small bands reach every way of cutting."""
     monkeypatch.setattr(tiles, "MASKED_PAIRS", 9)
     monkeypatch.setattr(tiles, "STRIP_ROWS", 4)
+    monkeypatch.setattr(tiles, "STRIP_WIDTH", 5)
     tiles.cut.cache_clear()
     yield
     tiles.cut.cache_clear()

@@ -2,8 +2,6 @@
 
 import subprocess
 import sys
-from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -11,6 +9,7 @@ from oracle import Case, build, local_inputs
 from ranks import Ranks
 
 from seqmesh import Schedule, SequenceMesh, attention, layouts, masks
+from seqmesh.engine.call import hopeless
 
 # The 1 x 1 mesh of one process, written out: ranks import this file too, and there `build` would see their
 # group.
@@ -135,8 +134,8 @@ def test_every_rank_refuses_what_is_wrong_for_all(ranks: Ranks, task) -> None:
 
 def wrong_device() -> str:
     mesh = SequenceMesh.build(ulysses=2)
-    cuda_mesh = SimpleNamespace(device_type="cuda")
-    schedule = Schedule.build(masks.causal(8), replace(mesh, device_mesh=cuda_mesh))
+    vars(mesh)["device_types"] = frozenset({"cuda"})  # as of NCCL's groups
+    schedule = Schedule.build(masks.causal(8), mesh)
     with pytest.raises(ValueError, match="q is on cpu but the mesh exchanges cuda tensors") as caught:
         attention(*tensors(n=4), schedule)
     return str(caught.value)
@@ -173,3 +172,13 @@ def test_the_pure_part_imports_without_torch() -> None:
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.stdout.strip() == "True", done.stderr
+
+
+def test_a_dense_kernel_at_hopeless_sizes_on_a_gpu_is_worth_a_warning() -> None:
+    assert hopeless("cuda", "cuda", 1 << 40) is None
+    assert hopeless("reference", "cpu", 1 << 40) is None
+    assert hopeless("reference", "cuda", (1 << 34) - 1) is None
+    message = hopeless("reference", "cuda", 1 << 34)
+    assert message is not None
+    assert "1.7e+10 logits" in message
+    assert "cast to bf16" in message

@@ -25,8 +25,13 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from seqmesh.engine.call import AttentionCall, Options, checked_call
-from seqmesh.engine.compiled import compiled_attention
+from seqmesh.engine.call import AttentionCall, Needs, Options, checked_call
+from seqmesh.engine.compiled import (
+    attend_visibly,
+    compiled_attention,
+    is_selectively_checkpointed,
+    needs_backward,
+)
 from seqmesh.engine.kernels import Kernel
 from seqmesh.engine.sharding import Schedule
 from seqmesh.engine.ulysses import Saved, attend, attend_backward, unit_last_stride
@@ -49,29 +54,54 @@ def attention(
     Args:
         q: (b, n, h, d) this rank's queries, in the order of `schedule.shard`; fp64, fp32, bf16 or fp16.
         k: (b, n, g, d) this rank's keys; g divides h. In cross-attention n is the number of this rank's keys.
-        v: like k.
+        v: (b, n, g, e) this rank's values; e may differ from d.
         schedule: mask, layout and mesh.
         scale: factor of the logits; default d ** -0.5.
         softcap: c for logits c tanh(logits / c).
         sinks: (h,) one learned logit per head that joins the softmax's denominator, the same on every rank.
         kernel: "auto", the name of a kernel, or a Kernel.
         head_chunks: parts in which the heads are computed, one after the other, to divide the memory of
-            buffers; the same on every rank. Default: up to 4 on a ring alone, 8 where heads are exchanged.
+            buffers; the same on every rank. Default: by size, see seqmesh/schedule/heads.py.
 
     Returns:
-        (b, n, h, d) in q's dtype; a query that the mask allows nothing is 0. Differentiable once in q, k, v
-        and sinks, as if the losses of all ranks were summed; the gradient of `sinks` is, like any replicated
-        parameter's, this rank's part: sum it over the mesh (data-parallel wrappers do).
+        (b, n, h, e) in q's dtype, or autocast's; a query that the mask allows nothing is 0. Differentiable
+        once in q, k, v and sinks, as if the losses of all ranks were summed; the gradient of `sinks` is, like
+        any replicated parameter's, this rank's part: sum it over the mesh (data-parallel wrappers do).
 
     Raises:
         ValueError: before any communication: inputs that do not fit the schedule, each other or a kernel.
     """
-    if torch.compiler.is_compiling():
+    q, k, v = autocasted(q, k, v)
+    if torch.compiler.is_compiling() or q.is_meta:
         return compiled_attention(q, k, v, sinks, schedule, scale, softcap, kernel, head_chunks)
     options = Options(scale=scale, softcap=softcap, kernel=kernel, head_chunks=head_chunks)
+    return _eager(q, k, v, sinks, schedule, options)
+
+
+def _eager(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, schedule: Schedule, options: Options
+) -> Tensor:
+    """`attention` outside the compiler, keeping what a backward needs if there will be one."""
     call = checked_call(q, k, v, sinks, schedule, options)
-    out: Tensor = _Attention.apply(unit_last_stride(q), unit_last_stride(k), unit_last_stride(v), sinks, call)
+    q, k, v = unit_last_stride(q), unit_last_stride(k), unit_last_stride(v)
+    if not needs_backward(q, k, v, sinks):
+        return attend(q, k, v, sinks, call, keep=False)[0]
+    out: Tensor = _Attention.apply(q, k, v, sinks, call, options)
     return out
+
+
+def autocasted(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The inputs in autocast's dtype where it is on, as PyTorch's own attention takes them.
+
+    Double precision is left alone, as autocast does. Rotary embeddings under autocast give fp32 q and k
+    beside a half-precision v.
+    """
+    device = q.device.type
+    if device == "meta" or not torch.is_autocast_enabled(device):
+        return q, k, v
+    dtype = torch.get_autocast_dtype(device)
+    cast = [x.to(dtype) if x.is_floating_point() and x.dtype != torch.float64 else x for x in (q, k, v)]
+    return cast[0], cast[1], cast[2]
 
 
 class _Attention(torch.autograd.Function):
@@ -79,16 +109,23 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: AttentionCall
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: AttentionCall, options: Options
     ) -> Tensor:
-        out, saved = attend(q, k, v, sinks, call)
+        saved: Saved | None
+        if is_selectively_checkpointed() and isinstance(options.kernel, str):
+            out, saved = attend_visibly(q, k, v, sinks, call, options)
+        else:
+            out, saved = attend(q, k, v, sinks, call, keep=True)
+        assert saved is not None
         ctx.call = call
         ctx.save_for_backward(sinks, *saved.tensors())
         return out
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor | None, None]:
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         sinks, *tensors = ctx.saved_tensors
         saved = Saved.of(tensors, ctx.call)
-        return *attend_backward(grad_out, sinks, saved, ctx.call), None
+        q, k, v, sinks_needed, *_ = ctx.needs_input_grad
+        needs = Needs(q=q, kv=k or v, sinks=sinks_needed)
+        return *attend_backward(grad_out, sinks, saved, ctx.call, needs), None, None

@@ -12,13 +12,23 @@ takes tensors, numbers, text and flat lists of them: that is why `Sizes` and `Na
 together again. No state but the cache.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import (
+    TorchDispatchMode,
+    _get_current_dispatch_mode_stack,
+    _pop_mode,
+    _push_mode,
+)
+from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
-from seqmesh.engine.call import Options, call_for, checked_call
+from seqmesh.engine.call import AttentionCall, Facts, Needs, Options, call_for, checked_call
 from seqmesh.engine.encoding import decode
 from seqmesh.engine.kernels import Kernel
 from seqmesh.engine.merge import accumulator_dtype
@@ -26,6 +36,15 @@ from seqmesh.engine.mesh import SequenceMesh
 from seqmesh.engine.sharding import Schedule
 from seqmesh.engine.ulysses import Saved, attend, attend_backward, unit_last_stride
 from seqmesh.schedule.heads import default_chunks, split_heads
+
+_SELECTIVE = tuple(
+    type(context)
+    for context in create_selective_checkpoint_contexts(lambda *_, **__: CheckpointPolicy.MUST_SAVE)
+)
+"""The dispatch modes of a selective checkpoint: of its forward, and of its recomputation."""
+
+_WATCHING: ContextVar[tuple[TorchDispatchMode, ...]] = ContextVar("_WATCHING", default=())
+"""Dispatch modes that are to see inside the operator, from the outermost to the innermost."""
 
 
 class Sizes(NamedTuple):
@@ -37,7 +56,8 @@ class Sizes(NamedTuple):
     ulysses: int
     ulysses_rank: int
     ring: int
-    k_len: int
+    tokens: int
+    """The longer of queries and keys, of the whole sequence."""
     q_rows: int
     """N of the queries."""
     kv_rows: int
@@ -76,7 +96,7 @@ def compiled_attention(
     kernel: str | Kernel,
     head_chunks: int | None,
 ) -> Tensor:
-    """`seqmesh.attention` as one node of the graph.
+    """`seqmesh.attention` as one node of the graph, or for meta tensors.
 
     The checks run with the operator, before any communication.
 
@@ -88,23 +108,84 @@ def compiled_attention(
             f"kernel={kernel!r} under torch.compile; pass the name of a kernel,"
             " or call attention outside the compiled region"
         )
+    if q.is_meta and not torch.compiler.is_compiling():  # no operator runs that would check
+        checked_call(q, k, v, sinks, schedule, Options(scale, softcap, kernel, head_chunks))
+    keep = needs_backward(q, k, v, sinks)
+    outputs = _forward_op(
+        q,
+        k,
+        v,
+        sinks,
+        schedule._encoded,
+        *_sizes_and_names(schedule, kernel),
+        scale,
+        softcap,
+        head_chunks,
+        keep,
+    )
+    out: Tensor = outputs[0]
+    return out
+
+
+def _sizes_and_names(schedule: Schedule, kernel: str) -> tuple[list[int], str]:
+    """What shapes in the graph depend on, and names; everything else is inside the encoded schedule."""
     mesh = schedule.mesh
-    # What shapes in the graph depend on; everything else is inside the encoded schedule.
     sizes = Sizes(
         ulysses=mesh.ulysses,
         ulysses_rank=mesh.ulysses_rank,
         ring=mesh.ring,
-        k_len=schedule.mask.k_len,
+        tokens=max(schedule.mask.q_len, schedule.mask.k_len),
         q_rows=schedule.ring.q_rows,
         kv_rows=schedule.ring.kv_rows,
         same_rows=int(schedule.rows == schedule.kv_rows),
     )
-    names = Names(mesh.ulysses_group or "", mesh.ring_group or "", kernel)
-    outputs = _forward_op(
-        q, k, v, sinks, schedule._encoded, list(sizes), names.joined(), scale, softcap, head_chunks
+    return list(sizes), Names(mesh.ulysses_group or "", mesh.ring_group or "", kernel).joined()
+
+
+def needs_backward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> bool:
+    """Whether anything is to be kept for a backward."""
+    if not torch.is_grad_enabled():
+        return False
+    return (
+        q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
     )
-    out: Tensor = outputs[0]
-    return out
+
+
+def is_selectively_checkpointed() -> bool:
+    """Whether a selective activation checkpoint looks at every operator, to keep or to replay its outputs."""
+    return any(isinstance(mode, _SELECTIVE) for mode in _get_current_dispatch_mode_stack())
+
+
+def attend_visibly(
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: AttentionCall, options: Options
+) -> tuple[Tensor, Saved]:
+    """`attend` as one operator, whose outputs a selective checkpoint's policy may keep.
+
+    Then recomputation repeats neither the attention nor its exchange: the policy names
+    `torch.ops.seqmesh.attention.default`. Other dispatch modes, such as one that counts collectives, see what
+    happens inside.
+    """
+    assert isinstance(options.kernel, str)
+    schedule = call.schedule
+    others = tuple(mode for mode in _get_current_dispatch_mode_stack() if not isinstance(mode, _SELECTIVE))
+    token = _WATCHING.set(others)
+    try:
+        out, *made = _forward_op(
+            q,
+            k,
+            v,
+            sinks,
+            schedule._encoded,
+            *_sizes_and_names(schedule, options.kernel),
+            options.scale,
+            options.softcap,
+            options.head_chunks,
+            True,
+        )
+    finally:
+        _WATCHING.reset(token)
+    own = [] if call.exchanges_heads else [q, k, v, out]
+    return out, Saved.of([*own, *made], call)
 
 
 @lru_cache(maxsize=64)
@@ -134,6 +215,22 @@ def _resolve(
     return schedule, Options(scale=scale, softcap=softcap, kernel=names.kernel, head_chunks=head_chunks)
 
 
+@contextmanager
+def _watched() -> Iterator[None]:
+    """Within an operator no dispatch mode is active: those that watch are, for a while.
+
+    Pushed, not entered: some modes count from zero when they are entered.
+    """
+    modes = _WATCHING.get()
+    for mode in modes:
+        _push_mode(mode)
+    try:
+        yield
+    finally:
+        for _ in modes:
+            _pop_mode()
+
+
 @torch.library.custom_op("seqmesh::attention", mutates_args=())
 def _forward_op(
     q: Tensor,
@@ -146,14 +243,17 @@ def _forward_op(
     scale: float | None,
     softcap: float | None,
     head_chunks: int | None,
+    keep: bool,
 ) -> list[Tensor]:
-    """[out, and what attention made for the backward: Saved.made()]"""
+    """[out, and what attention made for the backward: Saved.made()], only out if nothing is to be kept."""
     del sizes  # for the fake implementation
     schedule, options = _resolve(encoded, names, scale, softcap, head_chunks)
     call = checked_call(q, k, v, sinks, schedule, options)
-    out, saved = attend(unit_last_stride(q), unit_last_stride(k), unit_last_stride(v), sinks, call)
+    q, k, v = unit_last_stride(q), unit_last_stride(k), unit_last_stride(v)
+    with _watched():
+        out, saved = attend(q, k, v, sinks, call, keep=keep)
     # An operator returns tensors of the strides that its fake says: contiguous ones.
-    return [out, *(x.contiguous() for x in saved.made())]
+    return [out] if saved is None else [out, *(x.contiguous() for x in saved.made())]
 
 
 @_forward_op.register_fake
@@ -168,33 +268,37 @@ def _forward_fake(
     scale: float | None,
     softcap: float | None,
     head_chunks: int | None,
+    keep: bool,
 ) -> list[Tensor]:
     """Shapes of what `_forward_op` returns."""
-    del v, sinks, encoded, names, scale, softcap
-    b, _, h, d = q.shape
-    g = k.shape[2]
+    del k, sinks, encoded, names, scale, softcap
+    b, n, h, d = q.shape
+    g, e = v.shape[2:]
     size = Sizes(*sizes)
     ulysses, ring, me = int(size.ulysses), int(size.ring), int(size.ulysses_rank)
     if head_chunks is None:
-        head_chunks = default_chunks(ulysses, ring, size.k_len, b * g * d)
-    outputs = [torch.empty_like(q, memory_format=torch.contiguous_format)]
+        head_chunks = default_chunks(ulysses, ring, size.tokens * b * (h + g) * (d + e), q.dtype.itemsize)
+    outputs = [q.new_empty((b, n, h, e))]
+    if not keep:
+        return outputs
     for shares in split_heads(int(h), int(g), ulysses, int(head_chunks)):
         mine = shares[me]
         if ulysses > 1:
+            q_width, kv_width = mine.q * d, mine.kv * (d + e)
             if size.same_rows:
-                outputs.append(q.new_empty((size.q_rows, b, mine.q + 2 * mine.kv, d)))
+                outputs.append(q.new_empty((size.q_rows, b, q_width + kv_width)))
             else:
-                outputs.append(q.new_empty((size.q_rows, b, mine.q, d)))
-                outputs.append(q.new_empty((size.kv_rows, b, 2 * mine.kv, d)))
-            outputs.append(q.new_empty((size.q_rows, b, mine.q, d)))
+                outputs.append(q.new_empty((size.q_rows, b, q_width)))
+                outputs.append(q.new_empty((size.kv_rows, b, kv_width)))
+            outputs.append(q.new_empty((size.q_rows, b, mine.q, e)))
         outputs.append(q.new_empty((b, mine.q, size.q_rows), dtype=accumulator_dtype(q.dtype)))
     return outputs
 
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     """Keep `Saved.tensors()`: where no heads are exchanged, the call's own tensors come first."""
-    q, k, v, sinks, encoded, sizes, *ctx.options = inputs
-    ctx.kv_shape = list(k.shape)
+    q, k, v, sinks, encoded, sizes, *ctx.options, _ = inputs
+    ctx.q_shape, ctx.k_shape = list(q.shape), list(k.shape)
     out, *made = output
     own = [q, k, v, out] if Sizes(*sizes).ulysses == 1 else []
     ctx.save_for_backward(sinks, encoded, *own, *made)
@@ -204,9 +308,16 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     sinks, encoded, *saved = ctx.saved_tensors
     grad_out = grads[0]
     assert grad_out is not None
-    dq, dk, dv, *grad_sinks = _backward_op(grad_out, sinks, saved, encoded, ctx.kv_shape, *ctx.options)
-    no_grads = (None,) * 6  # encoded, sizes, names, scale, softcap, head_chunks
-    return dq, dk, dv, grad_sinks[0] if grad_sinks else None, *no_grads
+    q, k, v, sinks_needed, *_ = ctx.needs_input_grad
+    needs = Needs(q=q, kv=k or v, sinks=sinks is not None and sinks_needed)
+    found = iter(
+        _backward_op(grad_out, sinks, saved, encoded, ctx.q_shape, ctx.k_shape, list(needs), *ctx.options)
+    )
+    dq = next(found) if needs.q else None
+    dk, dv = (next(found), next(found)) if needs.kv else (None, None)
+    dsinks = next(found) if needs.sinks else None
+    no_grads = (None,) * 7  # encoded, sizes, names, scale, softcap, head_chunks, keep
+    return dq, dk, dv, dsinks, *no_grads
 
 
 @torch.library.custom_op("seqmesh::attention_backward", mutates_args=())
@@ -215,19 +326,22 @@ def _backward_op(
     sinks: Tensor | None,
     saved: list[Tensor],
     encoded: Tensor,
-    kv_shape: list[int],
+    q_shape: list[int],
+    k_shape: list[int],
+    needs: list[bool],
     names: str,
     scale: float | None,
     softcap: float | None,
     head_chunks: int | None,
 ) -> list[Tensor]:
-    """[dq, dk, dv], and dsinks if there are sinks."""
+    """Of dq, dk and dv, dsinks those that are needed, in this order."""
     schedule, options = _resolve(encoded, names, scale, softcap, head_chunks)
-    call = call_for(grad_out, kv_shape[2], schedule, options)
+    v_shape = (*k_shape[:3], grad_out.shape[3])
+    facts = Facts(tuple(q_shape), tuple(k_shape), v_shape, grad_out.dtype, grad_out.device)
+    call = call_for(facts, schedule, options)
     kept = Saved.of([unit_last_stride(x) for x in saved], call)
-    dq, dk, dv, grad_sinks = attend_backward(grad_out, sinks, kept, call)
-    grads = [dq.contiguous(), dk.contiguous(), dv.contiguous()]
-    return grads if grad_sinks is None else [*grads, grad_sinks]
+    grads = attend_backward(grad_out, sinks, kept, call, Needs(*needs))
+    return [x.contiguous() for x in grads if x is not None]
 
 
 @_backward_op.register_fake
@@ -236,7 +350,9 @@ def _backward_fake(
     sinks: Tensor | None,
     saved: list[Tensor],
     encoded: Tensor,
-    kv_shape: list[int],
+    q_shape: list[int],
+    k_shape: list[int],
+    needs: list[bool],
     names: str,
     scale: float | None,
     softcap: float | None,
@@ -244,9 +360,16 @@ def _backward_fake(
 ) -> list[Tensor]:
     """Shapes of what `_backward_op` returns."""
     del saved, encoded, names, scale, softcap, head_chunks
-    dq = torch.empty_like(grad_out, memory_format=torch.contiguous_format)
-    grads = [dq, grad_out.new_empty(kv_shape), grad_out.new_empty(kv_shape)]
-    return grads if sinks is None else [*grads, torch.empty_like(sinks)]
+    needed = Needs(*needs)
+    grads = []
+    if needed.q:
+        grads.append(grad_out.new_empty(q_shape))
+    if needed.kv:
+        grads.append(grad_out.new_empty(k_shape))
+        grads.append(grad_out.new_empty((*k_shape[:3], grad_out.shape[3])))
+    if needed.sinks and sinks is not None:
+        grads.append(torch.empty_like(sinks))
+    return grads
 
 
 _forward_op.register_autograd(_backward, setup_context=_save)

@@ -16,9 +16,12 @@ from torch import Tensor
 
 from seqmesh.layouts import Layout, Span
 from seqmesh.masks import Band, Mask
+from seqmesh.schedule import Stages
 
 _OPEN = -(1 << 62)
 """Stands for an open bound of a band."""
+_AUTO = -1
+"""Stands for stages="auto"; 0 for none."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,7 +32,7 @@ class EncodedFields:
     ulysses: int
     ulysses_rank: int
     ring_rank: int
-    stages: int | None
+    stages: Stages
     """As given to Schedule.build."""
     layout: Layout
     kv_layout: Layout
@@ -40,13 +43,21 @@ def encode(fields: EncodedFields) -> Tensor:
     """The fields as an (m,) int64 tensor on the CPU."""
     mask = fields.mask
     numbers = [mask.q_len, mask.k_len, len(mask.bands)]
-    numbers += [fields.ulysses, fields.ulysses_rank, fields.ring_rank, fields.stages or 0]
+    numbers += [fields.ulysses, fields.ulysses_rank, fields.ring_rank, _of_stages(fields.stages)]
     for band in mask.bands:
         numbers += [_OPEN if number is None else number for number in band]
     numbers += _of_layout(fields.layout)
     if fields.kv_layout is not fields.layout:
         numbers += _of_layout(fields.kv_layout)
     return torch.tensor(numbers, dtype=torch.int64)
+
+
+def _of_stages(stages: Stages) -> int:
+    return _AUTO if stages == "auto" else stages or 0
+
+
+def _stages(number: int) -> Stages:
+    return "auto" if number == _AUTO else number or None
 
 
 def _of_layout(layout: Layout) -> Iterator[int]:
@@ -73,7 +84,7 @@ def decode(encoded: bytes) -> EncodedFields:
         ulysses=ulysses,
         ulysses_rank=ulysses_rank,
         ring_rank=ring_rank,
-        stages=stages or None,
+        stages=_stages(stages),
         layout=layout,
         kv_layout=kv_layout,
     )

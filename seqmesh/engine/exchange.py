@@ -4,29 +4,28 @@ Ulysses sends heads and receives rows; a ring stage sends rows and receives rows
 transpose. No send/recv pair can deadlock, nothing waits for a handshake, and the functional form is what
 torch.compile understands.
 
-    scatter_heads   (n, b, h, d) of every rank  ->  (n_0 + n_1 + ..., b, h_mine, d)    to a peer: its heads
-    gather_heads    (N, b, h_mine, d)           ->  one (n, b, h_u, d) per peer        to a peer: its rows
-    fetch_rows      K, V rows of the stage      ->  (received rows, b, 2 g, d)         K heads, then V heads
-    return_rows     gradients of those rows     ->  to the ranks that own them
-                                                    add_returned_rows_: added there, in fp32
+    scatter_heads   (n, b, heads, dim) of every rank  ->  (n_0 + n_1 + ..., b, width)    to a peer: its heads
+    gather_heads    (N, b, width)                     ->  one (n, b, width_u) per peer   to a peer: its rows
+    fetch_rows      K, V rows of the stage            ->  (received rows, b, g d + g e)  K heads, then V heads
+    return_rows     gradients of those rows           ->  to the ranks that own them     added there, in fp32
 
+A row holds heads of several tensors side by side, flat: q, k and v, or k and v. `columns` gives them back.
 Tensors are rows-first: a rank's rows are then one slice of memory, so rows need no packing on the receiving
 side.
 
-Legend: n local rows, N rows of the ulysses group, b batch, h query heads, g K/V heads, d head dim.
+Legend: n local rows, N rows of the ulysses group, b batch, g K/V heads, d head dim of keys, e of values.
 Source: the paper's SP-Ulysses and SP-Ring communication.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 from torch.utils._python_dispatch import TorchDispatchMode
-
-from seqmesh.schedule.ring import Transfer
 
 
 class Pending(NamedTuple):
@@ -37,49 +36,65 @@ class Pending(NamedTuple):
 
     received: Tensor
     sent: Tensor
+    is_ours: bool
+    """Whether the sent buffer was made for this message alone."""
 
-    def wait(self, *, keep_sent: bool = False) -> Tensor:
+    def wait(self) -> Tensor:
         """The received elements, flat, in the order of the peers.
 
-        Frees the sent buffer, unless it is to be kept.
-
-        The backend's thread may hold the message for a while after it has left: freed by hand, memory does
-        not depend on that.
+        Frees the sent buffer if it was made for this message. The backend's thread may hold the message for a
+        while after it has left: freed by hand, memory does not depend on that.
         """
         received: Tensor = torch.ops._c10d_functional.wait_tensor(self.received)
-        if not keep_sent:
+        if self.is_ours:
             self.sent.untyped_storage().resize_(0)
         return received
 
 
 def start_exchange(
-    send: Tensor, send_sizes: Sequence[int], receive_sizes: Sequence[int], group: str
+    send: Tensor, send_sizes: list[int], receive_sizes: list[int], group: str, *, is_ours: bool
 ) -> Pending:
-    """Start an all-to-all of a flat buffer.
+    """Start an all-to-all of a flat buffer, which is freed afterwards if it `is_ours`.
 
     `send_sizes[p]` elements go to peer p, `receive_sizes[p]` come from it. Every rank of the group must call
     it, in the same order, also when it has nothing to send.
     """
-    received = torch.ops._c10d_functional.all_to_all_single(
-        send, list(receive_sizes), list(send_sizes), group
-    )
-    return Pending(received, send)
+    if not send.numel() and any(receive_sizes) and _is_dry_run(group):
+        return Pending(send.new_zeros(sum(receive_sizes)), send, False)
+    received = torch.ops._c10d_functional.all_to_all_single(send, receive_sizes, send_sizes, group)
+    return Pending(received, send, is_ours)
+
+
+def _is_dry_run(group: str) -> bool:
+    """Whether a group is PyTorch's "fake" one: it moves nothing, and gives nothing for an empty send."""
+    try:
+        backend = dist.get_backend(_resolve_process_group(group))  # type: ignore[arg-type]
+    except ValueError:  # a group of another making
+        return False
+    return bool(backend == "fake")
+
+
+def columns(flat: Tensor, shapes: Sequence[tuple[int, int]]) -> list[Tensor]:
+    """(rows, b, width) as a (rows, b, heads, dim) view for each (heads, dim) that lie side by side in it."""
+    rows, b, _ = flat.shape
+    parts = torch.split_with_sizes(flat, [heads * dim for heads, dim in shapes], -1)
+    return [part.view(rows, b, *shape) for part, shape in zip(parts, shapes, strict=True)]
 
 
 class HeadSlices(NamedTuple):
-    """A tensor (n, b, heads, d) and the half-open range of its heads that each ulysses rank needs."""
+    """A tensor (n, b, heads, dim) and the half-open range of its heads that each ulysses rank needs."""
 
     tensor: Tensor
     ranges: tuple[tuple[int, int], ...]
 
-    def width(self, ulysses_rank: int) -> int:
-        """Number of heads that a rank needs."""
+    def shape(self, ulysses_rank: int) -> tuple[int, int]:
+        """Heads that a rank needs, and their dim."""
         start, stop = self.ranges[ulysses_rank]
-        return stop - start
+        return stop - start, self.tensor.shape[3]
 
 
-def scatter_heads(parts: Sequence[HeadSlices], rows: Sequence[int], ulysses_rank: int, group: str) -> Tensor:
-    """Swap sequence shards for head shards: Q, K and V in one collective.
+def scatter_heads(parts: Sequence[HeadSlices], rows: Sequence[int], ulysses_rank: int, group: str) -> Pending:
+    """Start to swap sequence shards for head shards: several tensors in one collective.
 
     Args:
         parts: the tensors, all of this rank's rows; each peer gets its heads of the first, then of the
@@ -89,112 +104,109 @@ def scatter_heads(parts: Sequence[HeadSlices], rows: Sequence[int], ulysses_rank
         group: the ulysses group.
 
     Returns:
-        (sum of rows, b, heads of this rank over all parts, d): the ring rank's rows in storage order.
+        What will be (sum of rows, b, elements of this rank's heads over all parts): the ring rank's rows in
+        storage order.
     """
-    n, b, _, d = parts[0].tensor.shape
-    widths = [sum(part.width(u) for part in parts) for u in range(len(rows))]
-    send_sizes = [n * b * d * width for width in widths]
+    n, b, _, _ = parts[0].tensor.shape
+    shapes = [[part.shape(u) for part in parts] for u in range(len(rows))]
+    widths = [sum(heads * dim for heads, dim in peer) for peer in shapes]
+    send_sizes = [n * b * width for width in widths]
     # One buffer with a message for each peer, one after the other, as the collective wants it.
     send = parts[0].tensor.new_empty(sum(send_sizes))
     for u, message in enumerate(send.split(send_sizes)):
-        _pack_heads_(message.view(n, b, widths[u], d), parts, u)
-    mine = widths[ulysses_rank]
-    receive_sizes = [count * b * d * mine for count in rows]
-    return start_exchange(send, send_sizes, receive_sizes, group).wait().view(sum(rows), b, mine, d)
-
-
-def _pack_heads_(message: Tensor, parts: Sequence[HeadSlices], ulysses_rank: int) -> None:
-    """Write the heads that a rank needs, part after part, into its message (n, b, heads, d)."""
-    first = 0
-    for part in parts:
-        start, stop = part.ranges[ulysses_rank]
-        width = stop - start
-        message[:, :, first : first + width].copy_(part.tensor[:, :, start:stop])
-        first += width
+        for part, into in zip(parts, columns(message.view(n, b, widths[u]), shapes[u]), strict=True):
+            start, stop = part.ranges[u]
+            into.copy_(part.tensor[:, :, start:stop])
+    receive_sizes = [count * b * widths[ulysses_rank] for count in rows]
+    return start_exchange(send, send_sizes, receive_sizes, group, is_ours=True)
 
 
 def gather_heads(
-    x: Tensor, rows: Sequence[int], widths: Sequence[int], ulysses_rank: int, group: str
-) -> list[Tensor]:
-    """Swap head shards back for sequence shards.
+    x: Tensor, rows: Sequence[int], widths: Sequence[int], ulysses_rank: int, group: str, *, is_ours: bool
+) -> Pending:
+    """Start to swap head shards back for sequence shards.
 
     Args:
-        x: (sum of rows, b, widths[ulysses_rank], d).
+        x: (sum of rows, b, widths[ulysses_rank]), contiguous.
         rows: rows of every ulysses rank.
-        widths: heads held by every ulysses rank.
+        widths: elements per row of the heads of every ulysses rank.
         ulysses_rank: this rank.
         group: the ulysses group.
+        is_ours: x is of no other use.
 
     Returns:
-        For every ulysses rank u, its heads of this rank's rows: (n, b, widths[u], d).
+        What `gathered` reads.
     """
-    _, b, mine, d = x.shape
+    b, mine = x.shape[1:]
     n = rows[ulysses_rank]
-    send_sizes = [count * b * d * mine for count in rows]
-    receive_sizes = [n * b * d * width for width in widths]
-    pending = start_exchange(x.contiguous().view(-1), send_sizes, receive_sizes, group)
-    # What was sent may be the caller's own storage, such as a chunk's output that is saved for the backward.
-    messages = pending.wait(keep_sent=True).split(receive_sizes)
-    return [message.view(n, b, width, d) for message, width in zip(messages, widths, strict=True)]
+    send_sizes = [count * b * mine for count in rows]
+    receive_sizes = [n * b * width for width in widths]
+    return start_exchange(x.view(-1), send_sizes, receive_sizes, group, is_ours=is_ours)
 
 
-def _sizes(transfers: Sequence[Transfer], ring: int, row: int) -> list[int]:
-    """Elements for, or from, every ring rank, of rows of `row` elements."""
-    sizes = [0] * ring
-    for transfer in transfers:
-        sizes[transfer.peer] = transfer.rows * row
-    return sizes
+def gathered(received: Tensor, n: int, b: int, widths: Sequence[int]) -> list[Tensor]:
+    """For every ulysses rank u, its heads of this rank's n rows: (n, b, widths[u])."""
+    messages = received.split([n * b * width for width in widths])
+    return [message.view(n, b, width) for message, width in zip(messages, widths, strict=True)]
 
 
-def _runs(transfers: Sequence[Transfer]) -> Iterator[tuple[slice, slice]]:
-    """(rows of this rank's storage, their place in a buffer that holds all transfers) of every run."""
+def pack_rows(k: Tensor, v: Tensor, runs: Sequence[tuple[int, int]]) -> Tensor:
+    """Runs of K (N, b, g, d) beside V (N, b, g, e), one after the other: flat rows (rows, b, g d + g e)."""
+    shapes = [(x.shape[2], x.shape[3]) for x in (k, v)]
+    rows = sum(stop - start for start, stop in runs)
+    packed = k.new_empty((rows, k.shape[1], sum(heads * dim for heads, dim in shapes)))
+    keys, values = columns(packed, shapes)
     row = 0
-    for transfer in transfers:
-        for start, stop in transfer.runs:
-            length = stop - start
-            yield slice(start, stop), slice(row, row + length)
-            row += length
+    for start, stop in runs:
+        place = slice(row, row + stop - start)
+        keys[place].copy_(k[start:stop])
+        values[place].copy_(v[start:stop])
+        row = place.stop
+    return packed
 
 
 def fetch_rows(
-    k: Tensor, v: Tensor, sends: Sequence[Transfer], receives: Sequence[Transfer], ring: int, group: str
+    k: Tensor,
+    v: Tensor,
+    packed: Tensor | None,
+    runs: Sequence[tuple[int, int]],
+    sent_to: Sequence[int],
+    received_from: Sequence[int],
+    group: str,
 ) -> Pending:
     """Start one ring stage: send the rows that peers need, receive the rows that this rank needs.
 
     Args:
         k: (N, b, g, d) this ring rank's keys.
-        v: its values, of the same shape.
-        sends: local rows for each peer.
-        receives: rows that come from each peer.
-        ring: ring degree.
+        v: (N, b, g, e) its values.
+        packed: all of them as of `pack_rows`, if they were packed.
+        runs: rows that are sent, peer after peer.
+        sent_to: rows for every ring rank.
+        received_from: rows from every ring rank.
         group: the ring group.
     """
-    _, b, g, d = k.shape
-    send = k.new_empty((sum(transfer.rows for transfer in sends), b, 2 * g, d))
-    # Keys beside values in one row, so that a stage is one collective.
-    for stored, packed in _runs(sends):
-        send[packed, :, :g].copy_(k[stored])
-        send[packed, :, g:].copy_(v[stored])
-    row = b * 2 * g * d
-    return start_exchange(send.view(-1), _sizes(sends, ring, row), _sizes(receives, ring, row), group)
+    is_ours = packed is None or len(runs) != 1
+    if packed is None:
+        send = pack_rows(k, v, runs)
+    elif len(runs) == 1:
+        send = packed[slice(*runs[0])]
+    else:
+        send = torch.cat([packed[start:stop] for start, stop in runs]) if runs else packed[:0].clone()
+    row = k.shape[1] * (k.shape[2] * k.shape[3] + v.shape[2] * v.shape[3])
+    send_sizes = [rows * row for rows in sent_to]
+    receive_sizes = [rows * row for rows in received_from]
+    return start_exchange(send.view(-1), send_sizes, receive_sizes, group, is_ours=is_ours)
 
 
-def return_rows(
-    grads: Tensor, sends: Sequence[Transfer], receives: Sequence[Transfer], ring: int, group: str
-) -> Pending:
+def return_rows(grads: Tensor, sent_to: Sequence[int], received_from: Sequence[int], group: str) -> Pending:
     """Start the transpose of `fetch_rows`: gradients of a stage's rows travel to their owners.
 
-    `grads` is (received rows, b, 2 g, d).
+    `grads` is (received rows, b, g d + g e), contiguous and of no other use; the rest is as for `fetch_rows`.
     """
-    row = grads.shape[1:].numel()
-    return start_exchange(grads.reshape(-1), _sizes(receives, ring, row), _sizes(sends, ring, row), group)
-
-
-def add_returned_rows_(grads: Tensor, returned: Tensor, sends: Sequence[Transfer]) -> None:
-    """Add the gradients that came home to (N, b, 2 g, d) fp32 accumulators, run by run."""
-    came = returned.view(sum(transfer.rows for transfer in sends), *grads.shape[1:])
-    for stored, packed in _runs(sends):
-        grads[stored] += came[packed]
+    row = grads.shape[1] * grads.shape[2]
+    send_sizes = [rows * row for rows in received_from]
+    receive_sizes = [rows * row for rows in sent_to]
+    return start_exchange(grads.view(-1), send_sizes, receive_sizes, group, is_ours=True)
 
 
 class CountBytes(TorchDispatchMode):

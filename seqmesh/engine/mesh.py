@@ -13,11 +13,13 @@ Source: the order of the axes is the USP paper's best practice 7, ulysses on the
 
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -45,6 +47,16 @@ class SequenceMesh:
         """Ranks that share one sequence: ulysses x ring."""
         return self.ulysses * self.ring
 
+    @cached_property
+    def device_types(self) -> frozenset[str]:
+        """Devices whose tensors the ranks can exchange, as their process groups say; empty for one rank.
+
+        A group that was made without a backend's name exchanges CPU tensors by gloo and CUDA tensors by NCCL.
+        """
+        groups = [name for name in (self.ulysses_group, self.ring_group) if name is not None]
+        types = [frozenset(_device_types(_group(name))) for name in groups]
+        return frozenset.intersection(*types) if types else frozenset()
+
     @property
     def rank(self) -> int:
         """Place of this rank in the sequence: ring_rank * ulysses + ulysses_rank."""
@@ -63,7 +75,9 @@ class SequenceMesh:
         Args:
             ulysses: ulysses degree.
             ring: ring degree.
-            device_type: "cpu", "cuda", ...; default: "cuda" when the default group runs NCCL, else "cpu".
+            device_type: of the device mesh: "cpu", "cuda", ...; default: "cuda" where the default group runs
+                NCCL, also if it was made without a backend's name, else "cpu". Whatever this is, attention
+                takes tensors of every device type that the group exchanges.
             timeout: how long a rank waits for the others in an exchange before it fails. Default: PyTorch's
                 for new groups, which is half an hour with gloo, whatever the default group was given.
 
@@ -79,7 +93,7 @@ class SequenceMesh:
         if not is_ready:
             return _single_process()
         if device_type is None:
-            device_type = "cuda" if "nccl" in str(dist.get_backend()) else "cpu"
+            device_type = _default_device_type()
         return SequenceMesh.from_device_mesh(_device_mesh(device_type, ulysses, ring, timeout))
 
     @staticmethod
@@ -109,6 +123,26 @@ class SequenceMesh:
             ring_group=outer.group,
             device_mesh=device_mesh,
         )
+
+
+def _default_device_type() -> str:
+    """The device type of the default group's mesh."""
+    backend = str(dist.get_backend())
+    if backend == "undefined":  # made without a name: a backend for the CPU, and one for what else there is
+        return max(_device_types(dist.group.WORLD) - {"cpu"}, default="cpu")
+    return "cuda" if "nccl" in backend else "cpu"
+
+
+def _group(name: str) -> Any:
+    return _resolve_process_group(name)  # type: ignore[arg-type]  # a str with another name
+
+
+def _device_types(group: Any) -> set[str]:
+    """Types of the devices whose tensors a process group exchanges.
+
+    Not from `get_backend`, which knows no name for a group that has a backend for each of several devices.
+    """
+    return {device.type for device in group._device_types}
 
 
 def _check_world(ulysses: int, ring: int, world: int | None) -> None:

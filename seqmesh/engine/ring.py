@@ -7,217 +7,266 @@
 Own rows never travel. All ranks issue the same collectives in the same order, whether or not they have
 anything to send.
 
-Legend: N rows of the ring rank, b batch, h query heads and g K/V heads of this rank, d head dim. Tensors are
-rows-first, (N, b, heads, d), so that rows are slices; kernels see (b, heads, rows, d) views.
+Legend: N rows of the ring rank, b batch, h query heads and g K/V heads of this rank, d head dim of queries
+and keys, e of values, t rows of a launch. Tensors are rows-first, (N, b, heads, dim): rows are slices, and
+kernels see (b, heads, rows, dim) views.
 Source: Ring-Attention (Liu et al. 2023); sending partial gradients straight home and accumulating there in
 fp32 is ours.
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 from torch import Tensor
 
-from seqmesh.engine.call import AttentionCall
-from seqmesh.engine.exchange import Pending, add_returned_rows_, fetch_rows, return_rows
-from seqmesh.engine.kernels import Tile
-from seqmesh.engine.merge import RowSums, RunningAttention, accumulator_dtype
-from seqmesh.schedule import Stage
+from seqmesh.engine.call import AttentionCall, Needs
+from seqmesh.engine.exchange import Pending, columns, fetch_rows, pack_rows, return_rows
+from seqmesh.engine.kernels import BatchKernel, Launch
+from seqmesh.engine.merge import check_mergeable
+from seqmesh.engine.program import StagePlan
+from seqmesh.engine.results import RowSums, RunningAttention
 from seqmesh.schedule.heads import HeadShare
+from seqmesh.schedule.pieces import Runs
 
 
 class Ready(NamedTuple):
-    """A stage, and the keys and values that its blocks index."""
+    """A stage, and the keys and values that its launches index."""
 
-    stage: Stage
+    work: StagePlan
     keys: Tensor
     """(received rows, b, g, d); at stage 0 this rank's own rows."""
     values: Tensor
+    """(received rows, b, g, e)"""
+
+
+def start_walk(k: Tensor, v: Tensor, call: AttentionCall) -> Iterator[Ready]:
+    """Every stage, for keys k (N, b, g, d) and values v (N, b, g, e) of this rank.
+
+    The rows of stage 1 start to come now.
+    """
+    program = call.program
+    hops = program.stages[1:]
+    packed = None
+    if hops and program.packs_keys:
+        packed = pack_rows(k, v, [(0, k.shape[0])])
+    coming = _fetch(k, v, packed, hops[0], call) if hops else None
+    return _walk(k, v, packed, coming, call)
+
+
+def _walk(
+    k: Tensor, v: Tensor, packed: Tensor | None, coming: Pending | None, call: AttentionCall
+) -> Iterator[Ready]:
+    """The stages, one after the other, the exchange of the next one's rows in flight.
+
+    What it yields lives until the next stage's rows have arrived, if whoever walks lets go of it: two
+    buffers, of what is computed on and of what is under way, never three.
+    """
+    own, *hops = call.program.stages
+    shapes = [(x.shape[2], x.shape[3]) for x in (k, v)]
+    row_shape = (k.shape[1], sum(heads * dim for heads, dim in shapes))
+    yield Ready(own, k, v)
+    for number, work in enumerate(hops, start=1):
+        assert coming is not None
+        received = coming.wait().view(work.message.received, *row_shape)
+        coming = None  # frees what was sent, before the next buffers are made
+        if number < len(hops):
+            coming = _fetch(k, v, packed, hops[number], call)
+        keys, values = columns(received, shapes)
+        del received
+        yield Ready(work, keys, values)
+        del keys, values
+
+
+def _fetch(k: Tensor, v: Tensor, packed: Tensor | None, work: StagePlan, call: AttentionCall) -> Pending:
+    """Start the exchange of a stage's rows."""
+    group = call.schedule.mesh.ring_group
+    assert group is not None
+    message = work.message
+    return fetch_rows(k, v, packed, message.runs, message.sent_to, message.received_from, group)
 
 
 def ring_forward(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: AttentionCall, share: HeadShare
+    q: Tensor, walk: Iterator[Ready], sinks: Tensor | None, call: AttentionCall, share: HeadShare
 ) -> tuple[Tensor, Tensor]:
-    """Attention of this rank's rows and heads to all keys: (N, b, h, d), lse (b, h, N)."""
-    running = RunningAttention(q)
-    for stage, keys, values in _walk(k, v, call):
-        for tile in _tiles(stage, call):
-            rows, columns = _slices(tile)
-            # Not kept in variables: a tile's output must not live on while the next one is computed.
-            running.add(rows, *_tile_forward(q[rows], keys[columns], values[columns], tile, call, share))
-        del keys, values  # the walk frees them before it makes the next buffers
+    """Attention of this rank's rows q (N, b, h, d) to all keys: (N, b, h, e), lse (b, h, N)."""
+    running = RunningAttention(call.program.queries, q, call.value_head_dim)
+    of_queries = _QueryRows(_heads_first(q))
+    for work, keys, values in walk:
+        k, v = _heads_first(keys), _heads_first(values)
+        del keys, values
+        for part, launch in _launches(work, share):
+            # Not kept in variables: its output must not live on while the next one is computed.
+            running.add(part, *_forward(of_queries, k, v, launch, call, share))
+        del k, v  # the walk frees them before it makes the next buffers
     return running.finish(sinks)
 
 
 def ring_backward(
     grad_out: Tensor,
     q: Tensor,
-    k: Tensor,
-    v: Tensor,
+    walk: Iterator[Ready],
     out: Tensor,
     lse: Tensor,
     call: AttentionCall,
     share: HeadShare,
-) -> tuple[Tensor, Tensor]:
-    """dq (N, b, h, d) and dkv (N, b, 2 g, d), the keys' heads first, in the inputs' dtype."""
-    _, b, g, d = k.shape
-    dq = RowSums((q.shape[0], b, q.shape[2], d), q)
-    home = _Home(k, call)
-    for number, (stage, keys, values) in enumerate(_walk(k, v, call)):
-        is_own = number == 0
-        dkv = home.grads if is_own else RowSums((stage.rows_received, b, 2 * g, d), k)
-        for tile in _tiles(stage, call):
-            rows, columns = _slices(tile)
-            tile_dq, tile_dk, tile_dv = _tile_backward(
-                grad_out[rows],
-                q[rows],
-                keys[columns],
-                values[columns],
-                out[rows],
-                lse[:, :, rows],
-                tile,
-                call,
-                share,
-            )
-            dq.add(rows, tile_dq)
-            dkv.add(columns, tile_dk, tile_dv)
-        home.receive()  # what the stage before has sent; it travelled while this one computed
-        if not is_own:
-            home.send(dkv.sums().to(k.dtype), stage)
-        del keys, values  # the walk frees them before it makes the next buffers
-    home.receive()  # of the last stage, which nothing hides
-    return dq.sums().to(q.dtype), home.grads.sums().to(k.dtype)
+    needs: Needs,
+) -> tuple[RowSums | None, RowSums | None]:
+    """dq (N, b, h, d), and dk and dv of this rank's own rows; None where not needed."""
+    dq = RowSums(call.program.queries, [q]) if needs.q else None
+    home = _KeysHome(call) if needs.kv else None
+    of_queries = _QueryRows(_heads_first(q), _heads_first(grad_out), _heads_first(out), lse)
+    for number, (work, keys, values) in enumerate(walk):
+        dkv = None if home is None else home.sums_of(work, keys, values)
+        k, v = _heads_first(keys), _heads_first(values)
+        del keys, values
+        for part, launch in _launches(work, share):
+            launch_dq, *launch_dkv = _backward(of_queries, k, v, launch, call, share)
+            if dq is not None:
+                dq.add(part, launch_dq)
+            if dkv is not None:
+                dkv.add(part - work.first_part, *launch_dkv)
+            del launch_dq, launch_dkv
+        del k, v  # the walk frees them before it makes the next buffers
+        if home is not None and dkv is not None:
+            home.stage_is_done(number, dkv)
+    return dq, None if home is None else home.finish()
 
 
-def _walk(k: Tensor, v: Tensor, call: AttentionCall) -> Iterator[Ready]:
-    """Every stage of this rank with its keys and values, the exchange of the next stage's rows in flight.
-
-    What it yields lives until the next stage's rows have arrived, if whoever walks lets go of it: two
-    buffers, of what is computed on and of what is under way, never three.
-    """
-    own, *hops = call.schedule.ring.stages
-    coming = _fetch(k, v, hops[0], call) if hops else None
-    yield Ready(own, k, v)
-    for number, stage in enumerate(hops, start=1):
-        assert coming is not None
-        ready = _arrived(coming, stage, k)
-        coming = None  # frees what was sent, before the next buffers are made
-        if number < len(hops):
-            coming = _fetch(k, v, hops[number], call)
-        yield ready
-
-
-def _fetch(k: Tensor, v: Tensor, stage: Stage, call: AttentionCall) -> Pending:
-    """Start the exchange of a stage's rows."""
-    mesh = call.schedule.mesh
-    assert mesh.ring_group is not None
-    return fetch_rows(k, v, stage.sends, stage.receives, mesh.ring, mesh.ring_group)
-
-
-def _arrived(coming: Pending, stage: Stage, k: Tensor) -> Ready:
-    """Wait for the rows of a stage."""
-    _, b, g, d = k.shape
-    received = coming.wait().view(stage.rows_received, b, 2 * g, d)
-    return Ready(stage, received[:, :, :g], received[:, :, g:])
-
-
-class _Home:
-    """Gradients of this rank's own K/V rows, in fp32: what it computes itself, and what peers send home.
+class _KeysHome:
+    """Gradients of this rank's own K/V rows: what it computes itself, and what peers send home.
 
     At most one part is under way: it is sent after a stage, and travels while the next one computes.
     """
 
-    def __init__(self, k: Tensor, call: AttentionCall) -> None:
-        rows, b, g, d = k.shape
-        self.grads = RowSums((rows, b, 2 * g, d), k)
-        self._mesh = call.schedule.mesh
-        self._under_way: tuple[Pending, Stage] | None = None
+    def __init__(self, call: AttentionCall) -> None:
+        self._call = call
+        self._own: RowSums | None = None
+        self._row_shape = (0, 0)
+        self._under_way: tuple[Pending, int] | None = None
 
-    def send(self, partial: Tensor, stage: Stage) -> None:
-        """Send gradients (received rows, b, 2 g, d) of a stage's rows to their owners; ours start to come."""
-        mesh = self._mesh
-        assert mesh.ring_group is not None
-        pending = return_rows(partial, stage.sends, stage.receives, mesh.ring, mesh.ring_group)
-        self._under_way = pending, stage
+    def sums_of(self, work: StagePlan, keys: Tensor, values: Tensor) -> RowSums:
+        """What adds up the gradients of a stage's keys and values."""
+        if work.received is not None:
+            return RowSums(work.received, [keys, values])
+        self._row_shape = (keys.shape[1], keys.shape[2:].numel() + values.shape[2:].numel())
+        self._own = RowSums(self._call.program.own_keys, [keys, values])
+        return self._own
 
-    def receive(self) -> None:
+    def stage_is_done(self, number: int, dkv: RowSums) -> None:
+        """Add what the stage before has sent, which travelled while this one computed; send this one's."""
+        self._receive()
+        if number == 0:
+            return
+        group = self._call.schedule.mesh.ring_group
+        assert group is not None
+        message = self._call.program.stages[number].message
+        pending = return_rows(dkv.finish_flat(), message.sent_to, message.received_from, group)
+        self._under_way = pending, number
+
+    def finish(self) -> RowSums:
+        """All of them, when the last stage's, which nothing hides, are there."""
+        self._receive()
+        assert self._own is not None
+        return self._own
+
+    def _receive(self) -> None:
         """Add what has been under way, if anything is."""
-        if self._under_way is not None:
-            pending, stage = self._under_way
-            add_returned_rows_(self.grads.sums(), pending.wait(), stage.sends)
-            self._under_way = None
+        if self._under_way is None or self._own is None:
+            return
+        program = self._call.program
+        pending, number = self._under_way
+        self._under_way = None
+        came = pending.wait().view(program.stages[number].message.sent, *self._row_shape)
+        self._own.add_flat(program.home_part(number), came)
 
 
-def _tiles(stage: Stage, call: AttentionCall) -> Iterator[Tile]:
-    for block in stage.blocks:
-        yield from call.kernel.tiles(block)
-
-
-def _slices(tile: Tile) -> tuple[slice, slice]:
-    """Query rows and key rows of a tile."""
-    band = tile.band
-    return slice(band.q_start, band.q_stop), slice(band.k_start, band.k_stop)
+def _launches(work: StagePlan, share: HeadShare) -> Iterator[tuple[int, Launch]]:
+    """The launches of a stage with their numbers; none without a head."""
+    return enumerate(work.launches if share.groups else (), start=work.first_part)
 
 
 def _heads_first(x: Tensor) -> Tensor:
-    return x.permute(1, 2, 0, 3)  # (rows, b, heads, d) -> (b, heads, rows, d)
+    return x.permute(1, 2, 0, 3)  # (rows, b, heads, dim) -> (b, heads, rows, dim), as kernels take it
 
 
-def _tile_forward(
-    q: Tensor, k: Tensor, v: Tensor, tile: Tile, call: AttentionCall, share: HeadShare
+class _QueryRows:
+    """Rows of tensors of the queries (b, heads, n, ...). Stage after stage asks for the same run of them."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self._tensors = tensors
+        self._views: dict[Runs, list[Tensor]] = {}
+
+    def __call__(self, runs: Runs) -> list[Tensor]:
+        """The rows of these runs of every tensor; what is copied for several runs is not kept."""
+        found = self._views.get(runs)
+        if found is None:
+            found = [_rows(x, runs) for x in self._tensors]
+            if len(runs) == 1:
+                self._views[runs] = found
+        return found
+
+
+def _rows(x: Tensor, runs: Runs) -> Tensor:
+    """Rows of (b, heads, n, ...), one run after the other; a view of one run."""
+    if len(runs) == 1:
+        ((start, stop),) = runs
+        return x if stop - start == x.shape[2] else x.narrow(2, start, stop - start)
+    return torch.cat([x.narrow(2, start, stop - start) for start, stop in runs], 2)
+
+
+def _forward(
+    of_queries: _QueryRows, k: Tensor, v: Tensor, launch: Launch, call: AttentionCall, share: HeadShare
 ) -> tuple[Tensor, Tensor]:
-    """The kernel on one tile: (b, h, rows, d) and (b, h, rows).
+    """One launch of the kernel: (b, h, t, e) and (b, h, t).
 
     One call per group of equally used K/V heads: one in all, unless query heads are split unevenly.
     """
-    q, k, v = _heads_first(q), _heads_first(k), _heads_first(v)
-    if not share.groups:  # no head of the chunk is ours: q has none either, and is its own output
-        return q, q.new_zeros(q.shape[:3], dtype=accumulator_dtype(q.dtype))
+    (q,) = of_queries(launch.queries)
+    k, v = _rows(k, launch.keys), _rows(v, launch.keys)
+    if len(share.groups) == 1:  # all heads: no need to slice them
+        return _launched(q, k, v, launch, call)
     parts = []
     for group in share.groups:
         heads = slice(group.q_start, group.q_stop)
         kv = slice(group.kv_start, group.kv_stop)
-        parts.append(call.kernel.forward(q[:, heads], k[:, kv], v[:, kv], tile, call.rule))
-    if len(parts) == 1:
-        return parts[0]
+        parts.append(_launched(q[:, heads], k[:, kv], v[:, kv], launch, call))
     return torch.cat([out for out, _ in parts], 1), torch.cat([lse for _, lse in parts], 1)
 
 
-def _tile_backward(
-    grad_out: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    out: Tensor,
-    lse: Tensor,
-    tile: Tile,
-    call: AttentionCall,
-    share: HeadShare,
-) -> tuple[Tensor, ...]:
-    """The kernel's gradients on one tile: dq (b, h, rows, d), dk and dv (b, g, rows, d).
+def _launched(q: Tensor, k: Tensor, v: Tensor, launch: Launch, call: AttentionCall) -> tuple[Tensor, Tensor]:
+    """The kernel's call."""
+    if len(launch.tiles) == 1:
+        found = call.kernel.forward(q, k, v, launch.tiles[0], call.rule)
+    else:
+        found = cast(BatchKernel, call.kernel).forward_many(q, k, v, launch, call.rule)
+    if torch.is_anomaly_enabled():
+        check_mergeable(*found, launch.tiles)
+    return found
 
-    As in the forward, tensors come rows-first, but for lse (b, h, rows).
-    """
-    grad_out, q, k, v, out = map(_heads_first, (grad_out, q, k, v, out))
-    if not share.groups:
-        return q, k, v  # without a head, and so are their gradients
+
+def _backward(
+    of_queries: _QueryRows, k: Tensor, v: Tensor, launch: Launch, call: AttentionCall, share: HeadShare
+) -> tuple[Tensor, ...]:
+    """The kernel's gradients of one launch: dq (b, h, t, d), dk (b, g, t, d) and dv (b, g, t, e)."""
+    q, grad_out, out, lse = of_queries(launch.queries)
+    k, v = _rows(k, launch.keys), _rows(v, launch.keys)
+    if len(share.groups) == 1:
+        return _launched_backward((grad_out, q, k, v, out, lse), launch, call)
     parts = []
     for group in share.groups:
         heads = slice(group.q_start, group.q_stop)
         kv = slice(group.kv_start, group.kv_stop)
-        parts.append(
-            call.kernel.backward(
-                grad_out[:, heads],
-                q[:, heads],
-                k[:, kv],
-                v[:, kv],
-                out[:, heads],
-                lse[:, heads],
-                tile,
-                call.rule,
-            )
-        )
-    if len(parts) == 1:
-        return parts[0]
+        tensors = grad_out[:, heads], q[:, heads], k[:, kv], v[:, kv], out[:, heads], lse[:, heads]
+        parts.append(_launched_backward(tensors, launch, call))
     return tuple(torch.cat(gradients, 1) for gradients in zip(*parts, strict=True))
+
+
+def _launched_backward(
+    tensors: tuple[Tensor, ...], launch: Launch, call: AttentionCall
+) -> tuple[Tensor, ...]:
+    """The kernel's call, for grad_out, q, k, v, out and lse."""
+    grad_out, q, k, v, out, lse = tensors
+    if len(launch.tiles) == 1:
+        return call.kernel.backward(grad_out, q, k, v, out, lse, launch.tiles[0], call.rule)
+    return cast(BatchKernel, call.kernel).backward_many(grad_out, q, k, v, out, lse, launch, call.rule)

@@ -10,9 +10,10 @@ schedule per mask (per batch when documents differ), not per layer.
 """
 
 import itertools
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,9 +24,11 @@ from seqmesh.engine.exchange import start_exchange
 from seqmesh.engine.mesh import SequenceMesh
 from seqmesh.layouts import Layout, split_evenly
 from seqmesh.masks import Mask
-from seqmesh.schedule import RingSchedule, ring_schedule
+from seqmesh.schedule import RingSchedule, Stages, ring_schedule
 from seqmesh.schedule.heads import split_heads
 from seqmesh.schedule.traffic import Traffic, attention_traffic
+
+Kept = TypeVar("Kept")
 
 
 class Side(NamedTuple):
@@ -50,6 +53,8 @@ class Schedule:
     """Stages of this ring rank."""
     _encoded: Tensor = field(repr=False)
     """What torch.compile carries through its graph in place of this object, see encoding.py."""
+    _kept: dict[Any, Any] = field(default_factory=dict, repr=False)
+    """What was derived from the schedule before, see `kept`."""
 
     @staticmethod
     def build(
@@ -58,7 +63,7 @@ class Schedule:
         layout: str | Layout = "auto",
         *,
         kv_layout: str | Layout | None = None,
-        stages: int | None = None,
+        stages: Stages = None,
     ) -> "Schedule":
         """The schedule of this rank.
 
@@ -67,8 +72,10 @@ class Schedule:
             mesh: ring x ulysses.
             layout: "auto", "contiguous", "zigzag", "striped", "balanced", or a Layout of mask.q_len tokens.
             kv_layout: for cross-attention, where keys have a layout of their own; default: `layout` when
-                q_len = k_len, else the layout of the same name over k_len ("contiguous" for "auto").
-            stages: exchanges to spread the ring over, see `ring_schedule`.
+                q_len = k_len, else the layout of the same name over k_len ("contiguous" for "auto" and
+                "balanced", which lay out queries).
+            stages: None for an exchange for each hop that some rank uses, "auto" to merge exchanges so small
+                that latency is most of their cost, or the most exchanges there may be; see `ring_schedule`.
 
         Raises:
             ValueError: an unknown layout, or a layout of another length or ring degree.
@@ -97,14 +104,37 @@ class Schedule:
         """Key tokens of every ulysses rank of this ring rank."""
         return _pieces(self.kv_layout, self.mesh)
 
+    def kept(self, key: Any, make: Callable[[], Kept]) -> Kept:
+        """What follows from this schedule and `key`, made once: the layers of a model ask for the same."""
+        try:
+            found: Kept = self._kept[key]
+        except KeyError:
+            found = self._kept[key] = make()
+        except TypeError:  # a kernel of the user's own that has no hash
+            found = make()
+        return found
+
     def side(self, *, keys: bool) -> Side:
         """The tokens of the keys, or of the queries."""
         return Side(self.kv_layout, self.kv_rows) if keys else Side(self.layout, self.rows)
 
     def positions(self, *, keys: bool = False, device: torch.device | str | None = None) -> Tensor:
         """Global positions of this rank's tokens, (n,) int64; of its keys if `keys` (cross-attention)."""
+        return self._positions(keys=keys, device=torch.device(device or "cpu")).clone()
+
+    def _positions(self, *, keys: bool, device: torch.device) -> Tensor:
+        """`positions`, made once per device: nobody may change them."""
         mesh = self.mesh
-        return _positions(self.side(keys=keys).layout, mesh, mesh.ring_rank, mesh.ulysses_rank).to(device)
+        layout = self.side(keys=keys).layout
+        return self.kept(
+            ("positions", keys, device),
+            lambda: _positions(layout, mesh, mesh.ring_rank, mesh.ulysses_rank).to(device),
+        )
+
+    def _order(self, *, keys: bool, device: torch.device) -> Tensor:
+        """Global positions of all tokens, (s,), in the order in which ranks are gathered; made once."""
+        layout = self.side(keys=keys).layout
+        return self.kept(("order", keys, device), lambda: _all_positions(layout, self.mesh).to(device))
 
     def shard(self, x: Tensor, dim: int, *, keys: bool = False) -> Tensor:
         """This rank's tokens of a global tensor.
@@ -127,7 +157,7 @@ class Schedule:
             )
         if self._keeps_order(keys):  # no copy on one rank
             return x
-        return x.index_select(dim, self.positions(keys=keys, device=x.device))
+        return x.index_select(dim, self._positions(keys=keys, device=x.device))
 
     def unshard(self, x_local: Tensor, dim: int, *, keys: bool = False, reduce_grad: bool = False) -> Tensor:
         """The inverse of `shard`: the global tensor, on every rank.
@@ -164,7 +194,16 @@ class Schedule:
         spans = self.side(keys=keys).layout.ranks[0]
         return self.mesh.size == 1 and len(spans) <= 1 and all(span.stride == 1 for span in spans)
 
-    def traffic(self, *, batch: int, heads: int, kv_heads: int, head_dim: int, dtype: torch.dtype) -> Traffic:
+    def traffic(
+        self,
+        *,
+        batch: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        dtype: torch.dtype,
+        value_head_dim: int | None = None,
+    ) -> Traffic:
         """Bytes that this rank sends in one forward and in one backward of `attention`, exactly.
 
         `exchange.CountBytes`, which counts at the collective, agrees with it.
@@ -175,6 +214,7 @@ class Schedule:
             kv_heads: K/V heads g.
             head_dim: head dim d.
             dtype: of q, k and v.
+            value_head_dim: head dim e of values, if not d.
         """
         (shares,) = split_heads(heads, kv_heads, self.mesh.ulysses)
         return attention_traffic(
@@ -185,6 +225,7 @@ class Schedule:
             shares=shares,
             ulysses_rank=self.mesh.ulysses_rank,
             row_head_bytes=batch * head_dim * dtype.itemsize,
+            value_row_head_bytes=batch * (value_head_dim or head_dim) * dtype.itemsize,
         )
 
 
@@ -193,14 +234,10 @@ def _layouts_of(
 ) -> tuple[Layout, Layout]:
     """Layouts of the queries and of the keys, as of `Schedule.build`."""
     if kv_layout is None and mask.q_len == mask.k_len:
-        q_layout = keys = _layout(layout, mask, mask.q_len, ring, auto="auto")
+        q_layout = keys = _named(layout, mask, ring)
     else:
-        # Each side by itself: nothing that balances one side for the other is known, so "auto" is the
-        # simplest.
-        if kv_layout is None:
-            kv_layout = layout if isinstance(layout, str) else "contiguous"
-        q_layout = _layout(layout, mask, mask.q_len, ring, auto="contiguous")
-        keys = _layout(kv_layout, mask, mask.k_len, ring, auto="contiguous")
+        keys = _layout_of_keys(mask, ring, layout if kv_layout is None else kv_layout)
+        q_layout = _named(layout, mask, ring, keys)
     for held in (q_layout, keys):
         if held.ring != ring:
             raise ValueError(
@@ -209,11 +246,22 @@ def _layouts_of(
     return q_layout, keys
 
 
-def _layout(layout: str | Layout, mask: Mask, s: int, ring: int, *, auto: str) -> Layout:
-    """A layout that was given or named; `auto` is what "auto" means here."""
+def _layout_of_keys(mask: Mask, ring: int, layout: str | Layout) -> Layout:
+    """A layout of the keys by themselves; nothing balances them for the queries that see them."""
     if isinstance(layout, Layout):
         return layout
-    return layouts.named(auto if layout == "auto" else layout, mask, s, ring)
+    name = "contiguous" if layout in ("auto", "balanced") else layout
+    return layouts.named(name, mask, mask.k_len, ring)
+
+
+def _named(layout: str | Layout, mask: Mask, ring: int, keys: Layout | None = None) -> Layout:
+    """A layout of the queries that was given or named; over `keys`, if those have one of their own."""
+    if isinstance(layout, Layout):
+        return layout
+    if keys is not None and keys.ring == ring and layout in ("auto", "balanced"):
+        choose = layouts.auto if layout == "auto" else layouts.balanced
+        return choose(mask, ring, kv_layout=keys)
+    return layouts.named(layout, mask, mask.q_len, ring)
 
 
 def _pieces(layout: Layout, mesh: SequenceMesh) -> tuple[int, ...]:
@@ -258,7 +306,7 @@ class _Unshard(torch.autograd.Function):
             if group is not None:
                 gathered = _all_gather(gathered, counts, row_shape.numel(), group)
         stored = gathered.view(-1, *row_shape)  # (s, ...), rank after rank
-        order = _all_positions(side.layout, mesh).to(x.device)
+        order = schedule._order(keys=keys, device=x.device)
         return torch.empty_like(stored).index_copy_(0, order, stored).movedim(0, dim)
 
     @staticmethod
@@ -268,7 +316,7 @@ class _Unshard(torch.autograd.Function):
             rows_first = grad.movedim(ctx.dim, 0)
             own = _sum_to_owner(rows_first, ctx.schedule, ctx.keys).movedim(0, ctx.dim)
         else:
-            own = grad.index_select(ctx.dim, ctx.schedule.positions(keys=ctx.keys, device=grad.device))
+            own = grad.index_select(ctx.dim, ctx.schedule._positions(keys=ctx.keys, device=grad.device))
         return own, None, None, None, None
 
 
@@ -279,8 +327,10 @@ def _all_gather(mine: Tensor, counts: tuple[int, ...], row: int, group: str) -> 
     """
     size = mine.numel()
     copies = mine.expand(len(counts), size).reshape(-1)
-    pending = start_exchange(copies, [size] * len(counts), [count * row for count in counts], group)
-    return pending.wait(keep_sent=True)  # of an empty shard the copies may be a view of the caller's tensor
+    pending = start_exchange(
+        copies, [size] * len(counts), [count * row for count in counts], group, is_ours=False
+    )
+    return pending.wait()  # of an empty shard the copies may be a view of the caller's tensor: not ours
 
 
 def _sum_to_owner(grad: Tensor, schedule: Schedule, keys: bool) -> Tensor:
@@ -290,7 +340,7 @@ def _sum_to_owner(grad: Tensor, schedule: Schedule, keys: bool) -> Tensor:
     """
     mesh = schedule.mesh
     side = schedule.side(keys=keys)
-    stored = grad.index_select(0, _all_positions(side.layout, mesh).to(grad.device))
+    stored = grad.index_select(0, schedule._order(keys=keys, device=grad.device))
     if mesh.ring_group is not None:
         stored = _sum_scatter(stored, side.layout.counts, mesh.ring_rank, mesh.ring_group)
     if mesh.ulysses_group is not None:
@@ -302,6 +352,6 @@ def _sum_scatter(stored: Tensor, counts: tuple[int, ...], me: int, group: str) -
     """Rows for all ranks of a group -> this rank's rows, summed over the group; ranks hold `counts` rows."""
     row_shape = stored.shape[1:]
     sizes = [count * row_shape.numel() for count in counts]
-    pending = start_exchange(stored.reshape(-1), sizes, [sizes[me]] * len(counts), group)
-    received = pending.wait(keep_sent=True)  # what was sent may be a view of the incoming gradient
+    pending = start_exchange(stored.reshape(-1), sizes, [sizes[me]] * len(counts), group, is_ours=False)
+    received = pending.wait()  # what was sent may be a view of the incoming gradient: not ours
     return received.view(len(counts), counts[me], *row_shape).sum(0)

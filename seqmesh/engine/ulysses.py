@@ -1,36 +1,39 @@
 """Ulysses: swap sequence shards for head shards, run the ring on each chunk of heads, swap back.
 
-    chunk of heads    scatter_heads -> ring_forward -> gather_heads           written into out (b, n, h, d)
+    chunk of heads    scatter_heads -> ring_forward -> gather_heads           written into out (b, n, h, e)
     its backward      scatter_heads(dout) -> ring_backward -> gather_heads    dq, dk, dv likewise
 
 Computing the heads in chunks divides the memory of every buffer by the number of chunks. Q, K and V of a
 chunk travel in one collective each way, or in two where keys lie on rows of their own (cross-attention). At U
 = 1 nothing is exchanged, and q, k and v are read where they lie.
 
-Legend: b batch, n local rows, N rows of the ring rank, h query heads, g K/V heads, d head dim, U ulysses
-degree.
+With enough chunks the exchange overlaps the attention: the next chunk's heads travel while one is computed,
+and its results land while the next is. All ranks issue the same collectives in this order:
+
+    scatter 0 | scatter 1, ring 0, gather 0 | scatter 2, ring 1, (gather 0 lands) gather 1 | ...
+
+Legend: b batch, n local rows, N rows of the ring rank, h query heads, g K/V heads, d head dim of queries and
+keys, e of values, U ulysses degree.
 Source: DeepSpeed-Ulysses (Jacobs et al. 2023).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from seqmesh.engine.call import AttentionCall
-from seqmesh.engine.exchange import HeadSlices, gather_heads, scatter_heads
+from seqmesh.engine.call import AttentionCall, Needs
+from seqmesh.engine.exchange import HeadSlices, Pending, columns, scatter_heads
+from seqmesh.engine.home import LocalGrads, OutHome, Shares
 from seqmesh.engine.merge import accumulator_dtype
-from seqmesh.engine.ring import ring_backward, ring_forward
+from seqmesh.engine.ring import ring_backward, ring_forward, start_walk
 from seqmesh.schedule.heads import HeadShare
-
-Shares = tuple[HeadShare, ...]
-"""Heads of every ulysses rank in one chunk."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalTensors:
-    """The call's own tensors: q and out (b, n, h, d), k and v (b, n, g, d).
+    """The call's own tensors: q (b, n, h, d), k (b, n, g, d), v (b, n, g, e) and out (b, n, h, e).
 
     They are what the backward reads at U = 1.
     """
@@ -49,9 +52,9 @@ class ReceivedHeads:
     """
 
     buffers: tuple[Tensor, ...]
-    """q, k and v in one (N, b, heads, d); or q, and k with v, where keys lie on rows of their own."""
+    """q, k and v in one flat (N, b, width); or q, and k with v, where keys lie on rows of their own."""
     out: Tensor
-    """(N, b, h of this rank, d)"""
+    """(N, b, h of this rank, e)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,39 +118,46 @@ def unit_last_stride(x: Tensor) -> Tensor:
 
 
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: AttentionCall
-) -> tuple[Tensor, Saved]:
-    """Forward: out (b, n, h, d), and what the backward needs."""
-    out: Tensor | None = None
-    chunks = []
-    for shares in call.chunks:
+    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: AttentionCall, *, keep: bool
+) -> tuple[Tensor, Saved | None]:
+    """Forward: out (b, n, h, e), and what the backward needs, if that is to be kept."""
+    home = OutHome(q, call)
+    saved: list[SavedChunk] = []
+    coming = _start_qkv(q, k, v, call, 0)
+    for number, shares in enumerate(call.chunks):
         mine = call.mine(shares)
-        buffers = _exchange_qkv(q, k, v, call, shares)  # (b, n, heads, d) -> (N, b, heads of this rank, d)
+        buffers = _arrived(coming, q.shape[0], call, mine)
+        coming = _start_qkv(q, k, v, call, number + 1) if call.overlaps else ()
         chunk_q, chunk_k, chunk_v = _my_qkv(buffers, call, mine) if buffers else _slice_qkv(q, k, v, mine)
         # Sinks are whole on every rank: each takes those of its heads.
         chunk_sinks = None if sinks is None else sinks[mine.q_start : mine.q_stop]
-        chunk_out, lse = ring_forward(chunk_q, chunk_k, chunk_v, chunk_sinks, call, mine)
-        if not call.exchanges_heads and len(call.chunks) == 1:
-            out = chunk_out.transpose(0, 1).contiguous()  # (N, b, h, d) -> (b, n, h, d)
-        else:
-            if out is None:  # not before the first chunk's buffers are gone
-                out = torch.empty_like(q, memory_format=torch.contiguous_format)
-            _bring_out_home_(out, chunk_out, call, shares)
-        received = ReceivedHeads(buffers=buffers, out=chunk_out) if buffers else None
-        chunks.append(SavedChunk(lse=lse, received=received))
-    assert out is not None
+        walk = start_walk(chunk_k, chunk_v, call)
+        chunk_out, lse = ring_forward(chunk_q, walk, chunk_sinks, call, mine)
+        if buffers:
+            chunk_out = chunk_out.contiguous()  # as it travels, so that it is not copied for that
+        home.send(chunk_out, shares, keep=keep)
+        if keep:
+            received = ReceivedHeads(buffers=buffers, out=chunk_out) if buffers else None
+            saved.append(SavedChunk(lse=lse, received=received))
+        del buffers, chunk_q, chunk_k, chunk_v, chunk_out, lse, walk  # before the next chunk's are made
+        if not call.overlaps:
+            coming = _start_qkv(q, k, v, call, number + 1)
+    out = home.finish()
+    if not keep:
+        return out, None
     local = None if call.exchanges_heads else LocalTensors(q=q, k=k, v=v, out=out)
-    return out, Saved(local=local, chunks=tuple(chunks))
+    return out, Saved(local=local, chunks=tuple(saved))
 
 
 def attend_backward(
-    grad_out: Tensor, sinks: Tensor | None, saved: Saved, call: AttentionCall
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
-    """dq, dk, dv and dsinks, of the gradient (b, n, h, d) of the output."""
+    grad_out: Tensor, sinks: Tensor | None, saved: Saved, call: AttentionCall, needs: Needs
+) -> tuple[Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    """dq, dk, dv and dsinks, of the gradient (b, n, h, e) of the output; None where not needed."""
     grad_out = unit_last_stride(grad_out)
-    grads = _LocalGrads(grad_out, call)
-    grad_sinks = None if sinks is None else torch.zeros_like(sinks)
-    for shares, chunk in zip(call.chunks, saved.chunks, strict=True):
+    grads = LocalGrads(grad_out, call, needs)
+    grad_sinks = torch.zeros_like(sinks) if sinks is not None and needs.sinks else None
+    coming: Pending | None = None
+    for number, (shares, chunk) in enumerate(zip(call.chunks, saved.chunks, strict=True)):
         mine = call.mine(shares)
         heads = slice(mine.q_start, mine.q_stop)
         if chunk.received is not None:
@@ -157,31 +167,37 @@ def attend_backward(
             assert saved.local is not None
             chunk_out = saved.local.out.transpose(0, 1)[:, :, heads]
             chunk_q, chunk_k, chunk_v = _slice_qkv(saved.local.q, saved.local.k, saved.local.v, mine)
-        chunk_grad = _exchange_grad(grad_out, call, shares)  # (b, n, h, d) -> (N, b, h of this rank, d)
+        walk = start_walk(chunk_k, chunk_v, call)  # K/V rows need no gradient to travel
+        coming = coming or _start_grad(grad_out, call, number)
+        chunk_grad = _arrived_grad(grad_out, coming, call, mine)  # (b, n, h, e) -> (N, b, h of this rank, e)
+        coming = _start_grad(grad_out, call, number + 1) if call.overlaps else None
         if sinks is not None and grad_sinks is not None:
             grad_sinks[heads] = _sinks_grad(chunk_grad, chunk_out, chunk.lse, sinks[heads])
-        dq, dkv = ring_backward(chunk_grad, chunk_q, chunk_k, chunk_v, chunk_out, chunk.lse, call, mine)
-        grads.add(dq, dkv, shares)
+        dq, dkv = ring_backward(chunk_grad, chunk_q, walk, chunk_out, chunk.lse, call, mine, needs)
+        del chunk_grad, walk
+        grads.send(dq, dkv, shares)
+        del dq, dkv
     return *grads.finish(), grad_sinks
 
 
 def _of_q(x: Tensor, shares: Shares) -> HeadSlices:
-    """(b, n, h, d) as a rows-first view, with the query heads that each ulysses rank needs."""
+    """(b, n, h, dim) as a rows-first view, with the query heads that each ulysses rank needs."""
     return HeadSlices(x.transpose(0, 1), tuple((share.q_start, share.q_stop) for share in shares))
 
 
 def _of_kv(x: Tensor, shares: Shares) -> HeadSlices:
-    """(b, n, g, d) as a rows-first view, with the K/V heads that each ulysses rank needs."""
+    """(b, n, g, dim) as a rows-first view, with the K/V heads that each ulysses rank needs."""
     return HeadSlices(x.transpose(0, 1), tuple((share.kv_start, share.kv_stop) for share in shares))
 
 
-def _exchange_qkv(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, shares: Shares) -> tuple[Tensor, ...]:
-    """Nothing at U = 1; else `ReceivedHeads.buffers`."""
+def _start_qkv(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, number: int) -> tuple[Pending, ...]:
+    """Start the exchange of a chunk's heads: of q, k and v, or of q, and of k and v. Nothing at U = 1."""
     schedule = call.schedule
     group = schedule.mesh.ulysses_group
-    if group is None:
+    if group is None or number == len(call.chunks):
         return ()
     me = schedule.mesh.ulysses_rank
+    shares = call.chunks[number]
     q_part = _of_q(q, shares)
     kv_parts = [_of_kv(k, shares), _of_kv(v, shares)]
     if call.same_rows:
@@ -192,109 +208,56 @@ def _exchange_qkv(q: Tensor, k: Tensor, v: Tensor, call: AttentionCall, shares: 
     )
 
 
+def _arrived(coming: tuple[Pending, ...], b: int, call: AttentionCall, mine: HeadShare) -> tuple[Tensor, ...]:
+    """`ReceivedHeads.buffers` of what has been under way."""
+    q_width = mine.q * call.head_dim
+    kv_width = mine.kv * (call.head_dim + call.value_head_dim)
+    shapes = [(sum(call.schedule.rows), b, q_width), (sum(call.schedule.kv_rows), b, kv_width)]
+    if call.same_rows:
+        shapes = [(sum(call.schedule.rows), b, q_width + kv_width)]
+    return tuple(pending.wait().view(shape) for pending, shape in zip(coming, shapes, strict=False))
+
+
 def _my_qkv(
     buffers: tuple[Tensor, ...], call: AttentionCall, mine: HeadShare
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v (N, b, heads of this rank, d): views of the received buffers."""
+    """q (N, b, h, d), k (N, b, g, d) and v (N, b, g, e) of this rank's heads: views of the buffers."""
+    q_shape = (mine.q, call.head_dim)
+    kv_shapes = [(mine.kv, call.head_dim), (mine.kv, call.value_head_dim)]
     if call.same_rows:
         (qkv,) = buffers
-        q, k, v = qkv.split([mine.q, mine.kv, mine.kv], dim=2)
+        q, k, v = columns(qkv, [q_shape, *kv_shapes])
     else:
-        q, kv = buffers
-        k, v = kv.split([mine.kv, mine.kv], dim=2)
+        (q,) = columns(buffers[0], [q_shape])
+        k, v = columns(buffers[1], kv_shapes)
     return q, k, v
 
 
 def _slice_qkv(q: Tensor, k: Tensor, v: Tensor, mine: HeadShare) -> tuple[Tensor, Tensor, Tensor]:
     """The same at U = 1: views of the inputs."""
+    q, k, v = q.transpose(0, 1), k.transpose(0, 1), v.transpose(0, 1)
+    if mine.q == q.shape[2]:  # one chunk has them all
+        return q, k, v
     kv_heads = slice(mine.kv_start, mine.kv_stop)
-    return (
-        q.transpose(0, 1)[:, :, mine.q_start : mine.q_stop],
-        k.transpose(0, 1)[:, :, kv_heads],
-        v.transpose(0, 1)[:, :, kv_heads],
+    return q[:, :, mine.q_start : mine.q_stop], k[:, :, kv_heads], v[:, :, kv_heads]
+
+
+def _start_grad(grad_out: Tensor, call: AttentionCall, number: int) -> Pending | None:
+    """Start the exchange of the output's gradient of a chunk; nothing at U = 1."""
+    schedule = call.schedule
+    group = schedule.mesh.ulysses_group
+    if group is None or number == len(call.chunks):
+        return None
+    return scatter_heads(
+        [_of_q(grad_out, call.chunks[number])], schedule.rows, schedule.mesh.ulysses_rank, group
     )
 
 
-def _exchange_grad(grad_out: Tensor, call: AttentionCall, shares: Shares) -> Tensor:
-    """(N, b, heads of this rank, d) of the output's gradient; a view at U = 1."""
-    schedule = call.schedule
-    group = schedule.mesh.ulysses_group
-    if group is None:
-        mine = call.mine(shares)
+def _arrived_grad(grad_out: Tensor, coming: Pending | None, call: AttentionCall, mine: HeadShare) -> Tensor:
+    """(N, b, h of this rank, e) of the output's gradient; a view at U = 1."""
+    if coming is None:
         return grad_out.transpose(0, 1)[:, :, mine.q_start : mine.q_stop]
-    return scatter_heads([_of_q(grad_out, shares)], schedule.rows, schedule.mesh.ulysses_rank, group)
-
-
-def _bring_out_home_(out: Tensor, chunk_out: Tensor, call: AttentionCall, shares: Shares) -> None:
-    """Write (N, b, heads of this rank, d) of every ulysses rank to the heads of (b, n, h, d)."""
-    schedule = call.schedule
-    group = schedule.mesh.ulysses_group
-    parts = [chunk_out]
-    if group is not None:
-        widths = [share.q for share in shares]
-        parts = gather_heads(chunk_out, schedule.rows, widths, schedule.mesh.ulysses_rank, group)
-    for share, part in zip(shares, parts, strict=True):
-        out[:, :, share.q_start : share.q_stop].copy_(part.transpose(0, 1))
-
-
-class _LocalGrads:
-    """dq, dk, dv (b, n, heads, d) of this rank's rows, filled chunk by chunk.
-
-    A K/V head that several ulysses ranks used gets several parts: they are added in fp32.
-    """
-
-    def __init__(self, grad_out: Tensor, call: AttentionCall) -> None:
-        self._call = call
-        self._dtype = grad_out.dtype
-        b, _, _, d = grad_out.shape
-        held = call.schedule.kv_rows[call.schedule.mesh.ulysses_rank]
-        kv_shape = (b, held, call.kv_heads, d)
-        # More parts than K/V heads: some head is used by several ranks, and its parts must add up.
-        parts = 0
-        for shares in call.chunks:
-            parts += sum(share.kv for share in shares)
-        self._adds_up = parts > call.kv_heads
-        dtype = accumulator_dtype(grad_out.dtype) if self._adds_up else grad_out.dtype
-        self.dq = torch.empty_like(grad_out, memory_format=torch.contiguous_format)
-        self.dk = grad_out.new_zeros(kv_shape, dtype=dtype)
-        self.dv = grad_out.new_zeros(kv_shape, dtype=dtype)
-
-    def add(self, dq: Tensor, dkv: Tensor, shares: Shares) -> None:
-        """Send dq (N, b, q heads, d) and dkv (N, b, 2 kv heads, d) home, and put what arrives in place."""
-        for share, (part_q, part_kv) in zip(shares, self._bring_home(dq, dkv, shares), strict=True):
-            self.dq[:, :, share.q_start : share.q_stop].copy_(part_q.transpose(0, 1))
-            part_k = part_kv[:, :, : share.kv].transpose(0, 1)
-            part_v = part_kv[:, :, share.kv :].transpose(0, 1)
-            kv_heads = slice(share.kv_start, share.kv_stop)
-            if self._adds_up:
-                self.dk[:, :, kv_heads].add_(part_k)
-                self.dv[:, :, kv_heads].add_(part_v)
-            else:
-                self.dk[:, :, kv_heads].copy_(part_k)
-                self.dv[:, :, kv_heads].copy_(part_v)
-
-    def _bring_home(self, dq: Tensor, dkv: Tensor, shares: Shares) -> Iterator[tuple[Tensor, Tensor]]:
-        """Of every ulysses rank, its dq and dkv (n, b, heads, d) of this rank's rows."""
-        schedule = self._call.schedule
-        group = schedule.mesh.ulysses_group
-        me = schedule.mesh.ulysses_rank
-        q_widths = [share.q for share in shares]
-        kv_widths = [2 * share.kv for share in shares]
-        if group is None:
-            yield dq, dkv
-        elif self._call.same_rows:
-            widths = [q + kv for q, kv in zip(q_widths, kv_widths, strict=True)]
-            both = gather_heads(torch.cat((dq, dkv), 2), schedule.rows, widths, me, group)
-            for q, part in zip(q_widths, both, strict=True):
-                yield part[:, :, :q], part[:, :, q:]
-        else:
-            q_parts = gather_heads(dq, schedule.rows, q_widths, me, group)
-            kv_parts = gather_heads(dkv, schedule.kv_rows, kv_widths, me, group)
-            yield from zip(q_parts, kv_parts, strict=True)
-
-    def finish(self) -> tuple[Tensor, Tensor, Tensor]:
-        """The gradients in the inputs' dtype."""
-        return self.dq, self.dk.to(self._dtype), self.dv.to(self._dtype)
+    return coming.wait().view(sum(call.schedule.rows), grad_out.shape[0], mine.q, call.value_head_dim)
 
 
 def _sinks_grad(grad_out: Tensor, out: Tensor, lse: Tensor, sinks: Tensor) -> Tensor:

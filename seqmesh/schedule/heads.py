@@ -20,18 +20,20 @@ from typing import NamedTuple
 
 from seqmesh.layouts import split_evenly
 
-MOST_HEAD_CHUNKS = 4
-"""Default limit of head chunks on a ring alone.
-
-Enough for its buffers to stay below 3x the local K + V forward, 6x backward.
-"""
+MOST_HEAD_CHUNKS = 2
+"""Default limit of head chunks on a ring alone: enough to keep its buffers small (docs/architecture.md)."""
+MOST_HEAD_CHUNKS_HALF = 4
+"""The same in half precision, whose sums take twice the bytes of what is summed."""
 MOST_HEAD_CHUNKS_EXCHANGED = 8
-"""The same where heads are exchanged: what is kept for the backward takes 2x, so the rest must be smaller."""
-CHUNK_ELEMENTS = 1 << 17
-"""By default a chunk holds at least this many elements of K per rank.
+"""The same where heads are exchanged: what is kept for the backward takes as much as q, k, v and the output,
+so the rest must be smaller."""
+CHUNK_ELEMENTS = 1 << 19
+"""By default a chunk holds at least this many elements of q, k, v and the output per rank.
 
 Below, latency costs more than memory is worth.
 """
+OVERLAPPED_CHUNKS = 6
+"""With fewer chunks than this, what is in flight beside the chunk that is computed takes too much memory."""
 
 
 class HeadGroup(NamedTuple):
@@ -136,7 +138,7 @@ def _part(share: HeadShare, chunk: int, chunks: int, per_kv: int) -> HeadShare:
     return _share(q_start, q_stop, per_kv)
 
 
-def default_chunks(ulysses: int, ring: int, k_len: int, elements_per_token: int) -> int:
+def default_chunks(ulysses: int, ring: int, elements: int, element_bytes: int) -> int:
     """Head chunks when the caller names none.
 
     From global sizes only: every rank must come to the same number.
@@ -144,11 +146,21 @@ def default_chunks(ulysses: int, ring: int, k_len: int, elements_per_token: int)
     Args:
         ulysses: ulysses degree.
         ring: ring degree.
-        k_len: keys of the whole sequence.
-        elements_per_token: batch x K/V heads x head dim.
+        elements: of q, k, v and the output of the whole sequence together.
+        element_bytes: of one of them.
     """
     if ulysses * ring == 1:
         return 1
-    most = MOST_HEAD_CHUNKS_EXCHANGED if ulysses > 1 else MOST_HEAD_CHUNKS
-    elements_per_rank = k_len * elements_per_token // (ulysses * ring)
-    return max(1, min(most, elements_per_rank // CHUNK_ELEMENTS))
+    most = MOST_HEAD_CHUNKS if element_bytes >= 4 else MOST_HEAD_CHUNKS_HALF
+    if ulysses > 1:
+        most = MOST_HEAD_CHUNKS_EXCHANGED
+    return max(1, min(most, elements // (ulysses * ring) // CHUNK_ELEMENTS))
+
+
+def overlaps_exchange(ulysses: int, chunks: int) -> bool:
+    """Whether the heads of the next chunk travel while one is computed, and those of the last one land late.
+
+    It hides the exchange behind the attention, and holds the buffers of three chunks at a time in place of
+    one's: it is done where chunks are many enough for that to be little.
+    """
+    return ulysses > 1 and chunks >= OVERLAPPED_CHUNKS

@@ -50,6 +50,7 @@ def attention_traffic(
     shares: Sequence[HeadShare],
     ulysses_rank: int,
     row_head_bytes: int,
+    value_row_head_bytes: int | None = None,
 ) -> Traffic:
     """What one rank sends.
 
@@ -61,22 +62,41 @@ def attention_traffic(
         shares: heads of every ulysses rank.
         ulysses_rank: which of them is meant.
         row_head_bytes: bytes of one row of one head: batch x head dim x bytes of an element.
+        value_row_head_bytes: the same of values and outputs, if their head dim is another.
     """
     heads = heads_traffic(rows=rows, kv_rows=kv_rows, shares=shares, ulysses_rank=ulysses_rank)
     ring = rows_traffic(rows_sent=rows_sent, rows_received=rows_received, kv_heads=shares[ulysses_rank].kv)
+    of_keys = row_head_bytes
+    of_values = row_head_bytes if value_row_head_bytes is None else value_row_head_bytes
     return Traffic(
-        heads_forward=heads.forward * row_head_bytes,
-        heads_backward=heads.backward * row_head_bytes,
-        rows_forward=ring.forward * row_head_bytes,
-        rows_backward=ring.backward * row_head_bytes,
+        heads_forward=heads.forward.bytes(of_keys, of_values),
+        heads_backward=heads.backward.bytes(of_keys, of_values),
+        rows_forward=ring.forward.bytes(of_keys, of_values),
+        rows_backward=ring.backward.bytes(of_keys, of_values),
     )
 
 
-class Sent(NamedTuple):
-    """Rows x heads that one rank sends."""
+class RowHeads(NamedTuple):
+    """Rows x heads: of q, k and their gradients; and of v, the output and their gradients."""
 
-    forward: int
-    backward: int
+    keys: int
+    values: int
+
+    @property
+    def total(self) -> int:
+        """Both, where they have one head dim."""
+        return self.keys + self.values
+
+    def bytes(self, of_keys: int, of_values: int) -> int:
+        """Bytes, given those of one row of one head."""
+        return self.keys * of_keys + self.values * of_values
+
+
+class Sent(NamedTuple):
+    """What one rank sends."""
+
+    forward: RowHeads
+    backward: RowHeads
 
 
 def heads_traffic(
@@ -88,15 +108,16 @@ def heads_traffic(
     others = [u for u in range(len(shares)) if u != me]
     # Rows of mine for the heads of others ...
     q = sum(rows[me] * shares[u].q for u in others)
-    kv = sum(kv_rows[me] * 2 * shares[u].kv for u in others)
+    kv = sum(kv_rows[me] * shares[u].kv for u in others)
     # ... and heads of mine for the rows of others, on the way back.
     out = sum(rows[u] * mine.q for u in others)
-    kv_back = sum(kv_rows[u] * 2 * mine.kv for u in others)
-    return Sent(forward=q + kv + out, backward=q + out + kv_back)
+    kv_back = sum(kv_rows[u] * mine.kv for u in others)
+    # Forward: q, k, v to their heads, out home. Backward: dout to its heads, dq, dk, dv home.
+    return Sent(forward=RowHeads(q + kv, kv + out), backward=RowHeads(out + kv_back, q + kv_back))
 
 
 def rows_traffic(*, rows_sent: int, rows_received: int, kv_heads: int) -> Sent:
     """What one rank of so many K/V heads sends to its ring group."""
-    fetch = rows_sent * 2 * kv_heads
-    bring_home = rows_received * 2 * kv_heads
-    return Sent(forward=fetch, backward=fetch + bring_home)
+    fetch = rows_sent * kv_heads
+    bring_home = rows_received * kv_heads
+    return Sent(forward=RowHeads(fetch, fetch), backward=RowHeads(fetch + bring_home, fetch + bring_home))

@@ -141,6 +141,11 @@ FAMILIES: tuple[tuple[str, ...], ...] = (
     ("prefix_lm(47, 13)", "prefix_lm(530, 201)"),
     ("chunked(50, 16)", "chunked(520, 300)"),
     ("cross(29, 51)", "cross(40, 16)"),
+    ("tree([20, 9, 14, 5], [None, 0, 0, 1])", "tree([260, 150, 140], [None, 0, 0])"),
+    ("rows([causal(20), sliding_window(20, 3)])",),
+    ("from_cu_seqlens([0, 5, 33])",),
+    ("from_position_ids([0, 1, 2, 0, 1, 0, 1, 2, 3])",),
+    ("from_padding([1, 1, 1, 1, 1, 0, 0])",),
     # Looks ahead only; rows that see nothing, and keys that nobody sees.
     (
         "Mask(40, 40, [Band(0, 40, 0, 40, lo=-6, hi=-1)])",

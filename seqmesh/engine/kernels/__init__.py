@@ -10,16 +10,29 @@ kernel, write a class with the members of `Kernel` (cpu.py is the one to copy) a
 
 from seqmesh.engine.kernels.cpu import CpuFlash
 from seqmesh.engine.kernels.cuda import CudaFlash
-from seqmesh.engine.kernels.kernel import Kernel, LogitRule, Problem
+from seqmesh.engine.kernels.kernel import BatchKernel, Kernel, Launch, LogitRule, Problem, launches_of
 from seqmesh.engine.kernels.reference import Reference
 from seqmesh.engine.kernels.tiles import Tile, TileShape
 
-__all__ = ["Kernel", "LogitRule", "Problem", "Tile", "TileShape", "available", "select"]
+__all__ = [
+    "BatchKernel",
+    "Kernel",
+    "Launch",
+    "LogitRule",
+    "Problem",
+    "Tile",
+    "TileShape",
+    "available",
+    "launches_of",
+    "select",
+]
+
+_AVAILABLE: tuple[Kernel, ...] = (CudaFlash(), CpuFlash(), Reference())
 
 
 def available() -> tuple[Kernel, ...]:
     """All kernels that come with seqmesh, fastest first."""
-    return CudaFlash(), CpuFlash(), Reference()
+    return _AVAILABLE
 
 
 def select(kernel: str | Kernel, problem: Problem) -> Kernel:

@@ -4,21 +4,41 @@ It returns the log-sum-exp and has a block-wise backward.
 
 It computes full blocks and square causal blocks (its `is_causal` is aligned to the top left). Other bands are
 cut by tiles.py; an upper triangle is a causal one with the order of queries and keys reversed; slivers go
-with a small dense mask.
+with a small dense mask. Small tiles of one shape, such as the strips of a narrow window, go in one call as a
+batch.
 
-Fact sheet: fp64, fp32, bf16, fp16; grouped queries natively; no softcap. An empty block would kill the
-process, and a fully masked row would return lse 0: tiles have neither.
+Fact sheet: fp64, fp32, bf16, fp16; grouped queries natively; no softcap. It knows one head dim: where values
+have another, the narrower side is padded with zeros, which change neither logits nor outputs. An empty block
+would kill the process, and a fully masked row would return lse 0: tiles have neither.
 Source: aten::_scaled_dot_product_flash_attention_for_cpu and its backward, PyTorch 2.11 and later.
 """
 
+from collections import defaultdict
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
-from seqmesh.engine.kernels.kernel import LogitRule, Problem
+from seqmesh.engine.kernels.kernel import Launch, LogitRule, Problem, disjoint
 from seqmesh.engine.kernels.tiles import Tile, TileShape, cut
 from seqmesh.masks import Band
+
+BATCHED_PAIRS = 256 * 256
+"""Tiles of up to this many pairs are batched: of larger ones each call has work enough."""
+
+
+class _Kind(NamedTuple):
+    """What tiles of one batch have in common."""
+
+    queries: int
+    keys: int
+    shape: TileShape
+    lo: int | None
+    """Bounds of row - column, counted within the tile; of MASKED tiles."""
+    hi: int | None
 
 
 class CpuFlash:
@@ -40,21 +60,28 @@ class CpuFlash:
         """Full, square causal, reversed causal and small masked pieces."""
         return cut(block)
 
+    def launches(self, tiles: Sequence[Tile]) -> Sequence[Launch]:
+        """Small tiles of one kind in a batch, each large one alone."""
+        kinds: dict[_Kind, list[Tile]] = defaultdict(list)
+        launches = []
+        for tile in tiles:
+            kind = _kind(tile)
+            if kind.queries * kind.keys > BATCHED_PAIRS:
+                launches.append(Launch.of([tile]))
+            else:
+                kinds[kind].append(tile)
+        return launches + [Launch.of(group) for alike in kinds.values() for group in disjoint(alike)]
+
     def forward(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, rule: LogitRule) -> tuple[Tensor, Tensor]:
         """See Kernel.forward."""
         assert rule.softcap is None
+        value_head_dim = v.shape[3]
+        q, k, v = (_oriented(x, tile) for x in _of_one_head_dim(q, k, v))
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            _oriented(q, tile),
-            _oriented(k, tile),
-            _oriented(v, tile),
-            0.0,
-            _is_causal(tile),
-            attn_mask=_dense_mask(tile, q),
-            scale=rule.scale,
+            q, k, v, 0.0, _is_causal(tile), attn_mask=_dense_mask(tile, q), scale=rule.scale
         )
-        if tile.shape is TileShape.REVERSED:
-            return out.flip(2), lse.flip(2)
-        return out, lse
+        out = _oriented(_cut(out, value_head_dim), tile)
+        return out, lse.flip(2) if _is_reversed(tile) else lse
 
     def backward(
         self,
@@ -69,46 +96,111 @@ class CpuFlash:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See Kernel.backward."""
         assert rule.softcap is None
-        is_reversed = tile.shape is TileShape.REVERSED
+        head_dim, value_head_dim = q.shape[3], v.shape[3]
+        tensors = _of_one_head_dim(grad_out, q, k, v, out.to(q.dtype))
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            _oriented(grad_out, tile),
-            _oriented(q, tile),
-            _oriented(k, tile),
-            _oriented(v, tile),
-            _oriented(out, tile).to(q.dtype),
-            lse.flip(2) if is_reversed else lse,
+            *(_oriented(x, tile) for x in tensors),
+            lse.flip(2) if _is_reversed(tile) else lse,
             0.0,
             _is_causal(tile),
             attn_mask=_dense_mask(tile, q),
             scale=rule.scale,
         )
-        if is_reversed:
-            return dq.flip(2), dk.flip(2), dv.flip(2)
-        return dq, dk, dv
+        dq, dk, dv = _cut(dq, head_dim), _cut(dk, head_dim), _cut(dv, value_head_dim)
+        return _oriented(dq, tile), _oriented(dk, tile), _oriented(dv, tile)
+
+    def forward_many(
+        self, q: Tensor, k: Tensor, v: Tensor, launch: Launch, rule: LogitRule
+    ) -> tuple[Tensor, Tensor]:
+        """See BatchKernel.forward_many."""
+        count = len(launch.tiles)
+        q, k, v = (_as_batch(x, count) for x in (q, k, v))
+        out, lse = self.forward(q, k, v, launch.tiles[0], rule)
+        return _as_rows(out, count), _as_rows(lse.unsqueeze(-1), count).squeeze(-1)
+
+    def backward_many(
+        self,
+        grad_out: Tensor,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        launch: Launch,
+        rule: LogitRule,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """See BatchKernel.backward_many."""
+        count = len(launch.tiles)
+        grad_out, q, k, v, out = (_as_batch(x, count) for x in (grad_out, q, k, v, out))
+        lse = _as_batch(lse.unsqueeze(-1), count).squeeze(-1)
+        dq, dk, dv = self.backward(grad_out, q, k, v, out, lse, launch.tiles[0], rule)
+        return _as_rows(dq, count), _as_rows(dk, count), _as_rows(dv, count)
+
+
+def _kind(tile: Tile) -> _Kind:
+    band = tile.band
+    offset = band.q_start - band.k_start
+    is_masked = tile.shape is TileShape.MASKED
+    return _Kind(
+        queries=band.q_stop - band.q_start,
+        keys=band.k_stop - band.k_start,
+        shape=tile.shape,
+        lo=band.lo - offset if is_masked and band.lo is not None else None,
+        hi=band.hi - offset if is_masked and band.hi is not None else None,
+    )
+
+
+def _as_batch(x: Tensor, count: int) -> Tensor:
+    """(b, heads, count x n, dim) -> (count x b, heads, n, dim); a view for b = 1."""
+    b, heads, rows, dim = x.shape
+    tiles: Tensor = x.unflatten(2, (count, rows // count))
+    return tiles.permute(2, 0, 1, 3, 4).reshape(count * b, heads, rows // count, dim)
+
+
+def _as_rows(x: Tensor, count: int) -> Tensor:
+    """The inverse: (count x b, heads, n, dim) -> (b, heads, count x n, dim)."""
+    _, heads, n, dim = x.shape
+    b = x.shape[0] // count
+    tiles: Tensor = x.unflatten(0, (count, b))
+    return tiles.permute(1, 2, 0, 3, 4).reshape(b, heads, count * n, dim)
 
 
 def _is_causal(tile: Tile) -> bool:
     return tile.shape in (TileShape.CAUSAL, TileShape.REVERSED)
 
 
-def _oriented(x: Tensor, tile: Tile) -> Tensor:
-    """(b, heads, rows, d) with compact heads, rows reversed if the tile asks for it.
+def _is_reversed(tile: Tile) -> bool:
+    return tile.shape is TileShape.REVERSED
 
-    The kernel is slower on heads with gaps.
-    """
-    return x.flip(2) if tile.shape is TileShape.REVERSED else x.contiguous()
+
+def _oriented(x: Tensor, tile: Tile) -> Tensor:
+    """(b, heads, rows, dim), rows reversed if the tile asks for it; it undoes itself."""
+    return x.flip(2) if _is_reversed(tile) else x
+
+
+def _of_one_head_dim(*tensors: Tensor) -> list[Tensor]:
+    """The tensors padded with zeros to the widest head dim among them."""
+    widest = max(x.shape[3] for x in tensors)
+    return [x if x.shape[3] == widest else pad(x, (0, widest - x.shape[3])) for x in tensors]
+
+
+def _cut(x: Tensor, dim: int) -> Tensor:
+    """Without what was padded."""
+    return x if x.shape[3] == dim else x[..., :dim]
 
 
 def _dense_mask(tile: Tile, q: Tensor) -> Tensor | None:
     """(nq, nk) additive mask of a MASKED tile, None for the others."""
-    if tile.shape is not TileShape.MASKED:
-        return None
-    band = tile.band
-    i = torch.arange(band.q_start, band.q_stop, device=q.device)[:, None]
-    difference = i - torch.arange(band.k_start, band.k_stop, device=q.device)
-    mask = torch.zeros(difference.shape, dtype=q.dtype, device=q.device)
-    if band.lo is not None:
-        mask = mask.masked_fill(difference < band.lo, -torch.inf)
-    if band.hi is not None:
-        mask = mask.masked_fill(difference > band.hi, -torch.inf)
+    return _mask_of(_kind(tile), q.dtype) if tile.shape is TileShape.MASKED else None
+
+
+@lru_cache(maxsize=8)
+def _mask_of(kind: _Kind, dtype: torch.dtype) -> Tensor:
+    """The mask of all tiles of a kind: the strips of a window are of one. Nobody changes it."""
+    difference = torch.arange(kind.queries)[:, None] - torch.arange(kind.keys)
+    mask = torch.zeros(difference.shape, dtype=dtype)
+    if kind.lo is not None:
+        mask.masked_fill_(difference < kind.lo, -torch.inf)
+    if kind.hi is not None:
+        mask.masked_fill_(difference > kind.hi, -torch.inf)
     return mask

@@ -10,7 +10,7 @@ Queries are taken a few rows at a time, so memory stays bounded however long the
 inputs are computed in fp32 and stay fp32, for the merge.
 
 Legend: b batch, h query heads, g K/V heads, r query heads of a K/V head (h = g r), q and k rows of a step, d
-head dim.
+head dim, e that of values.
 Trade-off: several times slower than a flash kernel, and exact in fp64.
 """
 
@@ -46,7 +46,7 @@ class Reference:
     def forward(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, rule: LogitRule) -> tuple[Tensor, Tensor]:
         """See Kernel.forward."""
         dtype = accumulator_dtype(q.dtype)
-        out = torch.empty_like(q, dtype=dtype)
+        out = q.new_empty((*q.shape[:3], v.shape[3]), dtype=dtype)
         lse = q.new_empty(q.shape[:3], dtype=dtype)
         with torch.autocast(q.device.type, enabled=False):
             kv_heads = k.shape[1]
@@ -57,7 +57,7 @@ class Reference:
                 scores, _ = _scores(step_q, k, tile.band, rows.start, rule)
                 step_lse = scores.logsumexp(-1)
                 weights = _softmax(scores, step_lse)
-                out[:, :, rows] = torch.einsum("bgrqk,bgkd->bgrqd", weights, v).flatten(1, 2)
+                out[:, :, rows] = torch.einsum("bgrqk,bgke->bgrqe", weights, v).flatten(1, 2)
                 lse[:, :, rows] = step_lse.flatten(1, 2)
         return out, lse
 
@@ -88,11 +88,11 @@ class Reference:
                 scores, slope = _scores(step_q, k, tile.band, rows.start, rule)
                 weights = _softmax(scores, _group(lse[:, :, rows], kv_heads))
                 delta = (step_grad * step_out).sum(-1, keepdim=True)
-                grad_weights = torch.einsum("bgrqd,bgkd->bgrqk", step_grad, v)
+                grad_weights = torch.einsum("bgrqe,bgke->bgrqk", step_grad, v)
                 grad_scores = weights * (grad_weights - delta) * slope * rule.scale
                 dq[:, :, rows] = torch.einsum("bgrqk,bgkd->bgrqd", grad_scores, k).flatten(1, 2)
                 dk += torch.einsum("bgrqk,bgrqd->bgkd", grad_scores, step_q)
-                dv += torch.einsum("bgrqk,bgrqd->bgkd", weights, step_grad)
+                dv += torch.einsum("bgrqk,bgrqe->bgke", weights, step_grad)
         return dq, dk, dv
 
 

@@ -99,9 +99,7 @@ def attention_cost(
     row_head_bytes = shape.batch * shape.head_dim * shape.element
     heads = _head_rows(ring.layout.counts, shape.heads, shape.kv_heads, shape.ulysses)
     kv_heads = sum(share.kv for share in split_heads(shape.heads, shape.kv_heads, shape.ulysses)[0])
-    rows_forward, rows_backward = rows_traffic(
-        rows_sent=ring.rows_moved, rows_received=ring.rows_moved, kv_heads=kv_heads
-    )
+    rows = rows_traffic(rows_sent=ring.rows_moved, rows_received=ring.rows_moved, kv_heads=kv_heads)
 
     def complete(walked: Pass, sent: "_HeadRows", rows: int) -> Pass:
         most = sent.most * row_head_bytes
@@ -114,8 +112,8 @@ def attention_cost(
         )
 
     return AttentionCost(
-        forward=complete(walk.forward(), heads.forward, rows_forward),
-        backward=complete(walk.backward(), heads.backward, rows_backward),
+        forward=complete(walk.forward(), heads.forward, rows.forward.total),
+        backward=complete(walk.backward(), heads.backward, rows.backward.total),
     )
 
 
@@ -144,7 +142,8 @@ def _head_rows(counts: tuple[int, ...], heads: int, kv_heads: int, ulysses: int)
         tokens = [stop - start for start, stop in pairwise(split_evenly(count, ulysses))]
         alike = counts.count(count)
         for rank in range(ulysses):
-            forward, backward = heads_traffic(rows=tokens, kv_rows=tokens, shares=shares, ulysses_rank=rank)
+            sent = heads_traffic(rows=tokens, kv_rows=tokens, shares=shares, ulysses_rank=rank)
+            forward, backward = sent.forward.total, sent.backward.total
             forward_total += alike * forward
             backward_total += alike * backward
             forward_most = max(forward_most, forward)
@@ -196,8 +195,8 @@ class _StageWalk:
         (shares,) = split_heads(shape.heads, shape.kv_heads, shape.ulysses)
         self._heads = max(share.q for share in shares)
         self._kv_heads = max(share.kv for share in shares)
-        per_token = shape.batch * shape.kv_heads * shape.head_dim
-        wanted = default_chunks(shape.ulysses, ring.layout.ring, ring.layout.s, per_token)
+        elements = ring.layout.s * shape.batch * (shape.heads + shape.kv_heads) * 2 * shape.head_dim
+        wanted = default_chunks(shape.ulysses, ring.layout.ring, elements, shape.element)
         self.chunks = min(self._kv_heads, wanted)
 
     def forward(self) -> Pass:

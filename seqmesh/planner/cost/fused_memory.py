@@ -180,7 +180,7 @@ class FusedMemory:
         element = job.numerics.element
         d = job.model.head_dim * batch
         heads, kv_heads = job.model.heads // tp, job.model.kv_heads // tp
-        wanted = default_chunks(ulysses, ring, job.seq_len, kv_heads * d)
+        wanted = default_chunks(ulysses, ring, job.seq_len * (heads + kv_heads) * 2 * d, element)
         q = kv = 0
         for chunk in split_heads(heads, kv_heads, ulysses, wanted):
             for share in chunk:

@@ -12,7 +12,10 @@ from functools import cached_property
 
 from seqmesh.layouts import split_evenly, zigzag
 from seqmesh.planner.inputs.shape import ModelShape
-from seqmesh.schedule.heads import default_chunks, split_heads
+from seqmesh.schedule.heads import default_chunks, overlaps_exchange, split_heads
+
+FP32_BYTES = 4
+"""The trainer trains in fp32."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,8 @@ class EngineBuffers:
     def chunks(self) -> list[_Chunk]:
         """The head chunks that the engine takes one after the other."""
         m = self.shape
-        wanted = default_chunks(self.ulysses, self.ring, self.seq_len, m.kv_heads * m.head_dim)
+        elements = self.seq_len * (m.heads + m.kv_heads) * 2 * m.head_dim
+        wanted = default_chunks(self.ulysses, self.ring, elements, FP32_BYTES)
         shares = [chunk[0] for chunk in split_heads(m.heads, m.kv_heads, self.ulysses, wanted)]
         return [_Chunk(q=share.q * m.head_dim, kv=2 * share.kv * m.head_dim) for share in shares]
 
@@ -70,40 +74,58 @@ class EngineBuffers:
         return self.rows * (sum(2 * chunk.q + chunk.kv for chunk in self.chunks) + sum(lse_widths))
 
     def in_backward(self) -> int:
-        """Gradients of all heads, and the fullest chunk.
+        """Gradients of all heads, and the fullest moment of a chunk.
 
-        The chunk before it has left its dq and dkv in variables until the loop overwrites them.
+        Gradients of this rank's tokens are made when the first chunk's are there to be put in place; a single
+        chunk's are taken as they are at U = 1.
         """
         m = self.shape
-        exchanged = self.ulysses > 1
-        fullest = before = 0
-        for chunk in self.chunks:
-            # The gradient of out, of this rank's heads.
-            received = self.rows * chunk.q if exchanged else 0
-            # dq and dkv: as they are, in one buffer, and what arrives.
-            home = 3 * self.rows * chunk.width if exchanged else 0
-            in_stages = before + max(self._stages(chunk))
-            fullest = max(fullest, received + max(in_stages, home))
-            before = self.rows * chunk.width
-        return self.tokens * (m.hidden + 2 * m.kv_heads * m.head_dim) + fullest
+        gradients = self.tokens * (m.hidden + 2 * m.kv_heads * m.head_dim)
+        if self.ulysses == 1 and len(self.chunks) == 1:
+            gradients = 0
+        fullest = 0
+        for number, chunk in enumerate(self.chunks):
+            held = gradients if number else 0
+            fullest = max(fullest, held + self._exchanged(chunk) + max(self._stages(chunk)))
+            fullest = max(fullest, gradients + self._home(chunk))
+        return fullest
+
+    def _exchanged(self, chunk: _Chunk) -> int:
+        """The gradient of out, of this rank's heads; where chunks overlap, also the next chunk's on its way.
+
+        The heads of the last chunk are on their way home then, too.
+        """
+        if self.ulysses == 1:
+            return 0
+        received = self.rows * chunk.q
+        if not overlaps_exchange(self.ulysses, len(self.chunks)):
+            return received
+        return 3 * received + 2 * self.rows * chunk.width
+
+    def _home(self, chunk: _Chunk) -> int:
+        """A chunk's dq and dkv, when all stages are done; at U > 1, also the buffer that takes them home."""
+        return (2 if self.ulysses > 1 else 1) * self.rows * chunk.width
 
     def _stages(self, chunk: _Chunk) -> Iterator[int]:
-        """What the ring holds at the end of each stage's kernel.
+        """What the ring holds at the fullest moments of each stage.
 
-        Rank 0 receives N rows a stage, for half its queries, and sends N/2.
+        Rank 0 receives N rows a stage, for the later half of its queries, and sends its earlier half.
         """
+        early = (self.rows + 1) // 2
         q, kv = self.rows * chunk.q, self.rows * chunk.kv
-        # The kernel copies q, dout and out to compact ones; one head received alone is compact already.
-        copied = self.ulysses == 1 or self.shape.head_dim < chunk.q
-        inputs = 3 if copied else 1
-        fetch = 3 * kv // 2  # rows sent and rows received, for the next stage
-        # Own rows: compact inputs and dq, compact k and v, dk and dv.
-        yield (inputs + 1) * q + 2 * kv + (fetch if self.ring > 1 else 0)
+        sent = early * chunk.kv
+        late_q = (self.rows - early) * chunk.q
+        packed = 0
+        message = sent
+        if (self.ring - 1) * early > self.rows:  # packed once, in place of every message
+            packed, message = kv, 0
+        coming = packed + message + kv if self.ring > 1 else 0
+        # What the kernel made, and where it goes; without other stages it is taken as it is.
+        yield coming + (2 if self.ring > 1 else 1) * (q + kv)
         for stage in range(1, self.ring):
-            # Sums of dq and of own dk, dv; this stage's rows; dk and dv of the stage before, in variables.
-            held = q + 3 * kv
-            kernel = (inputs + 1) * q // 2 + 2 * kv
-            coming = fetch if stage < self.ring - 1 else 0
-            # dq of the stage before; its dk and dv, under way, and ours that come back.
-            going = q // 2 + fetch if stage > 1 else 0
-            yield held + kernel + coming + going
+            held = q + kv + packed  # sums of dq and of own dk, dv
+            fetch = message + kv if stage < self.ring - 1 else 0
+            going = kv + sent if stage > 1 else 0  # of the stage before: its dk, dv, and ours that come back
+            yield held + kv + fetch + going + late_q + kv
+            # dk and dv, packed to go; and ours that come back.
+            yield held + kv + fetch + kv + max(kv, sent)

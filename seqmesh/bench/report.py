@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from seqmesh.bench import costs, schedules, speed
+from seqmesh.bench import costs, host, schedules, speed
 from seqmesh.bench.figures import Figure
 from seqmesh.provenance import commit, machine, this_command
 
@@ -70,12 +70,14 @@ def measure(quick: bool) -> Iterator[Figure]:
     if quick:
         return chain(
             speed.measure(speed.TimedAttention(tokens=512, repeats=1)),
+            host.measure(host.rings(1 << 14), calls=3),
             costs.measure(costs.memory_cases(512, QUICK_MESHES), costs.bytes_cases(1024, QUICK_MESHES)),
             schedules.measure_times(schedules.BATCHES[:1]),
             schedules.measure_load([replace(tail, seeds=1) for tail in schedules.TAILS[:1]]),
         )
     return chain(
         speed.measure(speed.TimedAttention()),
+        host.measure(host.rings()),
         costs.measure(costs.memory_cases(512, MESHES), costs.bytes_cases(1024, MESHES)),
         schedules.measure_times(),
         schedules.measure_load(),

@@ -34,7 +34,7 @@ from seqmesh.processes import Workers
 
 SECTION = "causal forward + backward"
 TWO_RANKS_TARGET = 1.05
-FOUR_RANKS_TARGET = 1.15
+FOUR_RANKS_TARGET = 1.10
 
 
 class Degrees(NamedTuple):

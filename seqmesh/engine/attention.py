@@ -19,7 +19,7 @@ rows, d) views.
 Source: USP (Fang & Zhao 2024), algorithm 1; DeepSpeed-Ulysses; Ring-Attention.
 """
 
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
@@ -37,6 +37,7 @@ from seqmesh.engine.sharding import Schedule
 from seqmesh.engine.ulysses import Saved, attend, attend_backward, unit_last_stride
 
 
+@overload
 def attention(
     q: Tensor,
     k: Tensor,
@@ -48,7 +49,39 @@ def attention(
     kernel: str | Kernel = "auto",
     *,
     head_chunks: int | None = None,
-) -> Tensor:
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+
+
+@overload
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    schedule: Schedule,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    kernel: str | Kernel = "auto",
+    *,
+    head_chunks: int | None = None,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    schedule: Schedule,
+    scale: float | None = None,
+    softcap: float | None = None,
+    sinks: Tensor | None = None,
+    kernel: str | Kernel = "auto",
+    *,
+    head_chunks: int | None = None,
+    return_lse: bool = False,
+) -> Tensor | tuple[Tensor, Tensor]:
     """Exact attention over a sequence that is spread over a mesh. A collective: every rank calls it.
 
     Args:
@@ -60,34 +93,42 @@ def attention(
         softcap: c for logits c tanh(logits / c).
         sinks: (h,) one learned logit per head that joins the softmax's denominator, the same on every rank.
         kernel: "auto", the name of a kernel, or a Kernel.
-        head_chunks: parts in which the heads are computed, one after the other, to divide the memory of
-            buffers; the same on every rank. Default: by size, see seqmesh/schedule/heads.py.
+        head_chunks: parts of the heads, computed one after the other to divide buffers. Default: by size.
+        return_lse: also return the log-sum-exp of every row's logits.
 
     Returns:
-        (b, n, h, e) in q's dtype, or autocast's; a query that the mask allows nothing is 0. Differentiable
-        once in q, k, v and sinks, as if the losses of all ranks were summed; the gradient of `sinks` is, like
-        any replicated parameter's, this rank's part: sum it over the mesh (data-parallel wrappers do).
+        (b, n, h, e) in q's dtype, or autocast's; 0 for a query that is allowed nothing. Differentiable once
+        in q, k, v, sinks, as if the losses of all ranks were summed; the gradient of `sinks` is this rank's
+        part: sum it over the mesh, as data-parallel wrappers do. With `return_lse` also (b, h, n): natural
+        log, sinks included, fp32 (fp64 for fp64), -inf where nothing is allowed, without a gradient.
 
     Raises:
         ValueError: before any communication: inputs that do not fit the schedule, each other or a kernel.
     """
-    q, k, v = autocasted(q, k, v)
-    if torch.compiler.is_compiling() or q.is_meta:
-        return compiled_attention(q, k, v, sinks, schedule, scale, softcap, kernel, head_chunks)
-    options = Options(scale=scale, softcap=softcap, kernel=kernel, head_chunks=head_chunks)
-    return _eager(q, k, v, sinks, schedule, options)
+    attend_now = compiled_attention if torch.compiler.is_compiling() or q.is_meta else _eager
+    options = Options(scale, softcap, kernel, head_chunks)
+    out, lse = attend_now(*autocasted(q, k, v), sinks, schedule, options, with_lse=return_lse)
+    return out if lse is None else (out, lse)
 
 
 def _eager(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, schedule: Schedule, options: Options
-) -> Tensor:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    schedule: Schedule,
+    options: Options,
+    *,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
     """`attention` outside the compiler, keeping what a backward needs if there will be one."""
     call = checked_call(q, k, v, sinks, schedule, options)
     q, k, v = unit_last_stride(q), unit_last_stride(k), unit_last_stride(v)
     if not needs_backward(q, k, v, sinks):
-        return attend(q, k, v, sinks, call, keep=False)[0]
-    out: Tensor = _Attention.apply(q, k, v, sinks, call, options)
-    return out
+        done = attend(q, k, v, sinks, call, keep=False, with_lse=with_lse)
+        return done.out, done.lse
+    found: tuple[Tensor, Tensor | None] = _Attention.apply(q, k, v, sinks, call, options, with_lse)
+    return found
 
 
 def autocasted(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -109,23 +150,31 @@ class _Attention(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: AttentionCall, options: Options
-    ) -> Tensor:
-        saved: Saved | None
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        sinks: Tensor | None,
+        call: AttentionCall,
+        options: Options,
+        with_lse: bool,
+    ) -> tuple[Tensor, Tensor | None]:
         if is_selectively_checkpointed() and isinstance(options.kernel, str):
-            out, saved = attend_visibly(q, k, v, sinks, call, options)
+            done = attend_visibly(q, k, v, sinks, call, options, with_lse=with_lse)
         else:
-            out, saved = attend(q, k, v, sinks, call, keep=True)
-        assert saved is not None
+            done = attend(q, k, v, sinks, call, keep=True, with_lse=with_lse)
+        assert done.saved is not None
         ctx.call = call
-        ctx.save_for_backward(sinks, *saved.tensors())
-        return out
+        ctx.save_for_backward(sinks, *done.saved.tensors())
+        if done.lse is not None:
+            ctx.mark_non_differentiable(done.lse)
+        return done.out, done.lse
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, grad_out: Tensor, _: Tensor | None) -> tuple[Tensor | None, ...]:
         sinks, *tensors = ctx.saved_tensors
         saved = Saved.of(tensors, ctx.call)
-        q, k, v, sinks_needed, *_ = ctx.needs_input_grad
+        q, k, v, sinks_needed, *_rest = ctx.needs_input_grad
         needs = Needs(q=q, kv=k or v, sinks=sinks_needed)
-        return *attend_backward(grad_out, sinks, saved, ctx.call, needs), None, None
+        return *attend_backward(grad_out, sinks, saved, ctx.call, needs), None, None, None

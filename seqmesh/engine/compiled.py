@@ -30,11 +30,10 @@ from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint
 
 from seqmesh.engine.call import AttentionCall, Facts, Needs, Options, call_for, checked_call
 from seqmesh.engine.encoding import decode
-from seqmesh.engine.kernels import Kernel
 from seqmesh.engine.merge import accumulator_dtype
 from seqmesh.engine.mesh import SequenceMesh
 from seqmesh.engine.sharding import Schedule
-from seqmesh.engine.ulysses import Saved, attend, attend_backward, unit_last_stride
+from seqmesh.engine.ulysses import Attended, Saved, attend, attend_backward, unit_last_stride
 from seqmesh.schedule.heads import default_chunks, split_heads
 
 _SELECTIVE = tuple(
@@ -91,44 +90,36 @@ def compiled_attention(
     v: Tensor,
     sinks: Tensor | None,
     schedule: Schedule,
-    scale: float | None,
-    softcap: float | None,
-    kernel: str | Kernel,
-    head_chunks: int | None,
-) -> Tensor:
-    """`seqmesh.attention` as one node of the graph, or for meta tensors.
+    options: Options,
+    *,
+    with_lse: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """`seqmesh.attention` as one node of the graph, or for meta tensors: the output, and lse if asked for.
 
     The checks run with the operator, before any communication.
 
     Raises:
-        ValueError: `kernel` is an object: an operator of the graph can only name one.
+        ValueError: the kernel is an object: an operator of the graph can only name one.
     """
-    if not isinstance(kernel, str):
+    if not isinstance(options.kernel, str):
         raise ValueError(
-            f"kernel={kernel!r} under torch.compile; pass the name of a kernel,"
+            f"kernel={options.kernel!r} under torch.compile; pass the name of a kernel,"
             " or call attention outside the compiled region"
         )
     if q.is_meta and not torch.compiler.is_compiling():  # no operator runs that would check
-        checked_call(q, k, v, sinks, schedule, Options(scale, softcap, kernel, head_chunks))
+        checked_call(q, k, v, sinks, schedule, options)
     keep = needs_backward(q, k, v, sinks)
-    outputs = _forward_op(
-        q,
-        k,
-        v,
-        sinks,
-        schedule._encoded,
-        *_sizes_and_names(schedule, kernel),
-        scale,
-        softcap,
-        head_chunks,
-        keep,
+    out, *rest = _forward_op(
+        q, k, v, sinks, schedule._encoded, *_arguments(schedule, options), keep, with_lse
     )
-    out: Tensor = outputs[0]
-    return out
+    return out, rest[0].detach() if with_lse else None
 
 
-def _sizes_and_names(schedule: Schedule, kernel: str) -> tuple[list[int], str]:
-    """What shapes in the graph depend on, and names; everything else is inside the encoded schedule."""
+def _arguments(
+    schedule: Schedule, options: Options
+) -> tuple[list[int], str, float | None, float | None, int | None]:
+    """What the operator gets beside tensors; everything else is inside the encoded schedule."""
+    assert isinstance(options.kernel, str)
     mesh = schedule.mesh
     sizes = Sizes(
         ulysses=mesh.ulysses,
@@ -139,7 +130,8 @@ def _sizes_and_names(schedule: Schedule, kernel: str) -> tuple[list[int], str]:
         kv_rows=schedule.ring.kv_rows,
         same_rows=int(schedule.rows == schedule.kv_rows),
     )
-    return list(sizes), Names(mesh.ulysses_group or "", mesh.ring_group or "", kernel).joined()
+    names = Names(mesh.ulysses_group or "", mesh.ring_group or "", options.kernel).joined()
+    return list(sizes), names, options.scale, options.softcap, options.head_chunks
 
 
 def needs_backward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> bool:
@@ -157,35 +149,33 @@ def is_selectively_checkpointed() -> bool:
 
 
 def attend_visibly(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: AttentionCall, options: Options
-) -> tuple[Tensor, Saved]:
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    call: AttentionCall,
+    options: Options,
+    *,
+    with_lse: bool,
+) -> Attended:
     """`attend` as one operator, whose outputs a selective checkpoint's policy may keep.
 
     Then recomputation repeats neither the attention nor its exchange: the policy names
     `torch.ops.seqmesh.attention.default`. Other dispatch modes, such as one that counts collectives, see what
     happens inside.
     """
-    assert isinstance(options.kernel, str)
     schedule = call.schedule
     others = tuple(mode for mode in _get_current_dispatch_mode_stack() if not isinstance(mode, _SELECTIVE))
     token = _WATCHING.set(others)
     try:
-        out, *made = _forward_op(
-            q,
-            k,
-            v,
-            sinks,
-            schedule._encoded,
-            *_sizes_and_names(schedule, options.kernel),
-            options.scale,
-            options.softcap,
-            options.head_chunks,
-            True,
+        out, *rest = _forward_op(
+            q, k, v, sinks, schedule._encoded, *_arguments(schedule, options), True, with_lse
         )
     finally:
         _WATCHING.reset(token)
+    lse = rest.pop(0) if with_lse else None
     own = [] if call.exchanges_heads else [q, k, v, out]
-    return out, Saved.of([*own, *made], call)
+    return Attended(out=out, lse=lse, saved=Saved.of([*own, *rest], call))
 
 
 @lru_cache(maxsize=64)
@@ -244,16 +234,19 @@ def _forward_op(
     softcap: float | None,
     head_chunks: int | None,
     keep: bool,
+    with_lse: bool,
 ) -> list[Tensor]:
-    """[out, and what attention made for the backward: Saved.made()], only out if nothing is to be kept."""
+    """[out, lse if it was asked for, and what attention made for the backward, if that is to be kept]"""
     del sizes  # for the fake implementation
     schedule, options = _resolve(encoded, names, scale, softcap, head_chunks)
     call = checked_call(q, k, v, sinks, schedule, options)
     q, k, v = unit_last_stride(q), unit_last_stride(k), unit_last_stride(v)
     with _watched():
-        out, saved = attend(q, k, v, sinks, call, keep=keep)
+        done = attend(q, k, v, sinks, call, keep=keep, with_lse=with_lse)
+    lse = [] if done.lse is None else [done.lse]
+    made = [] if done.saved is None else done.saved.made()
     # An operator returns tensors of the strides that its fake says: contiguous ones.
-    return [out] if saved is None else [out, *(x.contiguous() for x in saved.made())]
+    return [done.out, *lse, *(x.contiguous() for x in made)]
 
 
 @_forward_op.register_fake
@@ -269,6 +262,7 @@ def _forward_fake(
     softcap: float | None,
     head_chunks: int | None,
     keep: bool,
+    with_lse: bool,
 ) -> list[Tensor]:
     """Shapes of what `_forward_op` returns."""
     del k, sinks, encoded, names, scale, softcap
@@ -279,6 +273,8 @@ def _forward_fake(
     if head_chunks is None:
         head_chunks = default_chunks(ulysses, ring, size.tokens * b * (h + g) * (d + e), q.dtype.itemsize)
     outputs = [q.new_empty((b, n, h, e))]
+    if with_lse:
+        outputs.append(q.new_empty((b, h, n), dtype=accumulator_dtype(q.dtype)))
     if not keep:
         return outputs
     for shares in split_heads(int(h), int(g), ulysses, int(head_chunks)):
@@ -297,9 +293,11 @@ def _forward_fake(
 
 def _save(ctx: Any, inputs: tuple[Any, ...], output: list[Tensor]) -> None:
     """Keep `Saved.tensors()`: where no heads are exchanged, the call's own tensors come first."""
-    q, k, v, sinks, encoded, sizes, *ctx.options, _ = inputs
+    q, k, v, sinks, encoded, sizes, *ctx.options, _, with_lse = inputs
     ctx.q_shape, ctx.k_shape = list(q.shape), list(k.shape)
     out, *made = output
+    if with_lse:
+        del made[0]
     own = [q, k, v, out] if Sizes(*sizes).ulysses == 1 else []
     ctx.save_for_backward(sinks, encoded, *own, *made)
 
@@ -316,7 +314,7 @@ def _backward(ctx: Any, grads: list[Tensor | None]) -> tuple[Any, ...]:
     dq = next(found) if needs.q else None
     dk, dv = (next(found), next(found)) if needs.kv else (None, None)
     dsinks = next(found) if needs.sinks else None
-    no_grads = (None,) * 7  # encoded, sizes, names, scale, softcap, head_chunks, keep
+    no_grads = (None,) * 8  # encoded, sizes, names, scale, softcap, head_chunks, keep, with_lse
     return dq, dk, dv, dsinks, *no_grads
 
 

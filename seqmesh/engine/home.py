@@ -27,17 +27,18 @@ Shares = tuple[HeadShare, ...]
 
 
 class OutHome:
-    """The output (b, n, h, e) of this rank's rows, filled chunk by chunk."""
+    """A result (b, n, h, dim) of this rank's rows, such as the output, filled chunk by chunk."""
 
-    def __init__(self, q: Tensor, call: AttentionCall) -> None:
+    def __init__(self, q: Tensor, call: AttentionCall, dim: int) -> None:
         """For queries q (b, n, h, d)."""
         self._q = q
         self._call = call
+        self._dim = dim
         self._out: Tensor | None = None
         self._under_way: tuple[Pending, Shares] | None = None
 
     def send(self, chunk_out: Tensor, shares: Shares, *, keep: bool) -> None:
-        """Take a chunk's output (N, b, heads of this rank, e): heads of all ulysses ranks come home.
+        """Take a chunk's result (N, b, heads of this rank, dim): heads of all ulysses ranks come home.
 
         `keep` it, if it is saved for the backward.
         """
@@ -56,7 +57,7 @@ class OutHome:
             self._receive()
 
     def finish(self) -> Tensor:
-        """The whole output."""
+        """The whole result."""
         self._receive()
         assert self._out is not None
         return self._out
@@ -64,7 +65,7 @@ class OutHome:
     def _take(self, chunk_out: Tensor, mine: HeadShare) -> None:
         """At U = 1: all rows and heads of a chunk are this rank's."""
         if len(self._call.chunks) == 1:
-            self._out = chunk_out.transpose(0, 1).contiguous()  # (N, b, h, e) -> (b, n, h, e)
+            self._out = chunk_out.transpose(0, 1).contiguous()  # (N, b, h, dim) -> (b, n, h, dim)
         else:
             self._put(chunk_out, mine)
 
@@ -77,16 +78,16 @@ class OutHome:
         b, n = self._q.shape[:2]
         parts = gathered(pending.wait(), n, b, self._widths(shares))
         for share, part in zip(shares, parts, strict=True):
-            self._put(part.view(n, b, share.q, self._call.value_head_dim), share)
+            self._put(part.view(n, b, share.q, self._dim), share)
 
     def _put(self, heads: Tensor, share: HeadShare) -> None:
-        """Write heads (n, b, heads, e) to their place."""
+        """Write heads (n, b, heads, dim) to their place."""
         if self._out is None:  # not before the first chunk's buffers are gone
-            self._out = self._q.new_empty((*self._q.shape[:3], self._call.value_head_dim))
+            self._out = heads.new_empty((*self._q.shape[:3], self._dim))
         self._out[:, :, share.q_start : share.q_stop].copy_(heads.transpose(0, 1))
 
     def _widths(self, shares: Shares) -> list[int]:
-        return [share.q * self._call.value_head_dim for share in shares]
+        return [share.q * self._dim for share in shares]
 
 
 class _GradMessage(NamedTuple):

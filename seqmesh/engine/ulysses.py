@@ -117,36 +117,67 @@ def unit_last_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 else x.contiguous()
 
 
+@dataclass(frozen=True, kw_only=True)
+class Attended:
+    """What a forward gives."""
+
+    out: Tensor
+    """(b, n, h, e)"""
+    lse: Tensor | None
+    """(b, h, n) log-sum-exp of this rank's rows, if it was asked for."""
+    saved: Saved | None
+    """What the backward needs, if that was to be kept."""
+
+
 def attend(
-    q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None, call: AttentionCall, *, keep: bool
-) -> tuple[Tensor, Saved | None]:
-    """Forward: out (b, n, h, e), and what the backward needs, if that is to be kept."""
-    home = OutHome(q, call)
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    call: AttentionCall,
+    *,
+    keep: bool,
+    with_lse: bool = False,
+) -> Attended:
+    """Forward."""
+    home = OutHome(q, call, call.value_head_dim)
+    lse_home = OutHome(q, call, 1) if with_lse else None
     saved: list[SavedChunk] = []
     coming = _start_qkv(q, k, v, call, 0)
     for number, shares in enumerate(call.chunks):
         mine = call.mine(shares)
         buffers = _arrived(coming, q.shape[0], call, mine)
         coming = _start_qkv(q, k, v, call, number + 1) if call.overlaps else ()
-        chunk_q, chunk_k, chunk_v = _my_qkv(buffers, call, mine) if buffers else _slice_qkv(q, k, v, mine)
-        # Sinks are whole on every rank: each takes those of its heads.
-        chunk_sinks = None if sinks is None else sinks[mine.q_start : mine.q_stop]
-        walk = start_walk(chunk_k, chunk_v, call)
-        chunk_out, lse = ring_forward(chunk_q, walk, chunk_sinks, call, mine)
-        if buffers:
-            chunk_out = chunk_out.contiguous()  # as it travels, so that it is not copied for that
+        heads = _my_qkv(buffers, call, mine) if buffers else _slice_qkv(q, k, v, mine)
+        chunk_out, lse = _attend_chunk(heads, sinks, call, mine)
+        del heads
         home.send(chunk_out, shares, keep=keep)
+        if lse_home is not None:
+            lse_home.send(lse.permute(2, 0, 1).unsqueeze(-1), shares, keep=True)
         if keep:
             received = ReceivedHeads(buffers=buffers, out=chunk_out) if buffers else None
             saved.append(SavedChunk(lse=lse, received=received))
-        del buffers, chunk_q, chunk_k, chunk_v, chunk_out, lse, walk  # before the next chunk's are made
+        del buffers, chunk_out, lse  # before the next chunk's are made
         if not call.overlaps:
             coming = _start_qkv(q, k, v, call, number + 1)
     out = home.finish()
+    all_lse = None if lse_home is None else lse_home.finish().squeeze(-1).transpose(1, 2).contiguous()
     if not keep:
-        return out, None
+        return Attended(out=out, lse=all_lse, saved=None)
     local = None if call.exchanges_heads else LocalTensors(q=q, k=k, v=v, out=out)
-    return out, Saved(local=local, chunks=tuple(saved))
+    return Attended(out=out, lse=all_lse, saved=Saved(local=local, chunks=tuple(saved)))
+
+
+def _attend_chunk(
+    heads: tuple[Tensor, Tensor, Tensor], sinks: Tensor | None, call: AttentionCall, mine: HeadShare
+) -> tuple[Tensor, Tensor]:
+    """A chunk's output (N, b, h of this rank, e) and lse (b, h of this rank, N), of its q, k and v."""
+    q, k, v = heads
+    # Sinks are whole on every rank: each takes those of its heads.
+    my_sinks = None if sinks is None else sinks[mine.q_start : mine.q_stop]
+    out, lse = ring_forward(q, start_walk(k, v, call), my_sinks, call, mine)
+    # As it travels, so that it is not copied for that.
+    return out.contiguous() if call.exchanges_heads else out, lse
 
 
 def attend_backward(

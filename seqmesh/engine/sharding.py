@@ -22,6 +22,7 @@ from seqmesh import layouts
 from seqmesh.engine.encoding import EncodedFields, encode
 from seqmesh.engine.exchange import start_exchange
 from seqmesh.engine.mesh import SequenceMesh
+from seqmesh.engine.reshard import Reshard, positions_of, route
 from seqmesh.layouts import Layout, split_evenly
 from seqmesh.masks import Mask
 from seqmesh.schedule import RingSchedule, Stages, ring_schedule
@@ -128,7 +129,7 @@ class Schedule:
         layout = self.side(keys=keys).layout
         return self.kept(
             ("positions", keys, device),
-            lambda: _positions(layout, mesh, mesh.ring_rank, mesh.ulysses_rank).to(device),
+            lambda: positions_of(layout, mesh.ulysses, mesh.ring_rank, mesh.ulysses_rank).to(device),
         )
 
     def _order(self, *, keys: bool, device: torch.device) -> Tensor:
@@ -158,6 +159,36 @@ class Schedule:
         if self._keeps_order(keys):  # no copy on one rank
             return x
         return x.index_select(dim, self._positions(keys=keys, device=x.device))
+
+    def shard_local(
+        self, x_local: Tensor, dim: int, held: str | Layout = "contiguous", *, keys: bool = False
+    ) -> Tensor:
+        """`shard` for data of which each rank already holds a part: nobody needs the whole sequence.
+
+        A collective over the whole sequence mesh. Differentiable: gradients go back where tokens came from.
+
+        Args:
+            x_local: the tokens that this rank holds, along `dim`.
+            dim: its sequence dimension.
+            held: how ranks hold them: "contiguous" for the next tokens each, near-equally many, in the order
+                ring rank, ulysses rank; or any layout, whose ring ranks' tokens are cut for the ulysses ranks
+                as a schedule's are.
+            keys: the keys' side of cross-attention.
+
+        Raises:
+            ValueError: a layout of another length or ring degree, or `dim` does not have the tokens that it
+                gives this rank.
+        """
+        wanted = self.side(keys=keys).layout
+        if isinstance(held, str):
+            held = layouts.named(held, self.mask, wanted.s, self.mesh.ring)
+        _check_held(x_local, dim, held, wanted, self.mesh)
+        way = self.kept(
+            ("route", keys, held, x_local.device),
+            lambda: route(self.mesh, held, wanted, x_local.device),
+        )
+        rows: Tensor = Reshard.apply(x_local.movedim(dim, 0), way)
+        return rows.movedim(0, dim)
 
     def unshard(self, x_local: Tensor, dim: int, *, keys: bool = False, reduce_grad: bool = False) -> Tensor:
         """The inverse of `shard`: the global tensor, on every rank.
@@ -270,22 +301,26 @@ def _pieces(layout: Layout, mesh: SequenceMesh) -> tuple[int, ...]:
     return tuple(stop - start for start, stop in itertools.pairwise(cut))
 
 
-def _positions(layout: Layout, mesh: SequenceMesh, ring_rank: int, ulysses_rank: int) -> Tensor:
-    """Global positions of any rank's tokens, (n,) int64."""
-    cut = split_evenly(layout.counts[ring_rank], mesh.ulysses)
-    stored = torch.empty(0, dtype=torch.int64)
-    if layout.ranks[ring_rank]:
-        ranges = [span.tokens for span in layout.ranks[ring_rank]]
-        stored = torch.cat([torch.arange(tokens.start, tokens.stop, tokens.step) for tokens in ranges])
-    return stored[cut[ulysses_rank] : cut[ulysses_rank + 1]]
-
-
 def _all_positions(layout: Layout, mesh: SequenceMesh) -> Tensor:
     """Global positions of all tokens, (s,), rank after rank: the order in which they are gathered."""
     places = itertools.product(range(mesh.ring), range(mesh.ulysses))
     return torch.cat(
-        [_positions(layout, mesh, ring_rank, ulysses_rank) for ring_rank, ulysses_rank in places]
+        [positions_of(layout, mesh.ulysses, ring_rank, ulysses_rank) for ring_rank, ulysses_rank in places]
     )
+
+
+def _check_held(x: Tensor, dim: int, held: Layout, wanted: Layout, mesh: SequenceMesh) -> None:
+    if (held.s, held.ring) != (wanted.s, wanted.ring):
+        raise ValueError(
+            f"shard_local: tokens are held by a layout of {held.s} tokens for ring={held.ring}, the schedule"
+            f" is of {wanted.s} for ring={wanted.ring}; build it for those"
+        )
+    n = _pieces(held, mesh)[mesh.ulysses_rank]
+    if not -x.ndim <= dim < x.ndim or x.shape[dim] != n:
+        raise ValueError(
+            f"shard_local: dim {dim} of a tensor of shape {tuple(x.shape)} must hold the {n} tokens that the"
+            f" layout {held.name!r} gives rank {mesh.rank}; pass that dim, or the layout by which it is held"
+        )
 
 
 class _Unshard(torch.autograd.Function):

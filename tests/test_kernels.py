@@ -155,6 +155,6 @@ def test_a_selection_that_finds_none_lists_every_refusal() -> None:
     with pytest.raises(ValueError, match=r"refused by cpu: it has no softcap"):
         select("cpu", Problem(device_type="cpu", dtype=torch.float32, head_dim=64, softcap=2.0))
     with pytest.raises(
-        ValueError, match="kernel='flash3' is unknown; use 'auto', 'cuda', 'cpu', 'reference'"
+        ValueError, match="kernel='flash3' is unknown; use 'auto', 'cuda', 'cpu', 'reference', 'efficient'"
     ):
         select("flash3", Problem(device_type="cpu", dtype=torch.float32, head_dim=64, softcap=None))

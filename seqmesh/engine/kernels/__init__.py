@@ -2,6 +2,7 @@
 
     auto on CPU     cpu (aten flash)  -> reference
     auto on CUDA    cuda (aten flash) -> reference
+    by name only    efficient (fp32 on CUDA): no GPU has run it yet
 
 Selection takes the first that refuses nothing; when none is left it raises, listing for each why. To add a
 kernel, write a class with the members of `Kernel` (cpu.py is the one to copy) and pass an instance as
@@ -10,6 +11,7 @@ kernel, write a class with the members of `Kernel` (cpu.py is the one to copy) a
 
 from seqmesh.engine.kernels.cpu import CpuFlash
 from seqmesh.engine.kernels.cuda import CudaFlash
+from seqmesh.engine.kernels.efficient import CudaEfficient
 from seqmesh.engine.kernels.kernel import BatchKernel, Kernel, Launch, LogitRule, Problem, launches_of
 from seqmesh.engine.kernels.reference import Reference
 from seqmesh.engine.kernels.tiles import Tile, TileShape
@@ -27,12 +29,13 @@ __all__ = [
     "select",
 ]
 
-_AVAILABLE: tuple[Kernel, ...] = (CudaFlash(), CpuFlash(), Reference())
+_AUTOMATIC: tuple[Kernel, ...] = (CudaFlash(), CpuFlash(), Reference())
+_BY_NAME: tuple[Kernel, ...] = (CudaEfficient(),)
 
 
 def available() -> tuple[Kernel, ...]:
-    """All kernels that come with seqmesh, fastest first."""
-    return _AVAILABLE
+    """All kernels that come with seqmesh: those that "auto" tries, fastest first, then those by name only."""
+    return *_AUTOMATIC, *_BY_NAME
 
 
 def select(kernel: str | Kernel, problem: Problem) -> Kernel:
@@ -66,9 +69,9 @@ def _candidates(kernel: str | Kernel) -> tuple[Kernel, ...]:
                 " use 'auto', a name, or an object with the members of Kernel"
             )
         return (kernel,)
-    known = available()
     if kernel == "auto":
-        return known
+        return _AUTOMATIC
+    known = available()
     named = tuple(one for one in known if one.name == kernel)
     if not named:
         names = ", ".join(repr(one.name) for one in known)

@@ -7,7 +7,8 @@ blocks and rows of every stage:
     stage 1     compute received rows     fetch 2 in flight      backward: also dK/dV of stage 0, going home
     ...         merge in fp32
 
-Stages that are alike are priced once. The exchange of heads is not overlapped, as in engine/ulysses.py.
+Stages that are alike are priced once. The exchange of heads is priced as if nothing hid it, though
+engine/ulysses.py overlaps it where there are six chunks of heads or more.
 """
 
 from collections.abc import Sequence
@@ -40,7 +41,7 @@ class Pass:
     merge_s: float = 0.0
     """Adding partial results up in fp32, and launching kernels."""
     heads_s: float = 0.0
-    """Exchange of heads: never hidden."""
+    """Exchange of heads: priced as if never hidden."""
     rows_s: float = 0.0
     """Exchange of K/V rows, hidden or not."""
     rows_exposed_s: float = 0.0

@@ -1,6 +1,7 @@
 """Where partial results go, by brute force: every row gets every part of its own, and is final or adds up."""
 
 import random
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -131,3 +132,59 @@ def test_empty_rows_merge_without_nan_and_the_fuller_side_wins_exactly() -> None
     out, lse = running.finish(None)
     assert out[:, 0, 0, 0].tolist() == [0.0, 5.0, 3.0, 3.0]
     assert lse[0, 0].tolist() == [-torch.inf, 0.25, 0.5, 1000.0]
+
+
+def test_a_single_part_of_every_row_is_taken_as_it_is() -> None:
+    """Nothing is copied then: the sums hand over the tensors that they were given."""
+    plan = row_plan(5, [((0, 5),)])
+    assert plan.is_one_part
+    assert not row_plan(5, [((0, 4),)]).is_one_part
+    assert not row_plan(5, [((0, 5),), ((0, 1),)]).is_one_part
+    assert not row_plan(5, [((0, 2), (3, 5), (2, 3))]).is_one_part
+    gradient = torch.randn(2, 3, 5, 4)
+    sums = RowSums(plan, [torch.empty(5, 2, 3, 4)])
+    sums.add(0, gradient)
+    assert sums.finish()[0].data_ptr() == gradient.data_ptr()
+
+
+@pytest.fixture
+def _uninitialised_is_nan() -> Iterator[None]:
+    """Memory that nobody wrote is NaN while deterministic algorithms are asked for: a forgotten row shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.usefixtures("_uninitialised_is_nan")
+@pytest.mark.parametrize("with_sinks", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("seed", range(25))
+def test_merged_rows_are_the_weighted_means_of_their_parts(
+    seed: int, dtype: torch.dtype, with_sinks: bool
+) -> None:
+    draw = random.Random(seed)
+    torch.manual_seed(seed)
+    rows, b, h, e = draw.randrange(1, 16), 2, 3, 4
+    parts = random_parts(draw, rows)
+    running = RunningAttention(row_plan(rows, parts), torch.empty(rows, b, h, 8, dtype=dtype), e)
+    denominator = torch.zeros(b, h, rows, dtype=torch.float64)
+    numerator = torch.zeros(b, h, rows, e, dtype=torch.float64)
+    for number, runs in enumerate(parts):
+        length = sum(stop - start for start, stop in runs)
+        out = torch.randn(b, h, length, e, dtype=torch.float64).to(dtype)
+        lse = torch.randn(b, h, length, dtype=torch.float64).to(torch.promote_types(dtype, torch.float32))
+        running.add(number, out, lse)
+        packed = [row for start, stop in runs for row in range(start, stop)]
+        for place, row in enumerate(packed):
+            weight = lse[:, :, place].double().exp()
+            denominator[:, :, row] += weight
+            numerator[:, :, row] += weight.unsqueeze(-1) * out[:, :, place].double()
+    sinks = torch.randn(h, dtype=torch.float64) if with_sinks else None
+    total = denominator if sinks is None else denominator + sinks.exp()[None, :, None]
+    got, got_lse = running.finish(sinks)
+    assert got.dtype == dtype
+    want = torch.where(denominator.unsqueeze(-1) > 0, numerator / total.unsqueeze(-1), 0.0)
+    tolerance = {torch.float64: 1e-14, torch.float32: 1e-6, torch.bfloat16: 2e-2}[dtype]
+    torch.testing.assert_close(got.permute(1, 2, 0, 3).double(), want, rtol=tolerance, atol=tolerance)
+    lse_tolerance = max(1e-14, min(tolerance, 1e-6))
+    torch.testing.assert_close(got_lse.double(), total.log(), rtol=lse_tolerance, atol=lse_tolerance)

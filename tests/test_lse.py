@@ -70,3 +70,10 @@ def test_the_log_sum_exp_of_every_row_comes_with_the_output(ranks: Ranks, mesh: 
         case = Case(mask=mask, ulysses=u, ring=r, heads=6, kv_heads=3, sinks=sinks, head_chunks=2, batch=2)
         for errors in ranks.run(u * r, ways, case):
             assert max(errors) <= 1e-13
+
+
+def test_one_head_has_a_log_sum_exp_of_its_own(ranks: Ranks) -> None:
+    """Its memory is not that which the backward keeps: an operator may not return one tensor twice."""
+    case = Case(mask=masks.causal(19), heads=1, kv_heads=1)
+    for errors in ranks.run(1, ways, case):
+        assert max(errors) <= 1e-13

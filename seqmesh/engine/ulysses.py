@@ -161,7 +161,11 @@ def attend(
         if not call.overlaps:
             coming = _start_qkv(q, k, v, call, number + 1)
     out = home.finish()
-    all_lse = None if lse_home is None else lse_home.finish().squeeze(-1).transpose(1, 2).contiguous()
+    all_lse = None
+    if lse_home is not None:
+        # Memory of its own: one head's could be the very tensor that is kept for the backward.
+        lse_by_head = lse_home.finish().squeeze(-1).transpose(1, 2)
+        all_lse = lse_by_head.clone(memory_format=torch.contiguous_format)
     if not keep:
         return Attended(out=out, lse=all_lse, saved=None)
     local = None if call.exchanges_heads else LocalTensors(q=q, k=k, v=v, out=out)

@@ -161,15 +161,16 @@ def attend(
         if not call.overlaps:
             coming = _start_qkv(q, k, v, call, number + 1)
     out = home.finish()
-    all_lse = None
-    if lse_home is not None:
-        # Memory of its own: one head's could be the very tensor that is kept for the backward.
-        lse_by_head = lse_home.finish().squeeze(-1).transpose(1, 2)
-        all_lse = lse_by_head.clone(memory_format=torch.contiguous_format)
+    all_lse = None if lse_home is None else _by_head(lse_home.finish())
     if not keep:
         return Attended(out=out, lse=all_lse, saved=None)
     local = None if call.exchanges_heads else LocalTensors(q=q, k=k, v=v, out=out)
     return Attended(out=out, lse=all_lse, saved=Saved(local=local, chunks=tuple(saved)))
+
+
+def _by_head(lse: Tensor) -> Tensor:
+    """(b, n, h, 1) -> (b, h, n), in memory of its own: one head's could be what the backward keeps."""
+    return lse.squeeze(-1).transpose(1, 2).clone(memory_format=torch.contiguous_format)
 
 
 def _attend_chunk(

@@ -15,30 +15,25 @@ Source: aten::_scaled_dot_product_flash_attention_for_cpu and its backward, PyTo
 
 from collections import defaultdict
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from seqmesh.engine.kernels.kernel import Launch, LogitRule, Problem, disjoint
-from seqmesh.engine.kernels.tiles import Tile, TileShape, cut
+from seqmesh.engine.kernels.prepare import (
+    Kind,
+    dense_mask,
+    is_causal,
+    kind_of,
+    of_one_head_dim,
+    oriented,
+    unpadded,
+)
+from seqmesh.engine.kernels.tiles import Tile, cut
 from seqmesh.masks import Band
 
 BATCHED_PAIRS = 256 * 256
 """Tiles of up to this many pairs are batched: of larger ones each call has work enough."""
-
-
-class _Kind(NamedTuple):
-    """What tiles of one batch have in common."""
-
-    queries: int
-    keys: int
-    shape: TileShape
-    lo: int | None
-    """Bounds of row - column, counted within the tile; of MASKED tiles."""
-    hi: int | None
 
 
 class CpuFlash:
@@ -62,10 +57,10 @@ class CpuFlash:
 
     def launches(self, tiles: Sequence[Tile]) -> Sequence[Launch]:
         """Small tiles of one kind in a batch, each large one alone."""
-        kinds: dict[_Kind, list[Tile]] = defaultdict(list)
+        kinds: dict[Kind, list[Tile]] = defaultdict(list)
         launches = []
         for tile in tiles:
-            kind = _kind(tile)
+            kind = kind_of(tile)
             if kind.queries * kind.keys > BATCHED_PAIRS:
                 launches.append(Launch.of([tile]))
             else:
@@ -76,12 +71,11 @@ class CpuFlash:
         """See Kernel.forward."""
         assert rule.softcap is None
         value_head_dim = v.shape[3]
-        q, k, v = (_oriented(x, tile) for x in _of_one_head_dim(q, k, v))
+        q, k, v = (oriented(x, tile) for x in of_one_head_dim([q, k, v]))
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, k, v, 0.0, _is_causal(tile), attn_mask=_dense_mask(tile, q), scale=rule.scale
+            q, k, v, 0.0, is_causal(tile), attn_mask=dense_mask(tile, q), scale=rule.scale
         )
-        out = _oriented(_cut(out, value_head_dim), tile)
-        return out, lse.flip(2) if _is_reversed(tile) else lse
+        return oriented(unpadded(out, value_head_dim), tile), oriented(lse, tile)
 
     def backward(
         self,
@@ -97,17 +91,17 @@ class CpuFlash:
         """See Kernel.backward."""
         assert rule.softcap is None
         head_dim, value_head_dim = q.shape[3], v.shape[3]
-        tensors = _of_one_head_dim(grad_out, q, k, v, out.to(q.dtype))
+        tensors = of_one_head_dim([grad_out, q, k, v, out.to(q.dtype)])
         dq, dk, dv = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            *(_oriented(x, tile) for x in tensors),
-            lse.flip(2) if _is_reversed(tile) else lse,
+            *(oriented(x, tile) for x in tensors),
+            oriented(lse, tile),
             0.0,
-            _is_causal(tile),
-            attn_mask=_dense_mask(tile, q),
+            is_causal(tile),
+            attn_mask=dense_mask(tile, q),
             scale=rule.scale,
         )
-        dq, dk, dv = _cut(dq, head_dim), _cut(dk, head_dim), _cut(dv, value_head_dim)
-        return _oriented(dq, tile), _oriented(dk, tile), _oriented(dv, tile)
+        dq, dk, dv = unpadded(dq, head_dim), unpadded(dk, head_dim), unpadded(dv, value_head_dim)
+        return oriented(dq, tile), oriented(dk, tile), oriented(dv, tile)
 
     def forward_many(
         self, q: Tensor, k: Tensor, v: Tensor, launch: Launch, rule: LogitRule
@@ -137,19 +131,6 @@ class CpuFlash:
         return _as_rows(dq, count), _as_rows(dk, count), _as_rows(dv, count)
 
 
-def _kind(tile: Tile) -> _Kind:
-    band = tile.band
-    offset = band.q_start - band.k_start
-    is_masked = tile.shape is TileShape.MASKED
-    return _Kind(
-        queries=band.q_stop - band.q_start,
-        keys=band.k_stop - band.k_start,
-        shape=tile.shape,
-        lo=band.lo - offset if is_masked and band.lo is not None else None,
-        hi=band.hi - offset if is_masked and band.hi is not None else None,
-    )
-
-
 def _as_batch(x: Tensor, count: int) -> Tensor:
     """(b, heads, count x n, dim) -> (count x b, heads, n, dim); a view for b = 1."""
     b, heads, rows, dim = x.shape
@@ -163,44 +144,3 @@ def _as_rows(x: Tensor, count: int) -> Tensor:
     b = x.shape[0] // count
     tiles: Tensor = x.unflatten(0, (count, b))
     return tiles.permute(1, 2, 0, 3, 4).reshape(b, heads, count * n, dim)
-
-
-def _is_causal(tile: Tile) -> bool:
-    return tile.shape in (TileShape.CAUSAL, TileShape.REVERSED)
-
-
-def _is_reversed(tile: Tile) -> bool:
-    return tile.shape is TileShape.REVERSED
-
-
-def _oriented(x: Tensor, tile: Tile) -> Tensor:
-    """(b, heads, rows, dim), rows reversed if the tile asks for it; it undoes itself."""
-    return x.flip(2) if _is_reversed(tile) else x
-
-
-def _of_one_head_dim(*tensors: Tensor) -> list[Tensor]:
-    """The tensors padded with zeros to the widest head dim among them."""
-    widest = max(x.shape[3] for x in tensors)
-    return [x if x.shape[3] == widest else pad(x, (0, widest - x.shape[3])) for x in tensors]
-
-
-def _cut(x: Tensor, dim: int) -> Tensor:
-    """Without what was padded."""
-    return x if x.shape[3] == dim else x[..., :dim]
-
-
-def _dense_mask(tile: Tile, q: Tensor) -> Tensor | None:
-    """(nq, nk) additive mask of a MASKED tile, None for the others."""
-    return _mask_of(_kind(tile), q.dtype) if tile.shape is TileShape.MASKED else None
-
-
-@lru_cache(maxsize=8)
-def _mask_of(kind: _Kind, dtype: torch.dtype) -> Tensor:
-    """The mask of all tiles of a kind: the strips of a window are of one. Nobody changes it."""
-    difference = torch.arange(kind.queries)[:, None] - torch.arange(kind.keys)
-    mask = torch.zeros(difference.shape, dtype=dtype)
-    if kind.lo is not None:
-        mask.masked_fill_(difference < kind.lo, -torch.inf)
-    if kind.hi is not None:
-        mask.masked_fill_(difference > kind.hi, -torch.inf)
-    return mask

@@ -36,13 +36,15 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
 from seqmesh.engine.kernels.kernel import Launch, LogitRule, Problem, disjoint
+from seqmesh.engine.kernels.prepare import of_one_head_dim, unpadded
 from seqmesh.engine.kernels.tiles import Tile, TileShape
 from seqmesh.masks import Band
 
 WIDEST_HEAD_DIM = 256
+ALIGNED = 8
+"""Head dims are padded to a multiple of this."""
 NO_WIDE_BACKWARD = ("sm86", "sm89", "sm120", "sm121")
 """Architectures whose shared memory is too small for the backward of head dims above 192."""
 
@@ -107,9 +109,11 @@ class CudaFlash:
     def forward(self, q: Tensor, k: Tensor, v: Tensor, tile: Tile, rule: LogitRule) -> tuple[Tensor, Tensor]:
         """See Kernel.forward."""
         e = v.shape[3]
-        tensors = [x.transpose(1, 2) for x in _padded(q, k, v)]  # (b, heads, n, dim) -> (b, n, heads, dim)
+        tensors = [
+            x.transpose(1, 2) for x in of_one_head_dim([q, k, v], ALIGNED)
+        ]  # (b, heads, n, dim) -> (b, n, heads, dim)
         out, lse = self._forward(tensors, None, window(tile.band), rule)
-        return out.transpose(1, 2)[..., :e], lse
+        return unpadded(out.transpose(1, 2), e), lse
 
     def backward(
         self,
@@ -124,19 +128,19 @@ class CudaFlash:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See Kernel.backward."""
         d, e = q.shape[3], v.shape[3]
-        tensors = [x.transpose(1, 2) for x in _padded(grad_out, q, k, v, out.to(q.dtype))]
+        tensors = [x.transpose(1, 2) for x in of_one_head_dim([grad_out, q, k, v, out.to(q.dtype)], ALIGNED)]
         grads = self._backward(tensors, lse.contiguous(), None, window(tile.band), rule)
         dq, dk, dv = (x.transpose(1, 2) for x in grads)
-        return dq[..., :d], dk[..., :d], dv[..., :e]
+        return unpadded(dq, d), unpadded(dk, d), unpadded(dv, e)
 
     def forward_many(
         self, q: Tensor, k: Tensor, v: Tensor, launch: Launch, rule: LogitRule
     ) -> tuple[Tensor, Tensor]:
         """See BatchKernel.forward_many."""
         b, e = q.shape[0], v.shape[3]
-        tensors = [_packed_rows(x) for x in _padded(q, k, v)]
+        tensors = [_packed_rows(x) for x in of_one_head_dim([q, k, v], ALIGNED)]
         out, lse = self._forward(tensors, _packed(launch, b, q.device), window(launch.tiles[0].band), rule)
-        return _batch_of_rows(out, b)[..., :e], lse.unflatten(1, (b, -1)).transpose(0, 1)
+        return unpadded(_batch_of_rows(out, b), e), lse.unflatten(1, (b, -1)).transpose(0, 1)
 
     def backward_many(
         self,
@@ -151,12 +155,12 @@ class CudaFlash:
     ) -> tuple[Tensor, Tensor, Tensor]:
         """See BatchKernel.backward_many."""
         b, d, e = q.shape[0], q.shape[3], v.shape[3]
-        tensors = [_packed_rows(x) for x in _padded(grad_out, q, k, v, out.to(q.dtype))]
+        tensors = [_packed_rows(x) for x in of_one_head_dim([grad_out, q, k, v, out.to(q.dtype)], ALIGNED)]
         packed_lse = lse.transpose(0, 1).flatten(1).contiguous()  # (b, h, t) -> (h, b t)
         packed = _packed(launch, b, q.device)
         grads = self._backward(tensors, packed_lse, packed, window(launch.tiles[0].band), rule)
         dq, dk, dv = (_batch_of_rows(x, b) for x in grads)
-        return dq[..., :d], dk[..., :d], dv[..., :e]
+        return unpadded(dq, d), unpadded(dk, d), unpadded(dv, e)
 
     def _forward(
         self, tensors: list[Tensor], packed: Packed | None, window: Window, rule: LogitRule
@@ -244,13 +248,6 @@ def windows(band: Band) -> Iterator[Band]:
         piece = band.within(start, stop, k_start, k_stop)
         if piece is not None:
             yield piece
-
-
-def _padded(*tensors: Tensor) -> list[Tensor]:
-    """The tensors padded with zeros to the widest head dim among them, and to a multiple of 8."""
-    widest = max(x.shape[3] for x in tensors)
-    widest = -(-widest // 8) * 8
-    return [x if x.shape[3] == widest else pad(x, (0, widest - x.shape[3])) for x in tensors]
 
 
 def _packed_rows(x: Tensor) -> Tensor:

@@ -21,7 +21,8 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from seqmesh.engine.kernels.kernel import LogitRule, Problem
-from seqmesh.engine.kernels.tiles import Tile, TileShape, cut
+from seqmesh.engine.kernels.prepare import dense_mask, is_causal, of_one_head_dim, oriented, unpadded
+from seqmesh.engine.kernels.tiles import Tile, cut
 from seqmesh.masks import Band
 
 LSE_ROWS = 32
@@ -59,12 +60,11 @@ class CudaEfficient:
         """See Kernel.forward."""
         assert rule.softcap is None
         rows, value_head_dim = q.shape[2], v.shape[3]
-        q, k, v = self._prepared([q, k, v], q.shape[1], tile)
+        q, k, v = _prepared([q, k, v], q.shape[1], tile)
         out, lse, *_ = self._ops._scaled_dot_product_efficient_attention(
-            q, k, v, _bias(tile, q), True, 0.0, _is_causal(tile), scale=rule.scale
+            q, k, v, _bias(tile, q), True, 0.0, is_causal(tile), scale=rule.scale
         )
-        out, lse = out[..., :value_head_dim], lse[:, :, :rows]
-        return (out.flip(2), lse.flip(2)) if _is_reversed(tile) else (out, lse)
+        return oriented(unpadded(out, value_head_dim), tile), oriented(lse[:, :, :rows], tile)
 
     def backward(
         self,
@@ -80,10 +80,10 @@ class CudaEfficient:
         """See Kernel.backward."""
         assert rule.softcap is None
         head_dim, value_head_dim, kv_heads = q.shape[3], v.shape[3], k.shape[1]
-        lse = lse.flip(2) if _is_reversed(tile) else lse
+        lse = oriented(lse, tile)
         # Rows that are not there weigh nothing, as the forward has it.
         padded_lse = pad(lse, (0, -lse.shape[2] % LSE_ROWS), value=torch.inf).contiguous()
-        tensors = self._prepared([grad_out, q, k, v, out.to(q.dtype)], q.shape[1], tile)
+        tensors = _prepared([grad_out, q, k, v, out.to(q.dtype)], q.shape[1], tile)
         no_state = torch.zeros((), dtype=torch.int64, device=q.device)  # of dropout, of which there is none
         dq, dk, dv, _ = self._ops._scaled_dot_product_efficient_attention_backward(
             *tensors[:4],
@@ -94,54 +94,32 @@ class CudaEfficient:
             no_state,
             0.0,
             [True, True, True, False],
-            _is_causal(tile),
+            is_causal(tile),
             scale=rule.scale,
         )
-        if _is_reversed(tile):
-            dq, dk, dv = dq.flip(2), dk.flip(2), dv.flip(2)
-        return dq[..., :head_dim], _summed(dk, kv_heads, head_dim), _summed(dv, kv_heads, value_head_dim)
-
-    def _prepared(self, tensors: list[Tensor], heads: int, tile: Tile) -> list[Tensor]:
-        """(b, heads, rows, dim) with all heads, an aligned head dim, and rows in the tile's order."""
-        widest = max(x.shape[3] for x in tensors)
-        widest += -widest % ALIGNED
-        found = []
-        for x in tensors:
-            if x.shape[1] != heads:
-                x = x.repeat_interleave(heads // x.shape[1], 1)
-            if x.shape[3] != widest:
-                x = pad(x, (0, widest - x.shape[3]))
-            found.append(x.flip(2) if _is_reversed(tile) else x)
-        return found
+        dq, dk, dv = oriented(dq, tile), oriented(dk, tile), oriented(dv, tile)
+        return unpadded(dq, head_dim), _summed(dk, kv_heads, head_dim), _summed(dv, kv_heads, value_head_dim)
 
 
-def _is_causal(tile: Tile) -> bool:
-    return tile.shape in (TileShape.CAUSAL, TileShape.REVERSED)
-
-
-def _is_reversed(tile: Tile) -> bool:
-    return tile.shape is TileShape.REVERSED
+def _prepared(tensors: list[Tensor], heads: int, tile: Tile) -> list[Tensor]:
+    """(b, heads, rows, dim) with all heads, an aligned head dim, and rows in the tile's order."""
+    found = []
+    for x in of_one_head_dim(tensors, ALIGNED):
+        every = x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
+        found.append(oriented(every, tile))
+    return found
 
 
 def _summed(x: Tensor, kv_heads: int, dim: int) -> Tensor:
     """Gradients (b, h, n, ...) of repeated heads, summed to (b, g, n, dim) in fp32."""
+    x = unpadded(x, dim)
     if x.shape[1] == kv_heads:
-        return x[..., :dim]
-    parts: Tensor = x[..., :dim].unflatten(1, (kv_heads, -1))
+        return x
+    parts: Tensor = x.unflatten(1, (kv_heads, -1))
     return parts.sum(2)
 
 
 def _bias(tile: Tile, q: Tensor) -> Tensor | None:
     """(b, h, nq, nk) additive mask of a MASKED tile, a view of one (nq, nk); None for the others."""
-    if tile.shape is not TileShape.MASKED:
-        return None
-    band = tile.band
-    rows, keys = band.q_stop - band.q_start, band.k_stop - band.k_start
-    i = torch.arange(band.q_start, band.q_stop, device=q.device)[:, None]
-    difference = i - torch.arange(band.k_start, band.k_start + keys + -keys % ALIGNED, device=q.device)
-    mask = torch.zeros(difference.shape, dtype=q.dtype, device=q.device)
-    if band.lo is not None:
-        mask.masked_fill_(difference < band.lo, -torch.inf)
-    if band.hi is not None:
-        mask.masked_fill_(difference > band.hi, -torch.inf)
-    return mask[:, :keys].expand(q.shape[0], q.shape[1], rows, keys)
+    mask = dense_mask(tile, q, ALIGNED)
+    return None if mask is None else mask.expand(q.shape[0], q.shape[1], *mask.shape)

@@ -34,5 +34,9 @@ pictures: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
+# Triton apart from the other packages, for the tests that run its kernels in its interpreter, on CPU (CI does).
+.venv/triton: .venv/ready
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.7.1
+
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

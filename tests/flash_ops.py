@@ -32,6 +32,21 @@ def rewritten(left: int, right: int, longest_keys: int) -> tuple[int, int]:
     return left, right
 
 
+def rewritten_by_fa3(left: int, right: int, longest_queries: int, longest_keys: int) -> tuple[int, int]:
+    """The window that flash attention 3 gets, once PyTorch's registry has put it in the same place.
+
+    Source: hopper/flash_api.cpp and mask.h of flash-attention 3.
+    """
+    if left >= longest_keys - 1:
+        left = -1
+    if right >= longest_queries - 1:
+        right = -1
+    if left >= 0 or right > 0:
+        left = longest_keys - 1 if left < 0 else left
+        right = longest_queries - 1 if right < 0 else right
+    return left, right
+
+
 def allowed(left: int, right: int, n: int, m: int) -> Tensor:
     """(n, m) bool: the pairs of a rewritten window."""
     row = torch.arange(n)[:, None] + m - n

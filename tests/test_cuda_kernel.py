@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from flash_ops import EmulatedFlash, allowed, rewritten
+from flash_ops import EmulatedFlash, allowed, rewritten, rewritten_by_fa3
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from oracle import Case, local_inputs
@@ -47,6 +47,18 @@ def test_a_band_is_cut_into_at_most_three_windows_that_survive(band: Band) -> No
         count += torch.from_numpy(Mask(SIZE, SIZE, (piece,)).dense()).long()
     assert torch.equal(count, torch.from_numpy(Mask(SIZE, SIZE, (band,)).dense()).long())
     assert len(pieces) == 1 or not survives(band)
+
+
+@given(BANDS)
+@settings(max_examples=600, deadline=None)
+def test_flash_attention_3_bends_no_window_that_it_gets(band: Band) -> None:
+    for piece in windows(band):
+        n, m = piece.q_stop - piece.q_start, piece.k_stop - piece.k_start
+        # alone, and among longer blocks that are packed with it
+        for longest in ((n, m), (n + 5, m + 9)):
+            pairs = allowed(*rewritten_by_fa3(*window(piece), *longest), n, m)
+            expected = Mask(SIZE, SIZE, (piece,)).dense()[piece.q_start : piece.q_stop]
+            assert torch.equal(pairs, torch.from_numpy(expected[:, piece.k_start : piece.k_stop]))
 
 
 @given(st.lists(BANDS, max_size=6))

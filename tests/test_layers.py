@@ -207,7 +207,9 @@ def test_the_names_that_other_code_relies_on_are_there() -> None:
 
 @pytest.mark.parametrize("module", [m for m in MODULES if is_in(m, TORCH_ONLY)])
 def test_the_engine_needs_torch_alone(module: str) -> None:
-    assert foreign(imports(MODULES[module])) <= {"torch"}
+    # PyTorch's CUDA builds bring Triton; this file is loaded on CUDA only
+    triton = {"triton"} if module == "engine.fused_merge" else set()
+    assert foreign(imports(MODULES[module])) <= {"torch", *triton}
 
 
 def test_no_class_name_means_two_things() -> None:

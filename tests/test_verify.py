@@ -21,7 +21,7 @@ from seqmesh.verify.attend import Part, assemble
 from seqmesh.verify.cases import DTYPES, FAMILIES, SHAPES, AttentionCase, Support, grid, parse
 from seqmesh.verify.judge import LIMIT, LUCK, CaseOutcome, floor_of, judge
 from seqmesh.verify.oracle import dense, make, one_device
-from seqmesh.verify.ranks import Where
+from seqmesh.verify.ranks import Where, _handler
 from seqmesh.verify.ranks import judged as judged_on_ranks
 from seqmesh.verify.report import as_json
 from seqmesh.verify.support import left_out, supported
@@ -243,6 +243,23 @@ def test_devices_that_are_not_there_are_refused(monkeypatch: pytest.MonkeyPatch)
     replace(own, world=2).check()
     with pytest.raises(ValueError, match="4 ranks would share 2"):
         own.check()
+    replace(shared, flash="FA3").check()
+    with pytest.raises(ValueError, match="--flash FA9: PyTorch knows FA3, FA4"):
+        replace(shared, flash="FA9").check()
+
+
+def test_flash_attention_is_exchanged_on_every_rank_before_its_first_case(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    called: list[str] = []
+    monkeypatch.setattr("seqmesh.verify.ranks.activate_flash_attention_impl", called.append)
+    monkeypatch.setattr("seqmesh.verify.ranks._device", torch.device)
+
+    def work(request: str, *_: object) -> None:
+        called.append(request)
+
+    _handler(work, Where(device_type="cpu", world=1, place=None, flash="FA3"))((0, "the case"))
+    assert called == ["FA3", "the case"]
 
 
 def test_json_has_no_nan() -> None:
@@ -336,6 +353,7 @@ def test_torchruns_ranks_are_joined(tmp_path: Path) -> None:
         (("--device", "tpu"), "cases run on cpu or cuda"),
         (("--ring", "0"), "a degree is at least 1"),
         (("--nccl",), "--nccl moves CUDA tensors; add --device cuda"),
+        (("--flash", "FA3"), "--flash chooses what computes on CUDA; add --device cuda"),
         (("--case", "causal(9); ring=2", "--ring", "2"), "--case has its own mesh"),
         (("--case", "causal(9)", "--device", "cuda"), "--case has its own device, cpu"),
         (("--case", "causal("), "cannot be read as a mask"),

@@ -10,6 +10,10 @@ Legend: b batch, h heads, n rows, e head dim of values. out (n, b, h, e), lse (b
 Source: Milakov & Gimelshein 2018; Ring-Attention.
 """
 
+import warnings
+from collections.abc import Callable
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -22,8 +26,12 @@ def accumulator_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+Merge = Callable[[Tensor, Tensor, Tensor, Tensor], None]
+"""The arguments of `merge_`."""
+
+
 def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
-    """Merge a block into the running pair, in place.
+    """Merge a block into the running pair, in place. One launch on CUDA, where Triton is there.
 
     Args:
         out: (n, b, h, e) running output, fp32 or fp64.
@@ -31,6 +39,61 @@ def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> No
         block_out: (n, b, h, e) output of the block, any float dtype.
         block_lse: (b, h, n) its log-sum-exp.
     """
+    # Fake tensors, which have no memory, are of another type.
+    if out.is_cuda and type(out) is Tensor:
+        with torch.cuda.device(out.device):
+            _merge_of(out.device)(out, lse, block_out, block_lse)
+    else:
+        merge_plain_(out, lse, block_out, block_lse)
+
+
+@lru_cache
+def _merge_of(device: torch.device) -> Merge:
+    """The fused merge, if Triton is there and it does on this device what the plain one does."""
+    try:
+        from seqmesh.engine.fused_merge import fused_merge_
+    except ImportError:
+        return merge_plain_
+    return proven(fused_merge_, device)
+
+
+def proven(merge: Merge, device: torch.device) -> Merge:
+    """`merge` if it does what `merge_plain_` does to a few rows of every dtype; else that, with a warning."""
+    for dtype in (torch.float32, torch.float64):
+        for block_dtype in (torch.float16, torch.bfloat16, dtype):
+            found, expected = (_sample(dtype, block_dtype, device) for _ in range(2))
+            merge(*found)
+            merge_plain_(*expected)
+            tolerance = 64 * torch.finfo(dtype).eps
+            if not all(
+                torch.allclose(x, y, rtol=tolerance, atol=tolerance)
+                for x, y in zip(found, expected, strict=True)
+            ):
+                warnings.warn(
+                    f"the fused merge is wrong on {device} for {block_dtype} blocks: merging in plain"
+                    " operations, which is slower; please report it with the versions of torch and triton",
+                    stacklevel=2,
+                )
+                return merge_plain_
+    return merge
+
+
+def _sample(
+    dtype: torch.dtype, block_dtype: torch.dtype, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Arguments of a merge, the same at every call: rows seen by both sides, by either, by none."""
+    n, b, h, e = 40, 2, 3, 24
+    numbers = torch.arange(2 * n * b * h * e, dtype=dtype).mul_(1.7).sin_()
+    out, block_out = (x.view(n, b, h, e).clone() for x in numbers.chunk(2))
+    lse, block_lse = (6 * x[..., 0].permute(1, 2, 0) for x in (out, block_out))
+    for x, x_lse, period in ((out, lse, 3), (block_out, block_lse, 5)):
+        x[::period] = 0.0
+        x_lse[:, :, ::period] = -torch.inf
+    return out.to(device), lse.to(device), block_out.to(device, block_dtype), block_lse.to(device)
+
+
+def merge_plain_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> None:
+    """`merge_` in plain operations, on any device: the oracle of the fused one."""
     # An empty row's -inf becomes a finite number, so that of two empty ones no NaN is made.
     before = lse.clamp_min(torch.finfo(lse.dtype).min)
     weight = torch.sub(block_lse, before).sigmoid_().permute(2, 0, 1).unsqueeze(-1)  # (n, b, h, 1)

@@ -35,6 +35,7 @@ class Wanted:
     model: Path | None
     dtype: str | None
     nccl: bool
+    flash: str | None
 
 
 def _option(name: str, text: str) -> Any:
@@ -48,12 +49,9 @@ def add_to(app: typer.Typer) -> None:
     def verify_command(
         ulysses: Annotated[int | None, _option("--ulysses", "Ulysses degree of the mesh.")] = None,
         ring: Annotated[int | None, _option("--ring", "Ring degree of the mesh.")] = None,
-        device: Annotated[
-            str | None, _option("--device", "cpu (default), or cuda: ranks share what GPUs there are.")
-        ] = None,
-        nccl: Annotated[
-            bool, _option("--nccl", "CUDA tensors through NCCL: a GPU a rank (default: gloo).")
-        ] = False,
+        device: Annotated[str | None, _option("--device", "cpu (default) or cuda: ranks share GPUs.")] = None,
+        nccl: Annotated[bool, _option("--nccl", "CUDA tensors by NCCL, a GPU a rank, not gloo.")] = False,
+        flash: Annotated[str | None, _option("--flash", "FA3 or FA4, in place of flash attention 2.")] = None,
         quick: Annotated[bool, _option("--quick", "One mesh, under a minute.")] = False,
         as_json: Annotated[bool, _option("--json", "Print JSON.")] = False,
         case: Annotated[str | None, _option("--case", "Replay one case: a failure prints it.")] = None,
@@ -77,6 +75,7 @@ def add_to(app: typer.Typer) -> None:
                 model=model,
                 dtype=dtype,
                 nccl=nccl,
+                flash=flash,
             )
         )
 
@@ -90,7 +89,13 @@ def verify(wanted: Wanted) -> int:
     place = place_from(os.environ)
     meshes = _meshes(wanted, None if place is None else place.world)
     ulysses, ring = meshes[0]
-    where = Where(device_type=wanted.device, world=ulysses * ring, place=place, nccl=wanted.nccl)
+    where = Where(
+        device_type=wanted.device,
+        world=ulysses * ring,
+        place=place,
+        nccl=wanted.nccl,
+        flash=wanted.flash,
+    )
     if wanted.model is not None:
         return _verify_model(wanted, wanted.model, meshes[0], where)
     return _verify_attention(wanted, meshes, where)
@@ -111,7 +116,7 @@ def _verify_attention(wanted: Wanted, meshes: Sequence[tuple[int, int]], where: 
         _progress(len(found), len(cases))
     if where.place is not None and where.place.rank > 0:
         return 0
-    about = report.header(device_name(wanted.device))
+    about = report.header(device_name(wanted.device, wanted.flash))
     if wanted.as_json:
         print(json.dumps(report.as_json(about, found, left_out(wanted.device)), indent=1))
     elif wanted.case is not None:
@@ -137,7 +142,7 @@ def _verify_model(wanted: Wanted, given: Path, mesh: tuple[int, int], where: "Wh
         return 1
     if not found:  # a rank of torchrun that does not report
         return 0
-    about = header(device_name(wanted.device))
+    about = header(device_name(wanted.device, wanted.flash))
     if wanted.as_json:
         print(json.dumps(model_report.as_json(about, found[0]), indent=1))
     else:
@@ -159,6 +164,8 @@ def _check(wanted: Wanted) -> None:
         raise ValueError(f"--case has its own device, {wanted.case.device}; leave out --device")
     if wanted.nccl and wanted.device != "cuda":
         raise ValueError("--nccl moves CUDA tensors; add --device cuda")
+    if wanted.flash is not None and wanted.device != "cuda":
+        raise ValueError("--flash chooses what computes on CUDA; add --device cuda")
     for name, degree in (("--ulysses", wanted.ulysses), ("--ring", wanted.ring)):
         if degree is not None and degree < 1:
             raise ValueError(f"{name} {degree}: a degree is at least 1")

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.nn.attention import activate_flash_attention_impl, list_flash_attention_impls
 
 from seqmesh.engine.mesh import SequenceMesh
 from seqmesh.processes import Place, Workers, connect, one_line
@@ -40,6 +41,9 @@ class Where:
     nccl: bool = False
     """Whether CUDA tensors go through NCCL, which needs a GPU for each rank, and not through gloo."""
 
+    flash: str | None = None
+    """What takes the place of flash attention 2 behind PyTorch's operators: "FA3" or "FA4", or nothing."""
+
     @property
     def backend(self) -> str:
         """As PyTorch names it. Parts and outcomes are objects, which gloo gathers in any case."""
@@ -52,6 +56,9 @@ class Where:
         devices = torch.cuda.device_count()
         if not devices:
             raise ValueError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
+        known = list_flash_attention_impls()
+        if self.flash is not None and self.flash not in known:
+            raise ValueError(f"--flash {self.flash}: PyTorch knows {', '.join(known)}; use one of them")
         if self.nccl and self.place is None and devices < self.world:
             raise ValueError(
                 f"--nccl: NCCL refuses two ranks on one GPU, and {self.world} ranks would share {devices};"
@@ -100,7 +107,7 @@ def on_ranks(work: Work, requests: Sequence[Any], where: Where) -> Iterator[Any]
     place = where.place
     if place is not None:
         connect(place, JOIN_SECONDS, where.backend)
-        handle = _handler(work, where.device_type)
+        handle = _handler(work, where)
         for one in numbered:
             answers = _exchanged(handle(one))
             yield from (answer for answer in answers if answer is not None and place.rank == 0)
@@ -109,7 +116,7 @@ def on_ranks(work: Work, requests: Sequence[Any], where: Where) -> Iterator[Any]
         return
 
     def prepare() -> Callable[[tuple[int, Any]], Any]:
-        return _handler(work, where.device_type)
+        return _handler(work, where)
 
     with Workers(prepare, world=where.world, backend=where.backend) as workers:
         for one in numbered:
@@ -122,9 +129,11 @@ def last_line(error: BaseException) -> str:
     return lines[-1] if lines else type(error).__name__
 
 
-def _handler(work: Work, device_type: str) -> Callable[[tuple[int, Any]], Any]:
+def _handler(work: Work, where: Where) -> Callable[[tuple[int, Any]], Any]:
     """What a rank does with a numbered request; prepared once its process group is up."""
-    device = _device(device_type)
+    device = _device(where.device_type)
+    if where.flash is not None:
+        activate_flash_attention_impl(where.flash)
     return lambda one: work(one[1], one[0], device)
 
 
@@ -140,11 +149,11 @@ def _device(device_type: str) -> torch.device:
     return device
 
 
-def device_name(device_type: str) -> str:
+def device_name(device_type: str, flash: str | None = None) -> str:
     """What cases ran on. Asks the device: not before ranks are forked."""
     if device_type != "cuda":
         return device_type
-    return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}, flash attention {flash or 'FA2'}"
 
 
 @cache

@@ -2,7 +2,7 @@
 
     auto on CPU     cpu (aten flash)  -> reference
     auto on CUDA    cuda (aten flash) -> reference
-    by name only    efficient (fp32 on CUDA): no GPU has run it yet
+    by name only    efficient (fp32 on CUDA), cudnn (long blocks on Hopper): no GPU has run them yet
 
 Selection takes the first that refuses nothing; when none is left it raises, listing for each why. To add a
 kernel, write a class with the members of `Kernel` (cpu.py is the one to copy) and pass an instance as
@@ -11,6 +11,7 @@ kernel, write a class with the members of `Kernel` (cpu.py is the one to copy) a
 
 from seqmesh.engine.kernels.cpu import CpuFlash
 from seqmesh.engine.kernels.cuda import CudaFlash
+from seqmesh.engine.kernels.cudnn import CudaCudnn
 from seqmesh.engine.kernels.efficient import CudaEfficient
 from seqmesh.engine.kernels.kernel import BatchKernel, Kernel, Launch, LogitRule, Problem, launches_of
 from seqmesh.engine.kernels.reference import Reference
@@ -30,7 +31,7 @@ __all__ = [
 ]
 
 _AUTOMATIC: tuple[Kernel, ...] = (CudaFlash(), CpuFlash(), Reference())
-_BY_NAME: tuple[Kernel, ...] = (CudaEfficient(),)
+_BY_NAME: tuple[Kernel, ...] = (CudaEfficient(), CudaCudnn())
 
 
 def available() -> tuple[Kernel, ...]:

@@ -91,7 +91,7 @@ sys.exit(run_bench(True, pathlib.Path(sys.argv[1])))
     figures = written["figures"]
     assert written["torch"]
     assert written["machine"]
-    assert len({figure["section"] for figure in figures}) == 6
+    assert len({figure["section"] for figure in figures}) == 7
     for figure in figures:
         assert figure["section"][:40] in done.stdout
         if figure["exact"]:

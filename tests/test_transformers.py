@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from seqmesh import Schedule, SequenceMesh, masks
-from seqmesh.integrations.transformers import NAME, furthest, plug_in, register
+from seqmesh.integrations.layers import furthest
+from seqmesh.integrations.transformers import NAME, plug_in, register
 from seqmesh.masks import Mask
 from seqmesh.train.loss import next_token_loss
 

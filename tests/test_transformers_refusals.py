@@ -15,6 +15,7 @@ from hf_models import (
     plugged,
     refusal,
 )
+from tiny_models import build
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.utils import logging
@@ -194,23 +195,46 @@ def test_a_model_of_full_and_sliding_layers_needs_both_schedules(kind: str) -> N
     full, sliding = (Schedule.build(mask, SequenceMesh.build()) for mask in both_masks())
     for schedule in (full, sliding):  # with the sliding one alone, the full layers would be windowed
         said = refusal(model, **(call | {"schedule": schedule}))
-        assert "mixes full and sliding layers" in said
+        assert "mixes sliding and other layers" in said
         assert "pass sliding_schedule=" in said
     assert model(**(call | {"schedule": full}), sliding_schedule=sliding).logits.shape == (1, 33, VOCABULARY)
 
 
-def test_query_scales_from_local_positions_are_refused() -> None:
-    more = {
-        "num_local_experts": 2,
-        "layer_types": ["full_attention"] * 2,
-        "head_dim": 8,
-        "intermediate_size_mlp": 48,
-    }
-    with torch.device("meta"):
-        tuned = model_of("llama4_text", attn_temperature_tuning=True, **more)
-        plain = model_of("llama4_text", attn_temperature_tuning=False, **more)
-    assert "build the model with attn_temperature_tuning=False" in refusal(plug_in, tuned)
-    assert plug_in(plain).config._attn_implementation == NAME
+def test_query_scales_from_local_positions_are_refused_where_their_rule_is_unknown() -> None:
+    model = model_of("llama")
+    model.model.layers[1].self_attn.attn_temperature_tuning = True
+    said = refusal(plug_in, model)
+    assert "attn_temperature_tuning at 'model.layers.1.self_attn', which scales queries" in said
+    assert "build the model with attn_temperature_tuning=False" in said
+
+
+def test_a_model_of_chunked_and_full_layers_needs_both_schedules_and_a_mask_of_chunks() -> None:
+    model = plug_in(build("llama4_text"))
+    _, call = plugged()
+    mesh = SequenceMesh.build()
+    full = Schedule.build(masks.causal(33), mesh)
+    assert "mixes chunked and other layers" in refusal(model, **(call | {"schedule": full}))
+    said = refusal(model, **(call | {"schedule": full}), chunked_schedule=full)
+    assert "attends within chunks of 6 tokens but its schedule's mask lets tokens 32 apart meet" in said
+    assert "build the schedule from mask & masks.chunked(s, 6)" in said
+    other = Schedule.build(masks.chunked(30, 6), mesh)
+    assert "chunked_schedule has another layout" in refusal(
+        model, **(call | {"schedule": full}), chunked_schedule=other
+    )
+    chunked = Schedule.build(masks.chunked(33, 6), mesh)
+    assert model(**(call | {"schedule": full}), chunked_schedule=chunked).logits.shape == (1, 33, VOCABULARY)
+
+
+def test_a_model_that_loses_its_schedule_on_the_way_says_so() -> None:
+    model = plug_in(build("nemotron"))
+    _, call = plugged()
+    assert "does not hand keyword arguments of its forward on to its attention" in refusal(model, **call)
+
+
+def test_a_model_that_makes_a_mask_of_its_own_is_refused() -> None:
+    model = plug_in(build("doge"))
+    _, call = plugged()
+    assert "an attention mask that its model has made itself" in refusal(model, **call)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +244,6 @@ def test_query_scales_from_local_positions_are_refused() -> None:
         ("jamba", {"num_experts": 2}, "does not call its attention"),
         ("lfm2", {"layer_types": ["conv", "full_attention"]}, "layers of type conv"),
         ("recurrent_gemma", {"num_hidden_layers": 3}, "layers of type linear_attention"),
-        ("llama4_text", {"num_local_experts": 2}, "layers of type chunked_attention"),
     ],
 )
 def test_a_model_that_needs_the_whole_sequence_cannot_be_plugged_in(

@@ -16,7 +16,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from seqmesh.bench import costs, host, schedules, speed
+from seqmesh.bench import costs, host, schedules, speed, trees
 from seqmesh.bench.figures import Figure
 from seqmesh.provenance import commit, machine, this_command
 
@@ -70,6 +70,7 @@ def measure(quick: bool) -> Iterator[Figure]:
     if quick:
         return chain(
             speed.measure(speed.TimedAttention(tokens=512, repeats=1)),
+            trees.measure(trees.TimedTree(prompt=48, completion=16, hidden=64, heads=2, repeats=1)),
             host.measure(host.rings(1 << 14), calls=3),
             costs.measure(costs.memory_cases(512, QUICK_MESHES), costs.bytes_cases(1024, QUICK_MESHES)),
             schedules.measure_times(schedules.BATCHES[:1]),
@@ -77,6 +78,7 @@ def measure(quick: bool) -> Iterator[Figure]:
         )
     return chain(
         speed.measure(speed.TimedAttention()),
+        trees.measure(trees.TimedTree()),
         host.measure(host.rings()),
         costs.measure(costs.memory_cases(512, MESHES), costs.bytes_cases(1024, MESHES)),
         schedules.measure_times(),

@@ -18,9 +18,9 @@ from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from seqmesh.engine.sharding import Schedule
+from seqmesh.integrations.layers import CHUNKED, FULL, SLIDING
+from seqmesh.integrations.temperature import counts_from_zero, is_known
 
-_FULL = "full_attention"
-_SLIDING = "sliding_attention"
 _TOKENWISE = ("Model", "ForCausalLM", "ForMaskedLM", "ForTokenClassification")
 """How the classes end whose outputs are one per token.
 
@@ -85,7 +85,7 @@ def _check_config(name: str, config: Any) -> None:
             f"{name} has several parts ({parts}) with sequences of their own;"
             " plug in its language model alone"
         )
-    unknown = sorted(_layer_types(config) - {_FULL, _SLIDING})
+    unknown = sorted(_layer_types(config) - {FULL, SLIDING, CHUNKED})
     if unknown:
         raise ValueError(
             f"{name} has layers of type {', '.join(unknown)}, which need the whole sequence;"
@@ -119,7 +119,7 @@ def _check_module(name: str, path: str, module: nn.Module) -> None:
             " and needs the whole sequence;"
             " use a model of attention layers only"
         )
-    if getattr(module, "attn_temperature_tuning", False):
+    if counts_from_zero(module) and not is_known(module):
         raise ValueError(
             f"{name} has attn_temperature_tuning at {path!r}, which scales queries by their position"
             " in the shard, not in the sequence;"
@@ -185,7 +185,7 @@ def check_labels(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str
 def check_forward(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """Refuse, before any layer runs, what a model would silently get wrong on a shard.
 
-    Turns the K/V cache off.
+    Turns the K/V cache off, and sends the positions along to every attention.
 
     Raises:
         ValueError: schedules or position ids that are missing, or an argument that cannot be honoured.
@@ -218,7 +218,7 @@ def check_forward(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[st
     asked = kwargs.get("output_router_logits")
     if asked or (asked is None and getattr(model.config, "output_router_logits", False)):
         raise ValueError(_router_logits(call, "pass output_router_logits=False"))
-    return args, kwargs | {"use_cache": False}
+    return args, kwargs | {"use_cache": False, "token_positions": kwargs["position_ids"]}
 
 
 def _check_schedules(call: str, model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
@@ -227,13 +227,15 @@ def _check_schedules(call: str, model: PreTrainedModel, kwargs: dict[str, Any]) 
         raise ValueError(
             f"{call} got schedule={schedule!r}; pass schedule=Schedule.build(mask, mesh) on every call"
         )
-    # Models all of whose layers slide need no second schedule: the window is in the first one's mask.
-    mixed = _layer_types(model.config) >= {_FULL, _SLIDING}
-    sliding = kwargs.get("sliding_schedule")
-    if mixed and not isinstance(sliding, Schedule):
-        raise ValueError(
-            f"{call} got sliding_schedule={sliding!r}, but mixes full and sliding layers,"
-            " which need a mask each;"
-            " pass sliding_schedule=Schedule.build(mask & masks.sliding_window(s, w), mesh,"
-            " layout=schedule.layout) too"
-        )
+    # Models all of whose layers are of one type need one schedule: the window is in its mask.
+    types = _layer_types(model.config)
+    others = {SLIDING: ("sliding", "sliding_window(s, w)"), CHUNKED: ("chunked", "chunked(s, c)")}
+    for kind, (name, mask) in others.items():
+        given = kwargs.get(f"{name}_schedule")
+        if len(types) > 1 and kind in types and not isinstance(given, Schedule):
+            raise ValueError(
+                f"{call} got {name}_schedule={given!r}, but mixes {name} and other layers,"
+                " which need a mask each;"
+                f" pass {name}_schedule=Schedule.build(mask & masks.{mask}, mesh,"
+                " layout=schedule.layout) too"
+            )

@@ -15,9 +15,9 @@ is refused too (see refusals.py): when it is plugged in (heads that pool, rotary
 longest position), and by a hook on every forward, the inner model's included, before any communication and on
 every rank alike (no position ids, labels, a K/V cache).
 
-Sliding windows: a layer's window must be in its schedule's mask. A model that mixes full and sliding layers
-takes two schedules over one layout: `schedule=` for the full layers and `sliding_schedule=` (mask &
-masks.sliding_window(s, w)) for the others.
+Windows and chunks: a layer's window, or its chunk, must be in its schedule's mask. A model that mixes layers
+takes several schedules over one layout: `schedule=` for the full layers, `sliding_schedule=` (mask &
+masks.sliding_window(s, w)) and `chunked_schedule=` (mask & masks.chunked(s, c)) for the others.
 
 Legend: b batch, n local tokens, h query heads, g K/V heads, d head dim.
 """
@@ -30,8 +30,9 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from seqmesh.engine.attention import attention
 from seqmesh.engine.sharding import Schedule
+from seqmesh.integrations.layers import LayerSchedules, chunk_of
 from seqmesh.integrations.refusals import check_forward, check_labels, check_pluggable, no_interface
-from seqmesh.masks import Mask
+from seqmesh.integrations.temperature import counts_from_zero, scaled_by_position
 
 NAME = "seqmesh"
 """Our key in transformers' tables of attention and mask functions."""
@@ -133,6 +134,8 @@ def sequence_attention(
     *,
     schedule: Schedule | None = None,
     sliding_schedule: Schedule | None = None,
+    chunked_schedule: Schedule | None = None,
+    token_positions: Tensor | None = None,
     dropout: float = 0.0,
     scaling: float | None = None,
     sliding_window: int | None = None,
@@ -144,31 +147,43 @@ def sequence_attention(
     """`seqmesh.attention` as transformers calls it: (b, h, n, d), twice (b, g, n, d) -> (b, n, h, d), None.
 
     `module` is the layer that calls. `sliding_window` is its window, to which its schedule's mask must keep;
-    `softcap` is c for logits c tanh(logits / c); `s_aux`, or `sinks` as other models call them, are attention
-    sinks, (h,). There are no attention weights to return.
+    `token_positions` (b, n) are the position ids, which not every model hands on; `softcap` is c for logits
+    c tanh(logits / c); `s_aux`, or `sinks` as other models call them, are attention sinks, (h,).
 
     Raises:
         ValueError: no schedule, a mask (which must be in the schedule), or what cannot be honoured: dropout,
             and among the others anything that could change the result.
     """
     layer = f"{type(module).__name__} {getattr(module, 'layer_idx', '')}".strip()
-    if schedule is None:
-        raise ValueError(
-            f"{layer} got no schedule; pass schedule=Schedule.build(mask, mesh) to the model's forward"
-        )
-    _check_arguments(layer, attention_mask, dropout, others)
-    chosen = _schedule_of_layer(layer, schedule, sliding_schedule, sliding_window)
+    _check_arguments(layer, schedule, attention_mask, dropout, others)
+    assert schedule is not None
+    schedules = LayerSchedules(schedule, sliding_schedule, chunked_schedule)
+    chosen = schedules.of_layer(layer, sliding_window, chunk_of(module))
+    if counts_from_zero(module):
+        assert token_positions is not None  # check_forward adds them
+        query = scaled_by_position(module, query, token_positions)
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (b, heads, n, d) -> (b, n, heads, d)
     given_sinks = sinks if s_aux is None else s_aux
     return attention(q, k, v, chosen, scale=scaling, softcap=softcap, sinks=given_sinks), None
 
 
 def _check_arguments(
-    layer: str, attention_mask: Tensor | None, dropout: float, others: dict[str, Any]
+    layer: str,
+    schedule: Schedule | None,
+    attention_mask: Tensor | None,
+    dropout: float,
+    others: dict[str, Any],
 ) -> None:
+    if schedule is None:
+        # The hook on the model's forward has seen one.
+        raise ValueError(
+            f"{layer} got no schedule, as the model does not hand keyword arguments of its forward on to its"
+            " attention; use another model, or call this layer with schedule=Schedule.build(mask, mesh)"
+        )
     if attention_mask is not None:
         raise ValueError(
-            f"{layer} got an attention mask, but the mask lives in the schedule; pass attention_mask=None"
+            f"{layer} got an attention mask that its model has made itself, while seqmesh knows masks from"
+            " the schedule only; use another model"
         )
     if dropout > 0:
         raise ValueError(
@@ -185,36 +200,3 @@ def _check_arguments(
             f"{layer} got {', '.join(sorted(refused))}, which seqmesh cannot honour;"
             " do not pass it, or use another attention"
         )
-
-
-def _schedule_of_layer(
-    layer: str, schedule: Schedule, sliding_schedule: Schedule | None, window: int | None
-) -> Schedule:
-    """The schedule whose mask is this layer's."""
-    if sliding_schedule is not None and sliding_schedule.layout != schedule.layout:
-        raise ValueError(
-            "sliding_schedule has another layout than schedule; build it with layout=schedule.layout"
-        )
-    if window is None:
-        return schedule
-    chosen = sliding_schedule or schedule
-    reach = furthest(chosen.mask)
-    if reach >= window:
-        raise ValueError(
-            f"{layer} has a sliding window of {window} tokens but its schedule's mask lets tokens {reach}"
-            " apart meet;"
-            f" build the schedule from mask & masks.sliding_window(s, {window}) and pass it as"
-            " sliding_schedule= (or schedule=, if every layer slides)"
-        )
-    return chosen
-
-
-def furthest(mask: Mask) -> int:
-    """Largest distance |i - j| of an allowed pair, 0 for an empty mask."""
-    reach = 0
-    for band in mask.bands:
-        # Without a bound on i - j, the corner of the band's rectangle is the furthest pair.
-        back = band.q_stop - 1 - band.k_start if band.hi is None else band.hi
-        ahead = band.k_stop - 1 - band.q_start if band.lo is None else -band.lo
-        reach = max(reach, back, ahead)
-    return reach

@@ -1,10 +1,23 @@
 """Hybrid training of Hugging Face models: tensor, sequence, pipeline and data parallelism on one mesh.
 
     mesh = ParallelDims(dp_shard=2, ring=2).build()
+    local = shard_batch(TokenBatch(input_ids=ids, position_ids=positions), mesh)
 
 The model's code knows nothing of it: each parallelism is applied from outside, a file each.
 """
 
+from seqmesh.parallel.batch import LocalBatch, shard_batch, shard_micro_batches
 from seqmesh.parallel.dims import ParallelDims, ParallelMesh
+from seqmesh.parallel.packing import IGNORED_LABEL, PackedTokens, TokenBatch, pack
 
-__all__ = ["ParallelDims", "ParallelMesh"]
+__all__ = [
+    "IGNORED_LABEL",
+    "LocalBatch",
+    "PackedTokens",
+    "ParallelDims",
+    "ParallelMesh",
+    "TokenBatch",
+    "pack",
+    "shard_batch",
+    "shard_micro_batches",
+]

@@ -1,4 +1,4 @@
-"""The degrees of every parallelism, the one device mesh they make, and the views that each parallelism takes of it.
+"""The degrees of every parallelism, the one device mesh they make, and the views that each takes of it.
 
     axis           pp   dp_replicate   dp_shard   ring   ulysses   tp     slower links ... faster links
     sequence                                      ring x ulysses          ranks that share a sequence
@@ -8,8 +8,8 @@
     replicas           [dp_replicate x dp_shard x ring x ulysses]         ranks whose gradients are summed
     losses        [pp x dp_replicate x dp_shard x ring x ulysses]         ranks whose losses are summed
 
-[...] is one flattened axis. Ranks of a sequence hold different tokens, so for parameters they are like any other
-data-parallel rank; ranks of tp compute the same loss, so it is summed over the others only.
+[...] is one flattened axis. Ranks of a sequence hold different tokens, so for parameters they are like any
+other data-parallel rank; ranks of tp compute the same loss, so it is summed over the others only.
 
 Source: the order of the axes is the USP paper's best practice; torchtitan for the flattened axes.
 """
@@ -139,6 +139,11 @@ class ParallelMesh:
             return None
         mesh = self.flattened[name] if name in self.flattened else self.device_mesh[name]
         return mesh.get_group() if mesh.size() > 1 else None
+
+    @property
+    def device_type(self) -> str:
+        """Where parameters and tokens are."""
+        return "cpu" if self.device_mesh is None else self.device_mesh.device_type
 
     def rank(self, axis: str) -> int:
         """This rank's place on an axis of `ParallelDims`."""

@@ -94,10 +94,12 @@ def shard_micro_batches(
     """
     problem = ""
     sharded: list[_Sharded] = []
-    try:
-        sharded = [_shard(batch, mesh, layout, sliding_window) for batch in batches]
-    except ValueError as error:
-        problem = f"micro-batch {len(sharded)}: {error}"
+    for number, batch in enumerate(batches):
+        try:
+            sharded.append(_shard(batch, mesh, layout, sliding_window))
+        except ValueError as error:
+            problem = f"micro-batch {number}: {error}"
+            break
     labels = sum(one.packed.label_count for one in sharded)
     votes = _all_votes(_Vote(labels, len(batches), int(bool(problem))), mesh)
     _check(votes, problem)

@@ -8,15 +8,18 @@ The model's code knows nothing of it: each parallelism is applied from outside, 
 
 from seqmesh.parallel.batch import LocalBatch, shard_batch, shard_micro_batches
 from seqmesh.parallel.dims import ParallelDims, ParallelMesh
+from seqmesh.parallel.loss import HeadRule, hidden_loss
 from seqmesh.parallel.packing import IGNORED_LABEL, PackedTokens, TokenBatch, pack
 
 __all__ = [
     "IGNORED_LABEL",
+    "HeadRule",
     "LocalBatch",
     "PackedTokens",
     "ParallelDims",
     "ParallelMesh",
     "TokenBatch",
+    "hidden_loss",
     "pack",
     "shard_batch",
     "shard_micro_batches",

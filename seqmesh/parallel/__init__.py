@@ -7,9 +7,13 @@ The model's code knows nothing of it: each parallelism is applied from outside, 
 """
 
 from seqmesh.parallel.batch import LocalBatch, shard_batch, shard_micro_batches
+from seqmesh.parallel.clip import clip_gradients
 from seqmesh.parallel.dims import ParallelDims, ParallelMesh
 from seqmesh.parallel.loss import HeadRule, hidden_loss
+from seqmesh.parallel.model import ParallelModel, loss
 from seqmesh.parallel.packing import IGNORED_LABEL, PackedTokens, TokenBatch, pack
+from seqmesh.parallel.parallelize import parallelize
+from seqmesh.parallel.plan import ParallelPlan
 
 __all__ = [
     "IGNORED_LABEL",
@@ -18,9 +22,14 @@ __all__ = [
     "PackedTokens",
     "ParallelDims",
     "ParallelMesh",
+    "ParallelModel",
+    "ParallelPlan",
     "TokenBatch",
+    "clip_gradients",
     "hidden_loss",
+    "loss",
     "pack",
+    "parallelize",
     "shard_batch",
     "shard_micro_batches",
 ]

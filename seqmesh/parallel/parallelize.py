@@ -17,6 +17,7 @@ from seqmesh.parallel.fsdp import shard_parameters
 from seqmesh.parallel.model import ParallelModel
 from seqmesh.parallel.part import ModelPart
 from seqmesh.parallel.plan import ParallelPlan
+from seqmesh.parallel.recompute import recompute
 
 
 def parallelize(
@@ -40,6 +41,7 @@ def parallelize(
         )
     part = ModelPart(model.train(), loss_rows=plan.loss_rows)
     plug_in(model)
+    recompute(part, plan)
     if mesh.device_mesh is not None and plan.zero > 1:
         shard_parameters(part, mesh.fsdp, plan)
     return ParallelModel([part], mesh, plan)

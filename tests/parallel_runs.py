@@ -89,6 +89,12 @@ def build(kind: str, tied: bool, layers: int, kv_heads: int) -> PreTrainedModel:
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
 
 
+def on_meta(run: Run) -> PreTrainedModel:
+    """The same without weights."""
+    with torch.device("meta"):
+        return build(run.kind, run.tied, run.layers, run.kv_heads)
+
+
 def micro_batch(step: int, number: int) -> TokenBatch:
     """Documents of other lengths each; the labels of the last micro-batch's first half are ignored."""
     lengths = LENGTHS[(step + number) % len(LENGTHS)]
@@ -166,6 +172,7 @@ def check(outcomes: list[Outcome], run: Run, *, tolerance: float = 1e-5) -> None
     """Every rank's outcome is that of one rank, and together they have all parameters."""
     want = on_one_rank(run.kind, run.tied, run.layers, run.kv_heads, run.micro_batches * run.data)
     seen: set[str] = set()
+    assert len({tuple(got.norms) for got in outcomes}) == 1  # to the bit
     for got in outcomes:
         assert_close("losses", torch.tensor(got.losses), torch.tensor(want.losses), tolerance)
         assert_close("norms", torch.tensor(got.norms), torch.tensor(want.norms), tolerance)

@@ -1,25 +1,26 @@
 """The norm of all gradients of all ranks, exactly, and clipping by it.
 
-    squares of a mesh's shards  -- sum over that mesh -->  + other meshes  -- sum over pp -->  norm ** 2
+    squares of the shards that this rank counts  -- one all-reduce over all ranks -->  norm ** 2
 
-Parameters lie on different meshes: a norm's weight on fsdp, a matrix that tp shares on fsdp x tp, and those
-of other layers on other pipeline ranks. A square must be added once for each shard, never for a copy: DTensor
-knows which are which on one mesh, so gradients are taken mesh by mesh.
+A square counts once for each shard and never for a copy, and which is which differs: a norm's weight is
+sharded over fsdp and copied over tp, a matrix is sharded over both, everything is copied over dp_replicate,
+and with ZeRO-1 over all but tp and pp. So a rank counts a shard if it is the first on every axis that has
+copies of it. One all-reduce gives every rank the same bits: ranks that clip by norms which differ in the last
+bit would drift apart.
 """
 
-from collections import defaultdict
 from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
-from torch.nn.utils import clip_grads_with_norm_, get_total_norm
+from torch.distributed.tensor import DTensor, Replicate
+from torch.nn.utils import get_total_norm
 
 from seqmesh.parallel.dims import ParallelMesh
 
 
+@torch.no_grad()
 def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, mesh: ParallelMesh) -> float:
     """Scale all gradients so that their norm over all ranks is at most `max_norm`. A collective.
 
@@ -36,24 +37,34 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, mesh: Pa
     """
     if not max_norm > 0:
         raise ValueError(f"max_norm={max_norm}: gradients would vanish or turn around; use a positive number")
-    by_mesh: dict[DeviceMesh | None, list[nn.Parameter]] = defaultdict(list)
-    for parameter in parameters:
-        if parameter.grad is not None:
-            held = parameter.grad.device_mesh if isinstance(parameter.grad, DTensor) else None
-            by_mesh[held].append(parameter)
-    square = torch.zeros((), device=mesh.device_type)
-    # Meshes in the order of the parameters, which is the same on all ranks that share them.
-    for held_here in by_mesh.values():
-        norm = get_total_norm([p.grad for p in held_here if p.grad is not None])
-        square = square + _whole(norm) ** 2
-    pipeline = mesh.group("pp")
-    if pipeline is not None:
-        dist.all_reduce(square, group=pipeline)
+    grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    counted = [_local(grad) for grad in grads if _is_counted_here(grad, mesh)]
+    square = get_total_norm(counted).to(device=mesh.device_type, dtype=torch.float64) ** 2
+    if mesh.device_mesh is not None:
+        dist.all_reduce(square)
     norm = square.sqrt()
-    for held_here in by_mesh.values():
-        clip_grads_with_norm_(held_here, max_norm, norm)
+    if grads and norm > max_norm:
+        factor = float(max_norm / norm)
+        torch._foreach_mul_([_local(grad) for grad in grads], factor)
     return norm.item()
 
 
-def _whole(norm: Tensor) -> Tensor:
-    return norm.full_tensor() if isinstance(norm, DTensor) else norm
+def _local(grad: Tensor) -> Tensor:
+    return grad.to_local() if isinstance(grad, DTensor) else grad
+
+
+def _is_counted_here(grad: Tensor, mesh: ParallelMesh) -> bool:
+    """Whether this rank is the first of those that hold the same shard of a gradient."""
+    if mesh.device_mesh is None:
+        return True
+    sharded: set[str] = set()
+    if isinstance(grad, DTensor):
+        names = grad.device_mesh.mesh_dim_names
+        assert names is not None
+        sharded = {name for name, place in zip(names, grad.placements, strict=True) if place != Replicate()}
+    ranks = {
+        "dp_replicate": mesh.rank("dp_replicate"),
+        "fsdp": mesh.flattened["fsdp"].get_local_rank(),
+        "tp": mesh.rank("tp"),
+    }
+    return all(rank == 0 for axis, rank in ranks.items() if axis not in sharded)

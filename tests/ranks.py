@@ -30,8 +30,12 @@ The parent waits a little longer, then ends the pool.
 
 def serve(address: str, requests: Connection) -> None:
     """The server process: fork a pool of ranks for each request (world, rendezvous file)."""
-    import torch._dynamo  # what the first mesh and attention would import: once here, not in every rank
+    # what the first mesh, attention and model would import: once here, not in every rank
+    import torch._dynamo
     import torch.distributed.tensor  # noqa: F401
+    from transformers import LlamaForCausalLM  # noqa: F401
+
+    import seqmesh.parallel  # noqa: F401
 
     while True:
         try:

@@ -31,6 +31,7 @@ ALLOWED: dict[str, list[str]] = {
     "provenance": [],
     "picture": [*PURE, "notation"],
     "integrations": ["masks", "engine"],
+    "parallel": ["masks", "layouts", "engine", "integrations"],
     "train": ["masks", "engine", "integrations", "processes", "provenance"],
     "bench": [
         *(*PURE, "seqmesh", "engine", "train", "processes", "provenance"),

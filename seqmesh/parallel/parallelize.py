@@ -1,0 +1,52 @@
+"""Every parallelism applied to a Hugging Face model, from outside, in the order in which they must come.
+
+    pp             foreign layers become identities                   pipeline.py
+    tp             matrices are shared, heads are divided             tensor.py
+    attention      exact over ring x ulysses, within tp's heads       integrations/transformers.py
+    recomputation  layers keep attention's output only                recompute.py
+    fsdp           what is left of each parameter is sharded          fsdp.py, or zero1.py
+
+tp comes before fsdp, which shards the shards; recomputation before fsdp, whose gathering is outside of it.
+"""
+
+from transformers import PreTrainedModel
+
+from seqmesh.integrations.transformers import plug_in
+from seqmesh.parallel.dims import ParallelMesh
+from seqmesh.parallel.fsdp import shard_parameters
+from seqmesh.parallel.model import ParallelModel
+from seqmesh.parallel.part import ModelPart
+from seqmesh.parallel.plan import ParallelPlan
+from seqmesh.parallel.recompute import recompute
+from seqmesh.parallel.tensor import plan_of, share_matrices
+
+
+def parallelize(
+    model: PreTrainedModel, mesh: ParallelMesh, plan: ParallelPlan | None = None
+) -> ParallelModel:
+    """Make a causal LM parallel, in place.
+
+    Args:
+        model: with the same weights on every rank, or on the meta device.
+        mesh: of all parallelisms.
+        plan: sharding, recomputation and the order of a pipeline.
+
+    Raises:
+        ValueError: on all ranks alike, a model or a plan that does not fit the mesh.
+    """
+    plan = plan or ParallelPlan()
+    if mesh.device_mesh is None and plan.param_dtype is not None:
+        raise ValueError(
+            f"param_dtype={plan.param_dtype} without a process group, where nothing is gathered in another"
+            " dtype; initialise one, also for one rank"
+        )
+    if plan.zero == 1 and mesh.dims.tp > 1:
+        raise ValueError(f"zero=1 with tp={mesh.dims.tp}: parameters that tp shares need zero=2 or 3")
+    part = ModelPart(model.train(), loss_rows=plan.loss_rows)
+    if mesh.dims.tp > 1:
+        share_matrices(model, mesh.tp, plan_of(model, mesh.tp))
+    plug_in(model)
+    recompute(part, plan)
+    if mesh.device_mesh is not None and plan.zero > 1:
+        shard_parameters(part, mesh.fsdp, plan)
+    return ParallelModel([part], mesh, plan)

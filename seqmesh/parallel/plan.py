@@ -1,0 +1,53 @@
+"""What is done to a model beside its degrees: how ZeRO shards, what is recomputed, how pipelines run."""
+
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+import torch
+
+Recompute = Literal["none", "selective", "full"]
+PipelineOrder = Literal["1f1b", "interleaved", "zero_bubble"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParallelPlan:
+    """Choices that change memory and time, and no number that training computes but by rounding."""
+
+    zero: int = 3
+    """What the ranks of fsdp share: 1 optimiser states; 2 parameters and gradients too, whole from a step's
+    first forward to its last backward; 3 those as well, whole only while a layer computes."""
+    param_dtype: torch.dtype | None = None
+    """What layers compute in, such as bfloat16; the parameters that the optimiser sees keep their dtype, and
+    gradients are reduced in fp32. Default: the parameters' dtype."""
+    reduce_each: bool = False
+    """Reduce the gradients of every micro-batch, which keeps them sharded in between. Default: once a step,
+    after its last micro-batch, which sends less."""
+    recompute: Recompute = "none"
+    """What the backward computes again: nothing; "selective": all but attention and matrix products; "full":
+    all of a layer but attention."""
+    offload: bool = False
+    """Keep the inputs of recomputed layers on the host."""
+    mlp_rows: int | None = None
+    """Tokens of an MLP whose intermediate results exist at once; default: all."""
+    loss_rows: int = 1024
+    """Tokens whose logits exist at once."""
+    pipeline: PipelineOrder = "1f1b"
+    """In which order a pipeline rank runs its micro-batches: "1f1b" with one stage a rank; "interleaved" and
+    "zero_bubble" with two."""
+
+    def __post_init__(self) -> None:
+        """Refuse choices that do not exist, or not together."""
+        if self.zero not in (1, 2, 3):
+            raise ValueError(f"zero={self.zero!r}: ZeRO has stages 1, 2 and 3; choose one")
+        if self.zero == 1 and self.param_dtype is not None:
+            raise ValueError(
+                f"zero=1 with param_dtype={self.param_dtype}: parameters in another dtype than the"
+                " optimiser's are made when they are gathered, which zero=1 does not do; use zero=2"
+            )
+        for name, choices in (("recompute", Recompute), ("pipeline", PipelineOrder)):
+            if getattr(self, name) not in get_args(choices):
+                raise ValueError(f"{name}={getattr(self, name)!r}; use one of {get_args(choices)}")
+        if self.offload and self.recompute == "none":
+            raise ValueError('offload=True keeps the inputs of recomputed layers; use recompute="full" too')
+        if self.mlp_rows is not None and self.mlp_rows < 1:
+            raise ValueError(f"mlp_rows={self.mlp_rows}: a tile has at least 1 token; use 4096, or None")

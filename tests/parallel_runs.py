@@ -1,0 +1,191 @@
+"""Training for the tests of `seqmesh.parallel`: a tiny model on a mesh, and plain transformers on one rank.
+
+The oracle is transformers' own eager attention with dense masks, whole logits and PyTorch's cross entropy, in
+one process without any of seqmesh.
+"""
+
+from dataclasses import dataclass, field
+from functools import cache, partial
+
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging
+
+from seqmesh.parallel import (
+    ParallelDims,
+    ParallelMesh,
+    ParallelModel,
+    ParallelPlan,
+    TokenBatch,
+    pack,
+    parallelize,
+    shard_micro_batches,
+)
+
+VOCABULARY = 96
+# eps keeps a gradient of 0 but for rounding from becoming a whole step of Adam
+ADAMW = partial(torch.optim.AdamW, lr=1e-2, eps=1e-3)
+STEPS = 3
+MAX_NORM = 0.05
+"""Below every norm here: clipping is part of what is compared."""
+LENGTHS = ([29, 18], [17, 1, 5], [25, 10, 6], [41])
+"""Documents of the micro-batches, which divide nothing."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Run:
+    """What is trained, and how."""
+
+    dims: ParallelDims
+    plan: ParallelPlan = field(default_factory=ParallelPlan)
+    kind: str = "llama"
+    tied: bool = False
+    layers: int = 2
+    kv_heads: int = 2
+    micro_batches: int = 1
+    """Of each data-parallel rank."""
+
+    @property
+    def data(self) -> int:
+        """Data-parallel ranks."""
+        return self.dims.dp_replicate * self.dims.dp_shard
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What training gives; tensors are whole ones."""
+
+    losses: list[float]
+    norms: list[float]
+    gradients: dict[str, Tensor]
+    """Of the first step, before clipping."""
+    parameters: dict[str, Tensor]
+    """After the last step."""
+
+
+def build(kind: str, tied: bool, layers: int, kv_heads: int) -> PreTrainedModel:
+    """A tiny causal model in fp32, the same in every process."""
+    logging.set_verbosity_error()
+    config = AutoConfig.for_model(
+        kind,
+        vocab_size=VOCABULARY,
+        hidden_size=64,
+        intermediate_size=96,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=kv_heads,
+        head_dim=16,
+        max_position_embeddings=64,
+        tie_word_embeddings=tied,
+        use_cache=False,
+        bos_token_id=None,
+        eos_token_id=1,
+        pad_token_id=0,
+    )
+    torch.manual_seed(0)
+    return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+
+
+def on_meta(run: Run) -> PreTrainedModel:
+    """The same without weights."""
+    with torch.device("meta"):
+        return build(run.kind, run.tied, run.layers, run.kv_heads)
+
+
+def micro_batch(step: int, number: int) -> TokenBatch:
+    """Documents of other lengths each; the labels of the last micro-batch's first half are ignored."""
+    lengths = LENGTHS[(step + number) % len(LENGTHS)]
+    generator = torch.Generator().manual_seed(100 * step + number)
+    ids = torch.randint(0, VOCABULARY, (1, sum(lengths)), generator=generator)
+    labels = ids.clone()
+    if len(lengths) == 1:  # contiguous ranks of it have no label
+        labels[:, : sum(lengths) // 2 + 2] = -100
+    positions = torch.cat([torch.arange(length) for length in lengths])[None]
+    return TokenBatch(input_ids=ids, labels=labels, position_ids=positions)
+
+
+def train(model: ParallelModel, run: Run) -> Outcome:
+    """`STEPS` steps on one rank of a mesh."""
+    rank = model.mesh.rank("dp_replicate") * run.dims.dp_shard + model.mesh.rank("dp_shard")
+    numbers = range(rank * run.micro_batches, (rank + 1) * run.micro_batches)
+    optimizer = model.optimizer(ADAMW)
+    losses, norms, gradients = [], [], {}
+    for step in range(STEPS):
+        batches = shard_micro_batches([micro_batch(step, number) for number in numbers], model.mesh)
+        losses.append(model.total_loss(model.gradients(batches)))
+        if step == 0:
+            gradients = {name: whole(p.grad) for name, p in model.named_parameters()}
+        norms.append(model.clip(MAX_NORM))
+        optimizer.step()
+        optimizer.zero_grad()
+    parameters = {name: whole(p.detach()) for name, p in model.named_parameters()}
+    return Outcome(losses=losses, norms=norms, gradients=gradients, parameters=parameters)
+
+
+def whole(x: Tensor | None) -> Tensor:
+    assert x is not None
+    return (x.full_tensor() if isinstance(x, DTensor) else x).clone()
+
+
+@cache
+def mesh_of(dims: ParallelDims) -> ParallelMesh:
+    """One mesh for all tests that a rank of the pool takes part in."""
+    return dims.build()
+
+
+def on_mesh(run: Run) -> Outcome:
+    """On one rank of a pool."""
+    model = build(run.kind, run.tied, run.layers, run.kv_heads)
+    return train(parallelize(model, mesh_of(run.dims), run.plan), run)
+
+
+@cache
+def on_one_rank(kind: str, tied: bool, layers: int, kv_heads: int, micro_batches: int) -> Outcome:
+    """The oracle: as many micro-batches a step, one after the other."""
+    model = build(kind, tied, layers, kv_heads)
+    optimizer = ADAMW([{"params": list(model.parameters())}])
+    losses, norms, gradients = [], [], {}
+    for step in range(STEPS):
+        packed = [pack(micro_batch(step, number)) for number in range(micro_batches)]
+        count = sum(one.label_count for one in packed)
+        losses.append(0.0)
+        for one in packed:
+            allowed = torch.from_numpy(one.mask.dense())[None, None]
+            additive = torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)
+            logits = model(one.input_ids, position_ids=one.position_ids, attention_mask=additive).logits
+            share = F.cross_entropy(logits[0].double(), one.shift_labels[0], reduction="sum") / count
+            share.backward()
+            losses[-1] += share.item()
+        if step == 0:
+            gradients = {name: whole(p.grad) for name, p in model.named_parameters()}
+        norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)))
+        optimizer.step()
+        optimizer.zero_grad()
+    parameters = {name: whole(p.detach()) for name, p in model.named_parameters()}
+    return Outcome(losses=losses, norms=norms, gradients=gradients, parameters=parameters)
+
+
+def check(outcomes: list[Outcome], run: Run, *, tolerance: float = 1e-5) -> None:
+    """Every rank's outcome is that of one rank, and together they have all parameters."""
+    want = on_one_rank(run.kind, run.tied, run.layers, run.kv_heads, run.micro_batches * run.data)
+    seen: set[str] = set()
+    assert len({tuple(got.norms) for got in outcomes}) == 1  # to the bit
+    for got in outcomes:
+        assert_close("losses", torch.tensor(got.losses), torch.tensor(want.losses), tolerance)
+        assert_close("norms", torch.tensor(got.norms), torch.tensor(want.norms), tolerance)
+        assert got.gradients.keys() == got.parameters.keys()
+        for name in got.gradients:
+            assert_close(f"gradient of {name}", got.gradients[name], want.gradients[name], tolerance)
+            assert_close(name, got.parameters[name], want.parameters[name], tolerance)
+        seen |= got.gradients.keys()
+    assert seen == want.gradients.keys()
+
+
+def assert_close(what: str, got: Tensor, want: Tensor, tolerance: float) -> None:
+    """Relative in the norm of the whole tensor."""
+    assert got.shape == want.shape, f"{what}: {tuple(got.shape)} is not {tuple(want.shape)}"
+    difference = ((got.double() - want.double()).norm() / want.double().norm()).item()
+    assert difference <= tolerance, f"{what} differs by {difference:.1e}"

@@ -1,0 +1,72 @@
+"""Tensor parallelism with sequences, data and ZeRO: training equals that of one rank."""
+
+from typing import Any
+
+import pytest
+from parallel_runs import Run, build, check, mesh_of, on_mesh
+from ranks import Ranks
+from torch.distributed.tensor import DTensor
+
+from seqmesh.parallel import ParallelDims, ParallelPlan, parallelize
+
+MIXES: dict[str, Run] = {
+    "tp alone": Run(dims=ParallelDims(tp=4), kv_heads=4),
+    "ring, zero 3": Run(dims=ParallelDims(ring=2, tp=2), micro_batches=2),
+    "ulysses, zero 2": Run(dims=ParallelDims(ulysses=2, tp=2), plan=ParallelPlan(zero=2), micro_batches=2),
+    "data": Run(dims=ParallelDims(dp_shard=2, tp=2)),
+    "tied": Run(dims=ParallelDims(ring=2, tp=2), tied=True),
+    "few K/V heads": Run(dims=ParallelDims(tp=4), micro_batches=2),
+    "one K/V head": Run(dims=ParallelDims(ring=2, tp=2), kv_heads=1, micro_batches=2),
+    "norms of heads": Run(dims=ParallelDims(ring=2, tp=2), kind="qwen3", micro_batches=3),
+    "norms of few K/V heads": Run(dims=ParallelDims(tp=4), kind="qwen3", micro_batches=2),
+    "biases": Run(dims=ParallelDims(tp=4), kind="qwen2"),
+    "recomputed": Run(dims=ParallelDims(ring=2, tp=2), plan=ParallelPlan(recompute="full", mlp_rows=5)),
+    "selective": Run(dims=ParallelDims(ulysses=2, tp=2), plan=ParallelPlan(recompute="selective")),
+}
+
+
+@pytest.mark.parametrize("name", MIXES)
+def test_training_equals_that_of_one_rank(ranks: Ranks, name: str) -> None:
+    check(ranks.run(4, on_mesh, MIXES[name]), MIXES[name])
+
+
+def test_replicas_of_shards_of_shards(ranks: Ranks) -> None:
+    run = Run(dims=ParallelDims(dp_replicate=2, ring=2, tp=2))
+    check(ranks.run(8, on_mesh, run), run)
+
+
+def placements() -> dict[str, Any]:
+    model = parallelize(build("llama", False, 1, 2), mesh_of(ParallelDims(ring=2, tp=2)))
+    found = {}
+    for name, parameter in model.named_parameters():
+        assert isinstance(parameter, DTensor)
+        found[name] = parameter.to_local().numel() / parameter.numel()
+    return found
+
+
+def test_matrices_and_the_vocabulary_are_shared_and_norms_are_not(ranks: Ranks) -> None:
+    for found in ranks.run(4, placements):
+        for name, share in found.items():
+            assert share == (0.5 if "norm" in name else 0.25), name
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"dims": ParallelDims(tp=4), "plan": ParallelPlan(zero=1)}, "zero=1 with tp=4"),
+        ({"dims": ParallelDims(tp=4), "kv_heads": 3, "kind": "llama"}, "tp=4 with the 3 K/V heads"),
+    ],
+)
+def test_what_does_not_divide_is_refused(ranks: Ranks, given: dict[str, Any], message: str) -> None:
+    for found in ranks.run(4, refusal, Run(**given)):
+        assert message in found
+
+
+def refusal(run: Run) -> str:
+    model = build(run.kind, run.tied, run.layers, 2)
+    model.config.num_key_value_heads = run.kv_heads
+    try:
+        parallelize(model, mesh_of(run.dims), run.plan)
+    except ValueError as error:
+        return str(error)
+    return ""

@@ -14,9 +14,17 @@ the forward to the backward.
 Source: FSDP2 (torch.distributed.fsdp.fully_shard); ZeRO (Rajbhandari et al. 2020).
 """
 
+from functools import partial
+
 import torch
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    CPUOffloadPolicy,
+    FSDPModule,
+    MixedPrecisionPolicy,
+    OffloadPolicy,
+    fully_shard,
+)
 
 from seqmesh.parallel.part import ModelPart
 from seqmesh.parallel.plan import ParallelPlan
@@ -36,14 +44,16 @@ def shard_parameters(part: ModelPart, mesh: DeviceMesh, plan: ParallelPlan) -> N
         # Casting would copy the batch and its schedule for every layer; inputs have the dtype already.
         cast_forward_inputs=False,
     )
+    host = CPUOffloadPolicy() if plan.offload_optimizer and mesh.device_type != "cpu" else OffloadPolicy()
+    shard = partial(fully_shard, mesh=mesh, mp_policy=policy, offload_policy=host)
     frees = plan.zero == 3
     anatomy = part.anatomy
     for layer in anatomy.layers:
         if any(True for _ in layer.parameters()):
-            fully_shard(layer, mesh=mesh, reshard_after_forward=frees, mp_policy=policy)
+            shard(layer, reshard_after_forward=frees)
     if part.is_first and not anatomy.is_tied:
-        fully_shard(anatomy.embedding, mesh=mesh, reshard_after_forward=frees, mp_policy=policy)
-    fully_shard(part, mesh=mesh, reshard_after_forward=False, mp_policy=policy)
+        shard(anatomy.embedding, reshard_after_forward=frees)
+    shard(part, reshard_after_forward=False)
     for module in part.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)

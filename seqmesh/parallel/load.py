@@ -5,10 +5,10 @@
     model = parallelize(hf_model, mesh)
     load_folder(model, "folder of safetensors")      or      load_from_rank_0(model, build)
 
-`load_folder` maps each file and copies what a rank holds, and nothing else. `load_from_rank_0` is for weights
-that only a whole model can make, such as random ones: rank 0 has it whole, on its host, the others a tensor at
-a time; it gives the weights of one rank exactly, whatever the mesh. Both come before the optimiser, which keeps
-the parameters that it is made of.
+`load_folder` maps each file and copies what a rank holds, and nothing else. `load_from_rank_0` is for
+weights that only a whole model can make, such as random ones: rank 0 has it whole, on its host, the others a
+tensor at a time; it gives the weights of one rank exactly, whatever the mesh. Both come before the optimiser,
+which keeps the parameters that it is made of.
 """
 
 from collections.abc import Callable, Iterator

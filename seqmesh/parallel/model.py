@@ -64,7 +64,7 @@ class ParallelModel:
 
     def finish_gradients(self) -> None:
         """After the last backward of a step: reduce what has not been reduced on the way."""
-        if self.plan.zero == 1:
+        if self.plan.zero < 2:
             sum_gradients(self.parameters(), self.mesh)
 
     def total_loss(self, share: Tensor) -> float:
@@ -90,7 +90,7 @@ class ParallelModel:
         """
         given = groups or [{"params": list(self.parameters())}]
         group = self.mesh.group("replicas")
-        if self.plan.zero > 1 or group is None:
+        if self.plan.zero != 1 or group is None:
             return make(given)
         return ShardedStates(given, make, group)
 

@@ -40,8 +40,6 @@ def parallelize(
             f"param_dtype={plan.param_dtype} without a process group, where nothing is gathered in another"
             " dtype; initialise one, also for one rank"
         )
-    if plan.zero == 1 and mesh.dims.tp > 1:
-        raise ValueError(f"zero=1 with tp={mesh.dims.tp}: parameters that tp shares need zero=2 or 3")
     part = ModelPart(model.train(), loss_rows=plan.loss_rows)
     if mesh.dims.tp > 1:
         share_matrices(model, mesh.tp, plan_of(model, mesh.tp))

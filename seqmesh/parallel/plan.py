@@ -14,8 +14,8 @@ class ParallelPlan:
     """Choices that change memory and time, and no number that training computes but by rounding."""
 
     zero: int = 3
-    """What the ranks of fsdp share: 1 optimiser states; 2 parameters and gradients too, whole from a step's
-    first forward to its last backward; 3 those as well, whole only while a layer computes."""
+    """What the ranks of fsdp share: 0 nothing; 1 optimiser states; 2 parameters and gradients too, whole from
+    a step's first forward to its last backward; 3 those as well, whole only while a layer computes."""
     param_dtype: torch.dtype | None = None
     """What layers compute in, such as bfloat16; the parameters that the optimiser sees keep their dtype, and
     gradients are reduced in fp32. Default: the parameters' dtype."""
@@ -27,6 +27,9 @@ class ParallelPlan:
     all of a layer but attention."""
     offload: bool = False
     """Keep the inputs of recomputed layers on the host."""
+    offload_optimizer: bool = False
+    """Keep parameters, gradients and optimiser states on the host (FSDP2's offload); the optimiser steps
+    there. On CPU they are there already."""
     mlp_rows: int | None = None
     """Tokens of an MLP whose intermediate results exist at once; default: all."""
     loss_rows: int = 1024
@@ -37,12 +40,12 @@ class ParallelPlan:
 
     def __post_init__(self) -> None:
         """Refuse choices that do not exist, or not together."""
-        if self.zero not in (1, 2, 3):
-            raise ValueError(f"zero={self.zero!r}: ZeRO has stages 1, 2 and 3; choose one")
-        if self.zero == 1 and self.param_dtype is not None:
+        if self.zero not in (0, 1, 2, 3):
+            raise ValueError(f"zero={self.zero!r}: ZeRO has stages 0 to 3; choose one")
+        if self.zero < 2 and self.param_dtype is not None:
             raise ValueError(
-                f"zero=1 with param_dtype={self.param_dtype}: parameters in another dtype than the"
-                " optimiser's are made when they are gathered, which zero=1 does not do; use zero=2"
+                f"zero={self.zero} with param_dtype={self.param_dtype}: parameters in another dtype than the"
+                " optimiser's are made when they are gathered, which is done from zero=2 on; use zero=2"
             )
         for name, choices in (("recompute", Recompute), ("pipeline", PipelineOrder)):
             if getattr(self, name) not in get_args(choices):

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import nn
+from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
 from seqmesh.parallel.dims import ParallelMesh
 
@@ -30,7 +31,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter], mesh: ParallelMesh) -> Non
     for parameter in parameters:
         if parameter.grad is None:  # unused here, but maybe not elsewhere
             parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(parameter.grad, group=group)
+        dist.all_reduce(_local(parameter.grad), group=group)
 
 
 class ShardedStates(torch.optim.Optimizer):
@@ -65,7 +66,12 @@ class ShardedStates(torch.optim.Optimizer):
             mine.update(_options(all_of_it))
         self.inner.step()
         for parameter, owner in self.owners.items():
-            dist.broadcast(parameter.detach(), group=self.group, group_src=owner)
+            dist.broadcast(_local(parameter.detach()), group=self.group, group_src=owner)
+
+
+def _local(x: Tensor) -> Tensor:
+    """What this rank has of a tensor that tp ranks share: replicas have the same part."""
+    return x.to_local() if isinstance(x, DTensor) else x
 
 
 def _options(group: ParameterGroup) -> ParameterGroup:

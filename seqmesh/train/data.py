@@ -23,7 +23,7 @@ import os
 import platform
 import stat
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate, count
@@ -35,7 +35,7 @@ import torch
 from torch import Tensor
 
 from seqmesh import masks
-from seqmesh.masks import Mask
+from seqmesh.parallel.packing import IGNORED_LABEL, PackedTokens
 
 STDLIB = "stdlib"
 """Name of the default source."""
@@ -43,9 +43,6 @@ EOS_ID = 1
 BYTE_OFFSET = 3
 """Ids 0, 1 and 2 are padding, end of document and unknown, as in ByT5."""
 VOCAB_SIZE = BYTE_OFFSET + 256
-IGNORED_LABEL = -100
-"""Label of a token that predicts nothing: the last one of each document."""
-
 _STDLIB_SKIPS = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
 """Folders that are not part of the default text: installed packages and tests.
 
@@ -70,31 +67,6 @@ class Corpus:
     def tokens(self) -> int:
         """Tokens of all documents."""
         return sum(self.lengths)
-
-
-@dataclass(frozen=True, kw_only=True, eq=False)
-class Batch:
-    """Packed sequences laid end to end as one global row, the same on every rank.
-
-    Shard each tensor along dim 1.
-
-    `s` is sequences x seq_len: documents keep sequences apart just as they keep themselves apart, so one row
-    serves any number.
-    """
-
-    input_ids: Tensor
-    """(1, s) int64."""
-    shift_labels: Tensor
-    """(1, s) int64: the next token of the same document, or -100."""
-    position_ids: Tensor
-    """(1, s) int64: position inside the document."""
-    mask: Mask
-    """s x s, causal inside each document."""
-
-    @property
-    def label_count(self) -> int:
-        """Tokens that predict something, over all ranks: the loss's denominator."""
-        return int((self.shift_labels != IGNORED_LABEL).sum())
 
 
 class Piece(NamedTuple):
@@ -262,13 +234,16 @@ def pack(lengths: tuple[int, ...], seq_len: int, seed: int, epoch: int) -> Itera
             room -= length - start
 
 
-def batches(corpus: Corpus, *, seq_len: int, sequences: int, seed: int) -> Iterator[Batch]:
-    """Batches without end, epoch after epoch, the same on every rank.
+def micro_batches(corpus: Corpus, *, seq_len: int, sequences: int, seed: int) -> Iterator[tuple[Piece, ...]]:
+    """Micro-batches without end, epoch after epoch, as pieces of documents: the same on every rank.
+
+    A piece is a document of its own. `assemble` makes tokens of those that a rank computes.
 
     Args:
         corpus: the documents.
         seq_len: tokens of each packed sequence, at least 3 (so that every sequence has a label).
-        sequences: packed sequences in a batch.
+        sequences: packed sequences in a micro-batch, laid end to end: documents keep sequences apart just as
+            they keep themselves apart.
         seed: shuffles the documents.
 
     Raises:
@@ -286,9 +261,9 @@ def batches(corpus: Corpus, *, seq_len: int, sequences: int, seed: int) -> Itera
     return _endless(corpus, seq_len, sequences, seed)
 
 
-def _endless(corpus: Corpus, seq_len: int, sequences: int, seed: int) -> Iterator[Batch]:
+def _endless(corpus: Corpus, seq_len: int, sequences: int, seed: int) -> Iterator[tuple[Piece, ...]]:
     pieces: list[Piece] = []
-    held = 0  # sequences in `pieces`; a batch may begin in one epoch and end in the next
+    held = 0  # sequences in `pieces`; a micro-batch may begin in one epoch and end in the next
     for epoch in count():
         packed = list(pack(corpus.lengths, seq_len, seed, epoch))
         Random(f"{seed}/{epoch}/sequences").shuffle(packed)
@@ -296,12 +271,13 @@ def _endless(corpus: Corpus, seq_len: int, sequences: int, seed: int) -> Iterato
             pieces += sequence
             held += 1
             if held == sequences:
-                yield _assemble(corpus, pieces)
+                yield tuple(pieces)
                 pieces = []
                 held = 0
 
 
-def _assemble(corpus: Corpus, pieces: list[Piece]) -> Batch:
+def assemble(corpus: Corpus, pieces: Sequence[Piece]) -> PackedTokens:
+    """The tokens of a micro-batch in one row, the same on every rank that shares it."""
     lengths = [piece.stop - piece.start for piece in pieces]
     ids = torch.cat([_piece_tokens(corpus, piece) for piece in pieces])
     labels = torch.full_like(ids, IGNORED_LABEL)
@@ -309,7 +285,7 @@ def _assemble(corpus: Corpus, pieces: list[Piece]) -> Batch:
     # The last token of each document: shifting gave it the first token of the next one.
     labels[torch.tensor(list(accumulate(lengths))) - 1] = IGNORED_LABEL
     positions = torch.cat([torch.arange(length) for length in lengths])
-    return Batch(
+    return PackedTokens(
         input_ids=ids[None],
         shift_labels=labels[None],
         position_ids=positions[None],

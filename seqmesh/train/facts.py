@@ -5,12 +5,13 @@ checksum is how a rank whose weights have drifted is found.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 
 class RankFacts(NamedTuple):
@@ -29,11 +30,11 @@ class RankFacts(NamedTuple):
 
 
 @torch.no_grad()
-def weight_checksum(model: nn.Module) -> float:
-    """Sum over all weights w of w + w^2, in fp64: a change in the last bit of an fp32 weight shows."""
+def weight_checksum(parameters: Iterable[nn.Parameter]) -> float:
+    """Sum over the weights w that a rank holds of w + w^2, in fp64: a change in the last bit of one shows."""
     total = torch.zeros((), dtype=torch.float64)
-    for parameter in model.parameters():
-        weight = parameter.double()
+    for parameter in parameters:
+        weight = (parameter.to_local() if isinstance(parameter, DTensor) else parameter).double()
         total = total + (weight.sum() + weight.square().sum())
     return float(total)
 
@@ -57,15 +58,20 @@ def _gather_numbers(mine: Sequence[float], ranks: int) -> list[list[float]]:
     return [one.tolist() for one in everyone]
 
 
-def check_agreement(facts: Sequence[RankFacts], step: int) -> None:
-    """Nobody sends weights, so a rank with others than rank 0 must not go on.
+def check_agreement(facts: Sequence[RankFacts], step: int, holders: Sequence[Hashable]) -> None:
+    """Nobody sends weights, so ranks that hold the same ones must find them equal, or not go on.
 
     Only the weights can tell: gradients, and their norm, are summed to the same bits everywhere, whatever
     weights made them.
 
+    Args:
+        facts: of every rank.
+        step: from 1.
+        holders: what each rank holds; ranks with equal entries hold the same weights.
+
     Raises:
         FloatingPointError: loss, gradient norm or weights are not finite.
-        RuntimeError: a rank whose weights differ from rank 0's.
+        RuntimeError: a rank whose weights differ from those of another that holds the same.
     """
     loss = sum(rank.loss_share for rank in facts)
     norm = facts[0].grad_norm
@@ -75,10 +81,12 @@ def check_agreement(facts: Sequence[RankFacts], step: int) -> None:
             f"step {step} has loss {loss}, gradient norm {norm} and weight checksum {checksums[0]};"
             " lower train.lr or lengthen train.warmup"
         )
+    first: dict[Hashable, int] = {}
     for rank, checksum in enumerate(checksums):
-        if checksum != checksums[0]:
+        other = first.setdefault(holders[rank], rank)
+        if checksum != checksums[other]:
             raise RuntimeError(
                 f"rank {rank} diverged at step {step}: its weights have checksum {checksum!r},"
-                f" rank 0's have {checksums[0]!r};"
+                f" rank {other}'s have {checksums[other]!r};"
                 " run all ranks on equal machines and libraries, or report this as a bug"
             )

@@ -23,7 +23,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from seqmesh.engine.merge import accumulator_dtype
-from seqmesh.train.data import IGNORED_LABEL
+from seqmesh.parallel.packing import IGNORED_LABEL
 
 
 def next_token_loss(

@@ -16,13 +16,12 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
-from seqmesh.integrations.transformers import plug_in
 from seqmesh.train.config import Config, ModelConfig
 from seqmesh.train.data import EOS_ID, VOCAB_SIZE
 
 
 def build(config: Config, vocabulary: int = VOCAB_SIZE) -> PreTrainedModel:
-    """The model with random fp32 weights from the run's seed, the same on every rank, attention plugged in.
+    """The model with random fp32 weights from the run's seed, the same wherever it is made.
 
     Args:
         config: the run.
@@ -49,16 +48,9 @@ def build(config: Config, vocabulary: int = VOCAB_SIZE) -> PreTrainedModel:
             f"model.architecture={model.architecture!r} refuses [model] ({what});"
             " use llama, mistral, qwen2, ..."
         ) from None
-    plug_in(built)
     _check_layers_see_whole_documents(built, model)
     _check_sizes(built, model)
     return built
-
-
-def check(config: Config) -> None:
-    """Raise what `build` would raise, without allocating or computing: the launcher asks before it forks."""
-    with torch.device("meta"):
-        build(config)
 
 
 def _transformers_config(model: ModelConfig, seq_len: int, vocabulary: int) -> PreTrainedConfig:
@@ -122,9 +114,12 @@ def _check_sizes(built: PreTrainedModel, model: ModelConfig) -> None:
         )
 
 
-def count_matmul_parameters(model: nn.Module) -> int:
-    """Weights of linear layers, the output embedding included."""
-    return sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
+def count_parameters(config: Config, vocabulary: int) -> tuple[int, int]:
+    """All parameters of the whole model, and the weights of its linear layers, output embedding included."""
+    with torch.device("meta"):
+        model = build(config, vocabulary)
+    matmul = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
+    return sum(parameter.numel() for parameter in model.parameters()), matmul
 
 
 def step_flops(*, matmul_parameters: int, tokens: int, model: ModelConfig, area: int) -> float:

@@ -15,9 +15,9 @@ from transformers.utils import logging as transformers_logging
 
 from seqmesh.processes import Place, connect, one_line
 from seqmesh.provenance import this_command
-from seqmesh.train import model as models
+from seqmesh.train import setup
 from seqmesh.train.config import Config
-from seqmesh.train.data import Corpus, batches, read
+from seqmesh.train.data import Corpus, micro_batches, read
 from seqmesh.train.launch import RankFailedError, agree, agree_on, run_local
 from seqmesh.train.recipe import dump
 from seqmesh.train.report import Report, Reporter
@@ -37,7 +37,8 @@ def place_from(environment: Mapping[str, str], config: Config) -> Place | None:
     mesh = config.mesh
     if world != mesh.world:
         raise ValueError(
-            f"mesh.ulysses={mesh.ulysses} x mesh.ring={mesh.ring} needs {mesh.world} ranks"
+            f"{' x '.join(f'mesh.{axis}={n}' for axis, n in mesh.degrees.items() if n > 1) or 'no degree'}"
+            f" needs {mesh.world} ranks"
             f" but the launcher started {world};"
             f" start {mesh.world}, or choose degrees whose product is {world}"
         )
@@ -63,9 +64,9 @@ def run(config: Config, place: Place | None) -> Report | None:
 
 def _prepare(config: Config) -> Corpus:
     """Everything that can be wrong without a rank, checked."""
-    models.check(config)
+    setup.check(config)
     corpus = read(config.data.path)
-    batches(corpus, seq_len=config.data.seq_len, sequences=config.data.sequences, seed=config.train.seed)
+    micro_batches(corpus, seq_len=config.data.seq_len, sequences=config.micro_batch, seed=config.train.seed)
     return corpus
 
 

@@ -1,15 +1,14 @@
 """The training loop of one rank. Start reading here.
 
-    global batch (1, s), the same on every rank      data.py; labels are shifted before anything is sharded
-      -> schedule of its documents                   Schedule.build(batch.mask, mesh)
-      -> this rank's tokens (1, n)                   schedule.shard
-      -> logits (1, n, vocabulary)                   a plain transformers model, attention over all ranks
-      -> sum of losses / labels of all ranks         loss.py
-      -> gradients, summed over ranks                one all-reduce
-      -> clip, AdamW                                 the same on every rank: weights stay equal, unsent
-      -> facts of every rank, compared               facts.py
+    micro-batches of a step, as pieces of documents     data.py: the same on every rank
+      -> those of this data-parallel rank, packed       (1, s); labels are shifted before anything is sharded
+      -> this rank's tokens (1, n) and schedules        shard_micro_batches: one count of labels for all ranks
+      -> sum of losses / labels of all ranks            ParallelModel.gradients: the model's own code, made
+      -> gradients, summed over ranks                   parallel from outside, whatever the mesh
+      -> clip, AdamW                                    one norm for all ranks
+      -> facts of every rank, compared                  facts.py
 
-The same class with the 1 x 1 mesh trains on one rank: that is how a run checks its own first steps.
+The same class with one rank on every axis: that is how a run checks its own first steps.
 """
 
 import math
@@ -18,23 +17,26 @@ import resource
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import timedelta
+from functools import partial
+from itertools import islice
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from transformers import ByT5Tokenizer, PreTrainedModel
+from transformers import ByT5Tokenizer
 
 from seqmesh.engine.exchange import CountBytes
-from seqmesh.engine.mesh import SequenceMesh
-from seqmesh.engine.sharding import Schedule
+from seqmesh.parallel import LocalBatch, ParallelDims, ParallelMesh, shard_micro_batches
+from seqmesh.parallel.gather import whole_weights
 from seqmesh.train import model as models
-from seqmesh.train.config import Config, TrainConfig
-from seqmesh.train.data import VOCAB_SIZE, Batch, Corpus, batches
+from seqmesh.train import setup
+from seqmesh.train.config import Config, MeshConfig, TrainConfig
+from seqmesh.train.data import VOCAB_SIZE, Corpus, Piece, assemble, micro_batches
 from seqmesh.train.events import Compared, Event, Started, StepMetrics, Trained
 from seqmesh.train.facts import RankFacts, check_agreement, gather, gather_facts, weight_checksum
-from seqmesh.train.loss import next_token_loss
 
 Emit = Callable[[Event], None]
 
@@ -48,6 +50,23 @@ def learning_rate(step: int, train: TrainConfig) -> float:
     return low + (train.lr - low) * 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
 
 
+class _StepText(NamedTuple):
+    """What a step computes on, over all ranks."""
+
+    documents: int
+    labels: int
+    """Tokens that predict something: the loss's denominator."""
+    area: int
+    """Allowed (query, key) pairs."""
+
+    @staticmethod
+    def of(pieces: Sequence[Piece]) -> "_StepText":
+        """Each piece is a document of its own, whose last token predicts nothing."""
+        lengths = [piece.stop - piece.start for piece in pieces]
+        pairs = sum(length * (length + 1) // 2 for length in lengths)
+        return _StepText(len(lengths), sum(lengths) - len(lengths), pairs)
+
+
 class Trainer:
     """Model, optimiser and batches of one rank of a mesh."""
 
@@ -55,92 +74,113 @@ class Trainer:
         self,
         config: Config,
         corpus: Corpus,
-        mesh: SequenceMesh,
+        mesh: ParallelMesh,
         peak_flops_per_s: float,
         *,
         vocabulary: int = VOCAB_SIZE,
     ) -> None:
-        """Build them; nothing is computed yet.
+        """Build them; nothing is computed yet. A collective over all ranks.
 
         Args:
             config: the run.
             corpus: its text.
-            mesh: the ranks that share every sequence.
+            mesh: of all parallelisms; its degrees are the recipe's.
             peak_flops_per_s: of all ranks together, which MFU is a share of.
             vocabulary: token ids of the model.
         """
         self.config = config
+        self.corpus = corpus
         self.mesh = mesh
         self.peak_flops_per_s = peak_flops_per_s
-        self.model = models.build(config, vocabulary).train()
-        self.matmul_parameters = models.count_matmul_parameters(self.model)
-        self.batches = batches(
-            corpus, seq_len=config.data.seq_len, sequences=config.data.sequences, seed=config.train.seed
+        self.parameters, self.matmul_parameters = models.count_parameters(config, vocabulary)
+        self.model = setup.build(config, mesh, vocabulary)
+        self.stream = micro_batches(
+            corpus, seq_len=config.data.seq_len, sequences=config.micro_batch, seed=config.train.seed
         )
-        self.optimizer = _adamw(self.model, config.train)
+        self.optimizer = self.model.optimizer(
+            partial(torch.optim.AdamW, lr=config.train.lr, betas=(0.9, 0.95)), self._parameter_groups()
+        )
         self.steps_done = 0
 
+    def _parameter_groups(self) -> list[dict[str, object]]:
+        # Norms and biases have a scale of their own, which decay would pull to 0.
+        matrices = [p for p in self.model.parameters() if p.ndim >= 2]
+        vectors = [p for p in self.model.parameters() if p.ndim < 2]
+        return [
+            {"params": matrices, "weight_decay": self.config.train.weight_decay},
+            {"params": vectors, "weight_decay": 0.0},
+        ]
+
     def step(self) -> StepMetrics:
-        """One optimiser step. A collective over the mesh."""
+        """One optimiser step. A collective over all ranks."""
         start = time.perf_counter()
-        batch = next(self.batches)
-        schedule = Schedule.build(batch.mask, self.mesh, layout=self.config.mesh.layout)
+        pieces = list(islice(self.stream, self.config.micro_batches * self.config.mesh.data_parallel))
+        batches = self._local_batches(pieces)
         lr = learning_rate(self.steps_done, self.config.train)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        # Only what attention sends is counted: the schedule knows nothing of the all-reduce that follows.
+        # Only what attention sends is counted: schedules know nothing of what weights and gradients need.
         with CountBytes() as counted:
-            loss = self._share_of_loss(batch, schedule)
-            loss.backward()
-        sum_gradients(self.model, self.mesh.size)
-        grad_norm = float(nn.utils.clip_grad_norm_(self.model.parameters(), self.config.train.clip))
+            share = self.model.gradients(batches)
+        grad_norm = self.model.clip(self.config.train.clip)
         self.optimizer.step()
         mine = RankFacts(
-            loss_share=loss.item(),
+            loss_share=share.item(),
             grad_norm=grad_norm,
             bytes_sent=counted.bytes_sent,
-            bytes_scheduled=self._scheduled_bytes(schedule),
-            weight_checksum=weight_checksum(self.model),
+            bytes_scheduled=self._scheduled_bytes(batches),
+            weight_checksum=weight_checksum(self.model.parameters()),
         )
-        facts = gather_facts(mine, self.mesh.size)
-        check_agreement(facts, self.steps_done + 1)
+        facts = gather_facts(mine, self.mesh.dims.world)
+        check_agreement(facts, self.steps_done + 1, holders(self.mesh.dims, self.config.train.zero))
         self.steps_done += 1
-        return self._metrics(batch, schedule, facts, lr, time.perf_counter() - start)
+        text = _StepText.of([piece for one in pieces for piece in one])
+        layout = batches[0].schedule.layout.name
+        return self._metrics(text, layout, facts, lr, time.perf_counter() - start)
 
-    def _share_of_loss(self, batch: Batch, schedule: Schedule) -> Tensor:
-        input_ids = schedule.shard(batch.input_ids, 1)  # (1, s) -> (1, n), as the next two
-        labels = schedule.shard(batch.shift_labels, 1)
-        positions = schedule.shard(batch.position_ids, 1)
-        # (1, n) -> (1, n, vocabulary)
-        logits = self.model(input_ids, position_ids=positions, schedule=schedule).logits
-        return next_token_loss(logits, labels, batch.label_count)
+    def _local_batches(self, step: Sequence[tuple[Piece, ...]]) -> tuple[LocalBatch, ...]:
+        """This rank's tokens of its micro-batches: data-parallel ranks take them in turns."""
+        place = self.mesh.rank("dp_replicate") * self.mesh.dims.dp_shard + self.mesh.rank("dp_shard")
+        mine = step[place :: self.config.mesh.data_parallel]
+        packed = [assemble(self.corpus, pieces) for pieces in mine]
+        return shard_micro_batches(packed, self.mesh, layout=self.config.mesh.placement)
 
-    def _scheduled_bytes(self, schedule: Schedule) -> int:
-        """Bytes that this rank sends in a step, all layers, forward and backward, as the schedule says."""
-        model = self.config.model
-        of_a_layer = schedule.traffic(
-            batch=1, heads=model.heads, kv_heads=model.kv_heads, head_dim=model.head_dim, dtype=torch.float32
-        )
-        return model.layers * (of_a_layer.forward_bytes + of_a_layer.backward_bytes)
+    def _scheduled_bytes(self, batches: Sequence[LocalBatch]) -> int:
+        """Bytes that this rank sends in a step, all its layers, forward and backward, as schedules say."""
+        model, tp = self.config.model, self.mesh.dims.tp
+        parts = [part.anatomy.layers for part in self.model.parts]
+        layers = sum(any(True for _ in layer.parameters()) for part in parts for layer in part)
+        total = 0
+        for batch in batches:
+            of_a_layer = batch.schedule.traffic(
+                batch=1,
+                heads=model.heads // tp,
+                kv_heads=max(1, model.kv_heads // tp),
+                head_dim=model.head_dim,
+                dtype=self.model.plan.param_dtype or torch.float32,
+            )
+            total += layers * (of_a_layer.forward_bytes + of_a_layer.backward_bytes)
+        return total
 
     def _metrics(
-        self, batch: Batch, schedule: Schedule, facts: Sequence[RankFacts], lr: float, seconds: float
+        self, text: _StepText, layout: str, facts: Sequence[RankFacts], lr: float, seconds: float
     ) -> StepMetrics:
         data = self.config.data
-        flops = self._flops(batch.mask.area)
+        flops = self._flops(text.area)
         flops_noncausal = self._flops(data.sequences * data.seq_len**2)
         return StepMetrics(
             step=self.steps_done,
-            loss=sum(rank.loss_share for rank in facts),
+            # ranks of tp have the same share
+            loss=sum(rank.loss_share for rank in facts[:: self.mesh.dims.tp]),
             grad_norm=facts[0].grad_norm,
             lr=lr,
             seconds=seconds,
             tokens=data.tokens,
-            labels=batch.label_count,
-            documents=len(batch.mask.bands),
-            area=batch.mask.area,
-            layout=schedule.layout.name,
+            labels=text.labels,
+            documents=text.documents,
+            area=text.area,
+            layout=layout,
             flops=flops,
             tokens_per_s=data.tokens / seconds,
             mfu_mask=flops / (seconds * self.peak_flops_per_s),
@@ -160,31 +200,16 @@ class Trainer:
         )
 
 
-def _adamw(model: nn.Module, train: TrainConfig) -> torch.optim.AdamW:
-    # Norms and biases have a scale of their own, which decay would pull to 0.
-    matrices = [p for p in model.parameters() if p.ndim >= 2]
-    vectors = [p for p in model.parameters() if p.ndim < 2]
-    groups = [
-        {"params": matrices, "weight_decay": train.weight_decay},
-        {"params": vectors, "weight_decay": 0.0},
-    ]
-    return torch.optim.AdamW(groups, lr=train.lr, betas=(0.9, 0.95))
-
-
-def sum_gradients(model: nn.Module, ranks: int) -> None:
-    """Sum every gradient over the ranks of the default group, in one all-reduce.
-
-    Each rank holds the gradient of its share of the mean loss, so the sum is the gradient of the loss.
-    """
-    if ranks == 1:
-        return
-    # A parameter that this rank's tokens did not use has no gradient here, but may have one elsewhere.
-    grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in model.parameters()]
-    flat = torch.cat([grad.flatten() for grad in grads])
-    dist.all_reduce(flat)
-    sums = flat.split([grad.numel() for grad in grads])
-    for parameter, grad in zip(model.parameters(), sums, strict=True):
-        parameter.grad = grad.view_as(parameter)
+def holders(dims: ParallelDims, zero: int) -> list[tuple[int, ...]]:
+    """What each rank holds of the weights: ranks with equal entries hold the same, and must agree."""
+    found = []
+    for rank in range(dims.world):
+        place: dict[str, int] = {}
+        for axis, degree in reversed(dims.degrees.items()):
+            rank, place[axis] = divmod(rank, degree)
+        shard = (place["dp_shard"], place["ring"], place["ulysses"]) if zero >= 2 else ()
+        found.append((place["pp"], place["tp"], *shard))
+    return found
 
 
 def train(config: Config, corpus: Corpus, folder: Path, emit: Emit) -> None:
@@ -199,17 +224,19 @@ def train(config: Config, corpus: Corpus, folder: Path, emit: Emit) -> None:
         emit: called on rank 0 with every event.
     """
     torch.set_num_threads(config.run.threads)
-    mesh = SequenceMesh.build(
-        ulysses=config.mesh.ulysses, ring=config.mesh.ring, timeout=timedelta(seconds=config.run.timeout_s)
-    )
-    trainer = Trainer(config, corpus, mesh, _measure_peak(mesh.size))
+    world = config.mesh.world
+    mesh = setup.dims_of(config.mesh).build(timeout=timedelta(seconds=config.run.timeout_s))
+    trainer = Trainer(config, corpus, mesh, _measure_peak(world))
     beginning = _take_steps(trainer, emit)
-    memory = gather(peak_memory_bytes(), mesh.size)
-    if mesh.size > 1:
+    memory = gather(peak_memory_bytes(), world)
+    weights = whole_weights(trainer.model)
+    is_first = world == 1 or dist.get_rank() == 0
+    del trainer
+    if world > 1:
         # the other ranks are done: nobody waits, with whatever timeout, for rank 0's comparison
         dist.destroy_process_group()
-    if mesh.rank == 0:
-        save(trainer.model, folder / "checkpoint")
+    if is_first:
+        save(config, weights, folder / "checkpoint")
         emit(Trained(peak_memory_bytes=tuple(int(peak) for peak in memory)))
         if beginning:
             emit(compare_on_one_rank(config, corpus, beginning))
@@ -218,18 +245,19 @@ def train(config: Config, corpus: Corpus, folder: Path, emit: Emit) -> None:
 def _take_steps(trainer: Trainer, emit: Emit) -> list[StepMetrics]:
     """All steps of a run; returns the first ones, which are repeated on one rank afterwards."""
     config = trainer.config.train
-    first_rank = trainer.mesh.rank == 0
+    world = trainer.mesh.dims.world
+    first_rank = world == 1 or dist.get_rank() == 0
     if first_rank:
         emit(
             Started(
-                parameters=sum(p.numel() for p in trainer.model.parameters()),
+                parameters=trainer.parameters,
                 matmul_parameters=trainer.matmul_parameters,
                 peak_flops_per_s=trainer.peak_flops_per_s,
             )
         )
     beginning: list[StepMetrics] = []
     deadline = time.monotonic() + 60 * config.minutes if config.minutes else math.inf
-    while trainer.steps_done < config.steps and _time_is_left(deadline, trainer.mesh.size):
+    while trainer.steps_done < config.steps and _time_is_left(deadline, world):
         metrics = trainer.step()
         if first_rank:
             emit(metrics)
@@ -262,21 +290,31 @@ def peak_memory_bytes() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def save(model: PreTrainedModel, folder: Path) -> None:
-    """A checkpoint that plain transformers loads.
-
-    How attention is computed is not part of it, so nothing has to be undone.
-    """
-    model.save_pretrained(folder)
+def save(config: Config, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """A checkpoint that plain transformers loads: how the model was made parallel is not part of it."""
+    with torch.device("meta"):
+        model = models.build(config)
+    model.save_pretrained(folder, state_dict=weights)
     ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
 
 
 def compare_on_one_rank(config: Config, corpus: Corpus, beginning: Sequence[StepMetrics]) -> Compared:
-    """Repeat the first steps from the same seed with the 1 x 1 mesh, which exchanges nothing, and compare."""
+    """Repeat the first steps from the same seed on one rank in fp32, which exchanges nothing, and compare."""
     # The other ranks have ended: their cores are free.
     threads_of_all = config.mesh.world * config.run.threads
     torch.set_num_threads(max(config.run.threads, min(threads_of_all, os.cpu_count() or 1)))
-    alone = Trainer(config, corpus, SequenceMesh.build(), peak_flops_per_s=1.0)
+    one_rank = replace(
+        config,
+        mesh=MeshConfig(ring=1, ulysses=1, layout=config.mesh.layout),
+        train=replace(
+            config.train,
+            zero=0,
+            precision="fp32",
+            offload="none",
+            micro_batch=config.micro_batch,
+        ),
+    )
+    alone = Trainer(one_rank, corpus, ParallelDims().build(), peak_flops_per_s=1.0)
     repeated = [alone.step() for _ in beginning]
     pairs = list(zip(beginning, repeated, strict=True))
     return Compared(

@@ -41,11 +41,12 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from seqmesh.engine.mesh import SequenceMesh
+from seqmesh.parallel import ParallelDims, ParallelMesh
 from seqmesh.planner.inputs.shape import ModelShape
 from seqmesh.planner.trainer.memory import check_trainable
 from seqmesh.train.config import Config, DataConfig, MeshConfig, ModelConfig
 from seqmesh.train.data import Corpus
+from seqmesh.train.setup import dims_of
 from seqmesh.train.trainer import Trainer
 
 PHASES = ("forward", "backward", "update")
@@ -98,7 +99,7 @@ def trace_training_step(
     corpus = _corpus(seq_len, [seq_len] if documents is None else documents)
     log = _AllocationLog()
     with (
-        _fake_ranks(ulysses, ring) as mesh,
+        _fake_ranks(config.mesh) as mesh,
         torch.random.fork_rng(devices=[]),
         FakeTensorMode(allow_non_fake_inputs=True),
         log,
@@ -110,7 +111,8 @@ def trace_training_step(
 def _second_step(trainer: Trainer, log: "_AllocationLog") -> TracedMemory:
     """Run two steps and sum up the second: AdamW makes its states in the first."""
     weights = list(trainer.model.parameters())
-    log.mark((*weights, *trainer.model.buffers()), "parameters")
+    buffers = (buffer for part in trainer.model.parts for buffer in part.buffers())
+    log.mark((*weights, *buffers), "parameters")
     trainer.step()
     log.mark(tree_leaves(list(trainer.optimizer.state.values())), "optimizer")
     log.start_step(weights)
@@ -146,19 +148,19 @@ def _config(shape: ModelShape, seq_len: int, ulysses: int, ring: int) -> Config:
 
 
 @contextmanager
-def _fake_ranks(ulysses: int, ring: int) -> Iterator[SequenceMesh]:
+def _fake_ranks(mesh: MeshConfig) -> Iterator[ParallelMesh]:
     """The mesh of rank 0 among ranks that do not exist."""
     if dist.is_initialized():
         raise ValueError(
             "this process already has a process group; trace in a process of its own,"
             " or destroy the group first"
         )
-    if ulysses * ring == 1:
-        yield SequenceMesh.build()
+    if mesh.world == 1:
+        yield ParallelDims().build()
         return
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=ulysses * ring)
+    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=mesh.world)
     try:
-        yield SequenceMesh.build(ulysses=ulysses, ring=ring, device_type="cpu")
+        yield dims_of(mesh).build()
     finally:
         dist.destroy_process_group()
 

@@ -26,8 +26,13 @@ BOTH = ParallelDims(dp_shard=2, ring=2)
 REPLICATED = ParallelDims(dp_replicate=2, ulysses=2)
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3])
-@pytest.mark.parametrize("dims", [SEQUENCE, BOTH, REPLICATED], ids=["sequence", "dp x ring", "hsdp"])
+@pytest.mark.parametrize(
+    ("dims", "zero"),
+    [(SEQUENCE, 3), (BOTH, 1), (BOTH, 2), (BOTH, 3), (REPLICATED, 1), (REPLICATED, 2)],
+    ids=lambda x: (
+        str(x) if isinstance(x, int) else "x".join(f"{k}{v}" for k, v in x.degrees.items() if v > 1)
+    ),
+)
 def test_training_equals_that_of_one_rank(ranks: Ranks, dims: ParallelDims, zero: int) -> None:
     run = Run(dims=dims, plan=ParallelPlan(zero=zero), micro_batches=2)
     check(ranks.run(4, on_mesh, run), run)
@@ -166,6 +171,8 @@ def test_zero_1_spreads_states_and_follows_the_learning_rate(ranks: Ranks) -> No
         ({"recompute": "some"}, "recompute='some'; use one of"),
         ({"pipeline": "gpipe"}, "pipeline='gpipe'; use one of"),
         ({"offload": True}, 'use recompute="full" too'),
+        ({"pipeline": "zero_bubble"}, "use zero=2"),
+        ({"pipeline": "zero_bubble", "zero": 2, "recompute": "full"}, "makes the gradients of weights later"),
         ({"mlp_rows": 0}, "at least 1 token"),
     ],
 )

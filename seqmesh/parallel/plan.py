@@ -49,5 +49,12 @@ class ParallelPlan:
                 raise ValueError(f"{name}={getattr(self, name)!r}; use one of {get_args(choices)}")
         if self.offload and self.recompute == "none":
             raise ValueError('offload=True keeps the inputs of recomputed layers; use recompute="full" too')
+        if self.pipeline == "zero_bubble" and (self.zero == 3 or self.recompute != "none"):
+            # Gradients of weights come after those of inputs, by a second walk over the graph: of parameters
+            # that were freed in between FSDP loses them, and a selective checkpoint allows one walk.
+            raise ValueError(
+                f'pipeline="zero_bubble" with zero={self.zero} and recompute={self.recompute!r}: it makes the'
+                ' gradients of weights later; use zero=2 (or 1) and recompute="none"'
+            )
         if self.mlp_rows is not None and self.mlp_rows < 1:
             raise ValueError(f"mlp_rows={self.mlp_rows}: a tile has at least 1 token; use 4096, or None")

@@ -30,6 +30,9 @@ from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
+from seqmesh.parallel.anatomy import Anatomy
+from seqmesh.parallel.split import PassThrough
+
 _PARTIAL_GRADIENT = "replicated_with_grad_allreduce"
 """transformers' style for whole weights whose gradient is a sum over ranks."""
 _KEYS_AND_VALUES = ("k_proj", "v_proj")
@@ -62,7 +65,8 @@ def share_matrices(model: PreTrainedModel, mesh: DeviceMesh, plan: Styles) -> No
         mesh: the tp axis.
         plan: `plan_of` the whole model; what a part lacks is left out.
     """
-    here = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+    here = {name for name, module in model.named_modules() if not isinstance(module, PassThrough)}
+    here |= {name for name, _ in model.named_parameters()}
     rest = {name: style for name, style in plan.items() if name in here}
     partial = {name for name, style in rest.items() if style == _PARTIAL_GRADIENT}
     own = sorted(
@@ -102,11 +106,8 @@ def _check_heads(name: str, heads: int, kv_heads: int, degree: int) -> None:
 
 def _tied(model: PreTrainedModel) -> list[str]:
     """The output embedding's name if it is the input embedding's weight: that one is shared instead."""
-    embedding = model.get_input_embeddings()
-    head = model.get_output_embeddings()
-    if getattr(head, "weight", None) is not getattr(embedding, "weight", None):
-        return []
-    return [name for name, module in model.named_modules() if module is head]
+    anatomy = Anatomy.of(model)
+    return [name for name, module in model.named_modules() if anatomy.is_tied and module is anatomy.head]
 
 
 class _SumOfGradients(torch.autograd.Function):

@@ -3,11 +3,11 @@
 from typing import Any
 
 import pytest
-from parallel_runs import Run, build, check, mesh_of, on_mesh
+from parallel_runs import Run, build, check, mesh_of, micro_batch, on_mesh
 from ranks import Ranks
 from torch.distributed.tensor import DTensor
 
-from seqmesh.parallel import ParallelDims, ParallelPlan, parallelize
+from seqmesh.parallel import ParallelDims, ParallelPlan, loss, parallelize, shard_batch
 
 MIXES: dict[str, Run] = {
     "tp alone": Run(dims=ParallelDims(tp=4), kv_heads=4),
@@ -23,6 +23,48 @@ MIXES: dict[str, Run] = {
     "recomputed": Run(dims=ParallelDims(ring=2, tp=2), plan=ParallelPlan(recompute="full", mlp_rows=5)),
     "selective": Run(dims=ParallelDims(ulysses=2, tp=2), plan=ParallelPlan(recompute="selective")),
 }
+SHARED_ROWS: dict[str, Run] = {
+    "tp alone": Run(dims=ParallelDims(tp=4), kv_heads=4, plan=ParallelPlan(shard_norms=True)),
+    "ring": Run(dims=ParallelDims(ring=2, tp=2), plan=ParallelPlan(shard_norms=True), micro_batches=3),
+    "tied": Run(dims=ParallelDims(dp_shard=2, tp=2), plan=ParallelPlan(shard_norms=True), tied=True),
+    "few K/V heads": Run(
+        dims=ParallelDims(tp=4), plan=ParallelPlan(shard_norms=True), kind="qwen3", micro_batches=2
+    ),
+    "biases": Run(dims=ParallelDims(tp=4), kind="qwen2", plan=ParallelPlan(shard_norms=True)),
+    "recomputed, tiles": Run(
+        dims=ParallelDims(ulysses=2, tp=2), plan=ParallelPlan(shard_norms=True, recompute="full", mlp_rows=3)
+    ),
+    "selective": Run(
+        dims=ParallelDims(ring=2, tp=2), plan=ParallelPlan(shard_norms=True, recompute="selective")
+    ),
+    "stages": Run(
+        dims=ParallelDims(pp=2, tp=2),
+        plan=ParallelPlan(shard_norms=True, pipeline="interleaved"),
+        layers=4,
+        micro_batches=4,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHARED_ROWS)
+def test_ranks_that_share_the_rows_of_norms_too(ranks: Ranks, name: str) -> None:
+    check(ranks.run(4, on_mesh, SHARED_ROWS[name]), SHARED_ROWS[name])
+
+
+def kept_between_layers(shard_norms: bool) -> int:
+    """On one rank: rows of what a layer gets."""
+    mesh = mesh_of(ParallelDims(tp=4))
+    plan = ParallelPlan(shard_norms=shard_norms)
+    model = parallelize(build("llama", False, 2, 2), mesh, plan)
+    seen = []
+    model.parts[0].anatomy.layers[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    loss(model, shard_batch(micro_batch(0, 0), mesh)).backward()
+    return seen[0]
+
+
+def test_layers_keep_a_share_of_the_rows(ranks: Ranks) -> None:
+    assert set(ranks.run(4, kept_between_layers, False)) == {47}
+    assert set(ranks.run(4, kept_between_layers, True)) == {12}
 
 
 @pytest.mark.parametrize("name", MIXES)

@@ -47,7 +47,7 @@ def parallelize(
         parts = split(model, stages_of_rank(mesh, plan), count, loss_rows=plan.loss_rows)
     for part in parts:
         if styles:
-            share_matrices(part.hf, mesh.tp, styles)
+            share_matrices(part.hf, mesh.tp, styles, shard_norms=plan.shard_norms)
         plug_in(part.hf)
         recompute(part, plan)
         if mesh.device_mesh is not None and plan.zero > 1:

@@ -63,7 +63,7 @@ class UnevenStage(PipelineStage):
     def __init__(
         self, part: ModelPart, stage: int, mesh: ParallelMesh, plan: ParallelPlan, rows: list[int]
     ) -> None:
-        """`rows` are the tokens of every micro-batch on this rank."""
+        """`rows` are the tokens of every micro-batch that this rank has between layers."""
         self.rows = rows
         self.hidden_size: int = part.hf.config.hidden_size
         self.hidden_dtype = plan.param_dtype or part.hf.dtype
@@ -110,13 +110,9 @@ def run_pipeline(
     """
     order = _ORDERS[plan.pipeline]
     count = len(batches)
-    if count < mesh.dims.pp or (order.stages_a_rank > 1 and count % mesh.dims.pp):
-        rule = "at least as many as" if order.stages_a_rank == 1 else "a multiple of"
-        raise ValueError(
-            f"{count} micro-batches for pp={mesh.dims.pp} in the order {plan.pipeline!r}, which needs {rule}"
-            " its ranks; cut the step into more micro-batches"
-        )
-    rows = [batch.input_ids.shape[1] for batch in batches]
+    _check_count(count, mesh, plan)
+    shared = mesh.dims.tp if plan.shard_norms else 1
+    rows = [-(-batch.input_ids.shape[1] // shared) for batch in batches]
     numbers = stages_of_rank(mesh, plan)
     stages = [
         UnevenStage(part, number, mesh, plan, rows) for part, number in zip(parts, numbers, strict=True)
@@ -137,3 +133,14 @@ def run_pipeline(
     runner._step_microbatches(inputs, beside, [None] * count, losses, return_outputs=False)
     zero = torch.zeros((), device=mesh.device_type)
     return torch.stack([share.detach() for share in losses]).sum() if losses else zero
+
+
+def _check_count(count: int, mesh: ParallelMesh, plan: ParallelPlan) -> None:
+    """Refuse a number of micro-batches that the order cannot run."""
+    stages_a_rank = _ORDERS[plan.pipeline].stages_a_rank
+    if count < mesh.dims.pp or (stages_a_rank > 1 and count % mesh.dims.pp):
+        rule = "at least as many as" if stages_a_rank == 1 else "a multiple of"
+        raise ValueError(
+            f"{count} micro-batches for pp={mesh.dims.pp} in the order {plan.pipeline!r}, which needs {rule}"
+            " its ranks; cut the step into more micro-batches"
+        )

@@ -27,6 +27,8 @@ class ParallelPlan:
     all of a layer but attention."""
     offload: bool = False
     """Keep the inputs of recomputed layers on the host."""
+    shard_norms: bool = False
+    """Let ranks of tp share the tokens of norms and residuals, which each has whole otherwise."""
     mlp_rows: int | None = None
     """Tokens of an MLP whose intermediate results exist at once; default: all."""
     loss_rows: int = 1024

@@ -96,11 +96,13 @@ def test_matrices_and_the_vocabulary_are_shared_and_norms_are_not(ranks: Ranks) 
     ("given", "message"),
     [
         ({"dims": ParallelDims(tp=4), "plan": ParallelPlan(zero=1)}, "zero=1 with tp=4"),
-        ({"dims": ParallelDims(tp=4), "kv_heads": 3, "kind": "llama"}, "tp=4 with the 3 K/V heads"),
+        ({"dims": ParallelDims(tp=4), "kv_heads": 3}, "tp=4 with the 3 K/V heads"),
+        ({"dims": ParallelDims(ulysses=4, tp=2)}, "ulysses=4 with 2 query heads on each rank of tp=2"),
     ],
 )
 def test_what_does_not_divide_is_refused(ranks: Ranks, given: dict[str, Any], message: str) -> None:
-    for found in ranks.run(4, refusal, Run(**given)):
+    run = Run(**given)
+    for found in ranks.run(run.dims.world, refusal, run):
         assert message in found
 
 

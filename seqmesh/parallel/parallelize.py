@@ -38,6 +38,7 @@ def parallelize(
     """
     plan = plan or ParallelPlan()
     _check(mesh, plan)
+    _check_heads(model, mesh)
     model.train()
     styles = plan_of(model, mesh.tp) if mesh.dims.tp > 1 else {}
     if mesh.dims.pp == 1:
@@ -55,6 +56,15 @@ def parallelize(
     return ParallelModel(parts, mesh, plan)
 
 
+def _check_heads(model: PreTrainedModel, mesh: ParallelMesh) -> None:
+    heads = model.config.num_attention_heads // mesh.dims.tp
+    if heads < mesh.dims.ulysses:
+        raise ValueError(
+            f"ulysses={mesh.dims.ulysses} with {heads} query heads on each rank of tp={mesh.dims.tp} leaves"
+            f" ranks without a head; use ulysses <= {heads} and put the rest on ring"
+        )
+
+
 def _check(mesh: ParallelMesh, plan: ParallelPlan) -> None:
     if mesh.device_mesh is None and plan.param_dtype is not None:
         raise ValueError(
@@ -63,3 +73,7 @@ def _check(mesh: ParallelMesh, plan: ParallelPlan) -> None:
         )
     if plan.zero == 1 and mesh.dims.tp > 1:
         raise ValueError(f"zero=1 with tp={mesh.dims.tp}: parameters that tp shares need zero=2 or 3")
+    if plan.shard_norms and mesh.dims.tp == 1:
+        raise ValueError("shard_norms=True with tp=1: no other rank has the same rows; leave it out")
+    if plan.pipeline != "1f1b" and mesh.dims.pp == 1:
+        raise ValueError(f"pipeline={plan.pipeline!r} with pp=1: there are no stages to order; leave it out")

@@ -6,6 +6,7 @@ one process without any of seqmesh.
 
 from dataclasses import dataclass, field
 from functools import cache, partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 from transformers.utils import logging
 
+from seqmesh import masks
 from seqmesh.parallel import (
     ParallelDims,
     ParallelMesh,
@@ -31,7 +33,10 @@ ADAMW = partial(torch.optim.AdamW, lr=1e-2, eps=1e-3)
 STEPS = 3
 MAX_NORM = 0.05
 """Below every norm here: clipping is part of what is compared."""
-LENGTHS = ([29, 18], [17, 1, 5], [25, 10, 6], [41])
+WINDOW = 7
+MIXED: dict[str, dict[str, Any]] = {"gemma2": {"sliding_window": WINDOW, "query_pre_attn_scalar": 16}}
+"""Models of full and sliding layers; this one also caps its logits."""
+LENGTHS = ([41], [29, 18], [17, 1, 5], [25, 10, 6])
 """Documents of the micro-batches, which divide nothing."""
 
 
@@ -47,6 +52,7 @@ class Run:
     kv_heads: int = 2
     micro_batches: int = 1
     """Of each data-parallel rank."""
+    layout: str = "auto"
 
     @property
     def data(self) -> int:
@@ -84,6 +90,7 @@ def build(kind: str, tied: bool, layers: int, kv_heads: int) -> PreTrainedModel:
         bos_token_id=None,
         eos_token_id=1,
         pad_token_id=0,
+        **MIXED.get(kind, {}),
     )
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
@@ -96,7 +103,7 @@ def on_meta(run: Run) -> PreTrainedModel:
 
 
 def micro_batch(step: int, number: int) -> TokenBatch:
-    """Documents of other lengths each; the labels of the last micro-batch's first half are ignored."""
+    """Documents of other lengths each; of a single one the first half has no labels."""
     lengths = LENGTHS[(step + number) % len(LENGTHS)]
     generator = torch.Generator().manual_seed(100 * step + number)
     ids = torch.randint(0, VOCABULARY, (1, sum(lengths)), generator=generator)
@@ -109,12 +116,18 @@ def micro_batch(step: int, number: int) -> TokenBatch:
 
 def train(model: ParallelModel, run: Run) -> Outcome:
     """`STEPS` steps on one rank of a mesh."""
+    window = WINDOW if run.kind in MIXED else None
     rank = model.mesh.rank("dp_replicate") * run.dims.dp_shard + model.mesh.rank("dp_shard")
     numbers = range(rank * run.micro_batches, (rank + 1) * run.micro_batches)
     optimizer = model.optimizer(ADAMW)
     losses, norms, gradients = [], [], {}
     for step in range(STEPS):
-        batches = shard_micro_batches([micro_batch(step, number) for number in numbers], model.mesh)
+        batches = shard_micro_batches(
+            [micro_batch(step, number) for number in numbers],
+            model.mesh,
+            layout=run.layout,
+            sliding_window=window,
+        )
         losses.append(model.total_loss(model.gradients(batches)))
         if step == 0:
             gradients = {name: whole(p.grad) for name, p in model.named_parameters()}
@@ -142,6 +155,12 @@ def on_mesh(run: Run) -> Outcome:
     return train(parallelize(model, mesh_of(run.dims), run.plan), run)
 
 
+def additive(mask: masks.Mask) -> Tensor:
+    """A mask as transformers adds it to the logits: (1, 1, s, s), 0 or -inf."""
+    allowed = torch.from_numpy(mask.dense())[None, None]
+    return torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)
+
+
 @cache
 def on_one_rank(kind: str, tied: bool, layers: int, kv_heads: int, micro_batches: int) -> Outcome:
     """The oracle: as many micro-batches a step, one after the other."""
@@ -153,9 +172,11 @@ def on_one_rank(kind: str, tied: bool, layers: int, kv_heads: int, micro_batches
         count = sum(one.label_count for one in packed)
         losses.append(0.0)
         for one in packed:
-            allowed = torch.from_numpy(one.mask.dense())[None, None]
-            additive = torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)
-            logits = model(one.input_ids, position_ids=one.position_ids, attention_mask=additive).logits
+            given: Any = additive(one.mask)
+            if kind in MIXED:
+                sliding = additive(one.mask & masks.sliding_window(one.mask.q_len, WINDOW))
+                given = {"full_attention": given, "sliding_attention": sliding}
+            logits = model(one.input_ids, position_ids=one.position_ids, attention_mask=given).logits
             share = F.cross_entropy(logits[0].double(), one.shift_labels[0], reduction="sum") / count
             share.backward()
             losses[-1] += share.item()

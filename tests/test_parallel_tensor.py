@@ -3,11 +3,11 @@
 from typing import Any
 
 import pytest
-from parallel_runs import Run, build, check, mesh_of, on_mesh
+from parallel_runs import Run, build, check, mesh_of, micro_batch, on_mesh
 from ranks import Ranks
 from torch.distributed.tensor import DTensor
 
-from seqmesh.parallel import ParallelDims, ParallelPlan, parallelize
+from seqmesh.parallel import ParallelDims, ParallelPlan, loss, parallelize, shard_batch
 
 MIXES: dict[str, Run] = {
     "tp alone": Run(dims=ParallelDims(tp=4), kv_heads=4),
@@ -23,6 +23,48 @@ MIXES: dict[str, Run] = {
     "recomputed": Run(dims=ParallelDims(ring=2, tp=2), plan=ParallelPlan(recompute="full", mlp_rows=5)),
     "selective": Run(dims=ParallelDims(ulysses=2, tp=2), plan=ParallelPlan(recompute="selective")),
 }
+SHARED_ROWS: dict[str, Run] = {
+    "tp alone": Run(dims=ParallelDims(tp=4), kv_heads=4, plan=ParallelPlan(shard_norms=True)),
+    "ring": Run(dims=ParallelDims(ring=2, tp=2), plan=ParallelPlan(shard_norms=True), micro_batches=3),
+    "tied": Run(dims=ParallelDims(dp_shard=2, tp=2), plan=ParallelPlan(shard_norms=True), tied=True),
+    "few K/V heads": Run(
+        dims=ParallelDims(tp=4), plan=ParallelPlan(shard_norms=True), kind="qwen3", micro_batches=2
+    ),
+    "biases": Run(dims=ParallelDims(tp=4), kind="qwen2", plan=ParallelPlan(shard_norms=True)),
+    "recomputed, tiles": Run(
+        dims=ParallelDims(ulysses=2, tp=2), plan=ParallelPlan(shard_norms=True, recompute="full", mlp_rows=3)
+    ),
+    "selective": Run(
+        dims=ParallelDims(ring=2, tp=2), plan=ParallelPlan(shard_norms=True, recompute="selective")
+    ),
+    "stages": Run(
+        dims=ParallelDims(pp=2, tp=2),
+        plan=ParallelPlan(shard_norms=True, pipeline="interleaved"),
+        layers=4,
+        micro_batches=4,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", SHARED_ROWS)
+def test_ranks_that_share_the_rows_of_norms_too(ranks: Ranks, name: str) -> None:
+    check(ranks.run(4, on_mesh, SHARED_ROWS[name]), SHARED_ROWS[name])
+
+
+def kept_between_layers(shard_norms: bool) -> int:
+    """On one rank: rows of what a layer gets."""
+    mesh = mesh_of(ParallelDims(tp=4))
+    plan = ParallelPlan(shard_norms=shard_norms)
+    model = parallelize(build("llama", False, 2, 2), mesh, plan)
+    seen = []
+    model.parts[0].anatomy.layers[1].register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    loss(model, shard_batch(micro_batch(0, 0), mesh)).backward()
+    return seen[0]
+
+
+def test_layers_keep_a_share_of_the_rows(ranks: Ranks) -> None:
+    assert set(ranks.run(4, kept_between_layers, False)) == {47}
+    assert set(ranks.run(4, kept_between_layers, True)) == {12}
 
 
 @pytest.mark.parametrize("name", MIXES)
@@ -54,11 +96,13 @@ def test_matrices_and_the_vocabulary_are_shared_and_norms_are_not(ranks: Ranks) 
     ("given", "message"),
     [
         ({"dims": ParallelDims(tp=4), "plan": ParallelPlan(zero=1)}, "zero=1 with tp=4"),
-        ({"dims": ParallelDims(tp=4), "kv_heads": 3, "kind": "llama"}, "tp=4 with the 3 K/V heads"),
+        ({"dims": ParallelDims(tp=4), "kv_heads": 3}, "tp=4 with the 3 K/V heads"),
+        ({"dims": ParallelDims(ulysses=4, tp=2)}, "ulysses=4 with 2 query heads on each rank of tp=2"),
     ],
 )
 def test_what_does_not_divide_is_refused(ranks: Ranks, given: dict[str, Any], message: str) -> None:
-    for found in ranks.run(4, refusal, Run(**given)):
+    run = Run(**given)
+    for found in ranks.run(run.dims.world, refusal, run):
         assert message in found
 
 

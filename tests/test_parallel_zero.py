@@ -12,6 +12,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from seqmesh.parallel import (
+    IGNORED_LABEL,
     ParallelDims,
     ParallelPlan,
     clip_gradients,
@@ -26,8 +27,13 @@ BOTH = ParallelDims(dp_shard=2, ring=2)
 REPLICATED = ParallelDims(dp_replicate=2, ulysses=2)
 
 
-@pytest.mark.parametrize("zero", [1, 2, 3])
-@pytest.mark.parametrize("dims", [SEQUENCE, BOTH, REPLICATED], ids=["sequence", "dp x ring", "hsdp"])
+@pytest.mark.parametrize(
+    ("dims", "zero"),
+    [(SEQUENCE, 3), (BOTH, 1), (BOTH, 2), (BOTH, 3), (REPLICATED, 1), (REPLICATED, 2)],
+    ids=lambda x: (
+        str(x) if isinstance(x, int) else "x".join(f"{k}{v}" for k, v in x.degrees.items() if v > 1)
+    ),
+)
 def test_training_equals_that_of_one_rank(ranks: Ranks, dims: ParallelDims, zero: int) -> None:
     run = Run(dims=dims, plan=ParallelPlan(zero=zero), micro_batches=2)
     check(ranks.run(4, on_mesh, run), run)
@@ -41,6 +47,23 @@ def test_tied_embeddings(ranks: Ranks, zero: int) -> None:
 
 def test_a_model_with_norms_of_its_heads_and_gradients_reduced_each_time(ranks: Ranks) -> None:
     run = Run(dims=BOTH, plan=ParallelPlan(reduce_each=True), kind="qwen3", micro_batches=2)
+    check(ranks.run(4, on_mesh, run), run)
+
+
+def labels_here(run: Run) -> int:
+    """Labels on this rank of what it trains on first."""
+    local = shard_batch(micro_batch(0, 0), mesh_of(run.dims), layout=run.layout)
+    return int((local.shift_labels != IGNORED_LABEL).sum())
+
+
+def test_ranks_without_a_label(ranks: Ranks) -> None:
+    run = Run(dims=SEQUENCE, layout="contiguous")
+    assert [count > 0 for count in ranks.run(4, labels_here, run)] == [False, False, True, True]
+    check(ranks.run(4, on_mesh, run), run)
+
+
+def test_layers_with_windows_and_a_head_that_caps_its_logits(ranks: Ranks) -> None:
+    run = Run(dims=BOTH, kind="gemma2", tied=True, micro_batches=2)
     check(ranks.run(4, on_mesh, run), run)
 
 
@@ -166,6 +189,8 @@ def test_zero_1_spreads_states_and_follows_the_learning_rate(ranks: Ranks) -> No
         ({"recompute": "some"}, "recompute='some'; use one of"),
         ({"pipeline": "gpipe"}, "pipeline='gpipe'; use one of"),
         ({"offload": True}, 'use recompute="full" too'),
+        ({"pipeline": "zero_bubble"}, "use zero=2"),
+        ({"pipeline": "zero_bubble", "zero": 2, "recompute": "full"}, "makes the gradients of weights later"),
         ({"mlp_rows": 0}, "at least 1 token"),
     ],
 )
@@ -186,5 +211,9 @@ def test_what_a_model_lacks_is_said() -> None:
         parallelize(AutoModelForCausalLM.from_config(config), mesh)
     with pytest.raises(ValueError, match="without a process group"):
         parallelize(build("llama", False, 1, 2), mesh, ParallelPlan(param_dtype=torch.bfloat16))
+    with pytest.raises(ValueError, match="shard_norms=True with tp=1"):
+        parallelize(build("llama", False, 1, 2), mesh, ParallelPlan(shard_norms=True))
+    with pytest.raises(ValueError, match="pipeline='interleaved' with pp=1"):
+        parallelize(build("llama", False, 1, 2), mesh, ParallelPlan(pipeline="interleaved"))
     with pytest.raises(ValueError, match="max_norm=0"):
         clip_gradients([], 0, mesh)

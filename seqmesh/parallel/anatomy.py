@@ -70,7 +70,7 @@ class Anatomy:
             layers=lists[0],
             rest=tuple(rest),
             head=head,
-            is_tied=getattr(head, "weight", None) is getattr(embedding, "weight", None),
+            is_tied=hasattr(head, "weight") and head.weight is getattr(embedding, "weight", None),
         )
 
 

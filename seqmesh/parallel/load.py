@@ -5,12 +5,13 @@
     model = parallelize(hf_model, mesh)
     load_folder(model, "folder of safetensors")      or      load_from_rank_0(model, build)
 
-`load_folder` maps each file and copies what a rank holds, and nothing else. `load_from_rank_0` is for
-weights that only a whole model can make, such as random ones: rank 0 has it whole, on its host, the others a
-tensor at a time; it gives the weights of one rank exactly, whatever the mesh. Both come before the optimiser,
-which keeps the parameters that it is made of.
+`load_folder` maps each file and copies what a rank holds, and nothing else. `load_from_rank_0` is for weights
+that only a whole model can make, such as random ones: rank 0 has it whole, on its host, the others a tensor
+at a time; it gives the weights of one rank exactly, whatever the mesh. Both come before the optimiser, which
+keeps the parameters that it is made of.
 """
 
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -69,11 +70,13 @@ def load_from_rank_0(model: ParallelModel, build: Callable[[], PreTrainedModel])
         build: makes the whole model on the host; it is called on rank 0 alone.
     """
     _allocate(model)
-    here = dict(_tensors_of(model))
+    here: dict[str, list[Tensor]] = defaultdict(list)  # two stages of a rank have the same buffers
+    for name, tensor in _tensors_of(model):
+        here[name].append(tensor)
     source = build() if model.mesh.device_mesh is None or dist.get_rank() == 0 else None
     for name, tensor in _sent_from_rank_0(source, model.mesh.device_type, model.mesh.device_mesh is None):
-        if name in here:
-            _copy(tensor, here[name])
+        for into in here.get(name, ()):
+            _copy(tensor, into)
 
 
 def _tensors_of(model: ParallelModel) -> Iterator[tuple[str, Tensor]]:

@@ -22,6 +22,7 @@ from seqmesh.parallel.clip import clip_gradients
 from seqmesh.parallel.dims import ParallelMesh
 from seqmesh.parallel.fsdp import announce
 from seqmesh.parallel.part import ModelPart
+from seqmesh.parallel.pipeline import run_pipeline
 from seqmesh.parallel.plan import ParallelPlan
 from seqmesh.parallel.zero1 import MakeOptimizer, ParameterGroup, ShardedStates, sum_gradients
 
@@ -53,13 +54,20 @@ class ParallelModel:
         """
         if not batches:
             raise ValueError("gradients of no micro-batch; pass what shard_micro_batches returns")
+        if self.mesh.dims.pp > 1:
+            total = run_pipeline(self.parts, self.mesh, self.plan, batches)
+        else:
+            total = self._accumulate(batches)
+        self.finish_gradients()
+        return total
+
+    def _accumulate(self, batches: Sequence[LocalBatch]) -> Tensor:
         total = torch.zeros((), device=self.mesh.device_type)
         for number, batch in enumerate(batches):
             announce(self.parts[0], self.plan, is_last=number == len(batches) - 1)
             share = loss(self, batch)
             share.backward()
             total = total + share.detach()
-        self.finish_gradients()
         return total
 
     def finish_gradients(self) -> None:

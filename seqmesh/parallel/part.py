@@ -52,4 +52,5 @@ class ModelPart(nn.Module):
         if self.rule is None:
             return hidden
         weight = cast(Tensor, self.hf.get_output_embeddings().weight)
-        return hidden_loss(hidden, weight, batch.shift_labels, batch.label_count, self.rule)
+        tokens = batch.shift_labels.shape[1]  # ranks of tp that share rows may have padded them
+        return hidden_loss(hidden[:, :tokens], weight, batch.shift_labels, batch.label_count, self.rule)

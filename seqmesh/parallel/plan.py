@@ -30,6 +30,8 @@ class ParallelPlan:
     offload_optimizer: bool = False
     """Keep parameters, gradients and optimiser states on the host (FSDP2's offload); the optimiser steps
     there. On CPU they are there already."""
+    shard_norms: bool = False
+    """Let ranks of tp share the tokens of norms and residuals, which each has whole otherwise."""
     mlp_rows: int | None = None
     """Tokens of an MLP whose intermediate results exist at once; default: all."""
     loss_rows: int = 1024
@@ -52,5 +54,12 @@ class ParallelPlan:
                 raise ValueError(f"{name}={getattr(self, name)!r}; use one of {get_args(choices)}")
         if self.offload and self.recompute == "none":
             raise ValueError('offload=True keeps the inputs of recomputed layers; use recompute="full" too')
+        if self.pipeline == "zero_bubble" and (self.zero == 3 or self.recompute != "none"):
+            # Gradients of weights come after those of inputs, by a second walk over the graph: of parameters
+            # that were freed in between FSDP loses them, and a selective checkpoint allows one walk.
+            raise ValueError(
+                f'pipeline="zero_bubble" with zero={self.zero} and recompute={self.recompute!r}: it makes the'
+                ' gradients of weights later; use zero=2 (or 1) and recompute="none"'
+            )
         if self.mlp_rows is not None and self.mlp_rows < 1:
             raise ValueError(f"mlp_rows={self.mlp_rows}: a tile has at least 1 token; use 4096, or None")

@@ -9,8 +9,7 @@ transformers has such a plan for most of its models, and styles that carry it ou
 takes it. Two things it leaves to us, where a weight that is whole on every rank has a gradient of which each
 rank makes a part:
 
-- norms of q and k (Qwen3): transformers sums their gradients by a hook on `.grad`, which would sum what was
-  accumulated before once more. Here the sum is part of the backward itself.
+- norms of q and k (Qwen3), see gradients.py.
 - fewer K/V heads than ranks: each rank computes those that its query heads use, from the whole weight.
 
 Attention then runs on a rank's heads: ulysses divides those, ring its rows.
@@ -18,24 +17,22 @@ Attention then runs on a rank's heads: ulysses divides those, ring its rows.
 Source: Megatron-LM (Shoeybi et al. 2019); transformers.distributed.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
-import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
+from seqmesh.parallel.anatomy import Anatomy
+from seqmesh.parallel.gradients import SumOfGradients, replaced, sum_gradients_of
+from seqmesh.parallel.sharded_rows import Styles, share_rows
+from seqmesh.parallel.split import PassThrough
+
 _PARTIAL_GRADIENT = "replicated_with_grad_allreduce"
 """transformers' style for whole weights whose gradient is a sum over ranks."""
 _KEYS_AND_VALUES = ("k_proj", "v_proj")
-
-Styles = dict[str, str]
-"""Name of a module or parameter -> style, as transformers resolves a plan."""
 
 
 def plan_of(model: PreTrainedModel, mesh: DeviceMesh) -> Styles:
@@ -54,20 +51,23 @@ def plan_of(model: PreTrainedModel, mesh: DeviceMesh) -> Styles:
     return plan
 
 
-def share_matrices(model: PreTrainedModel, mesh: DeviceMesh, plan: Styles) -> None:
+def share_matrices(
+    model: PreTrainedModel, mesh: DeviceMesh, plan: Styles, *, shard_norms: bool = False
+) -> None:
     """Share the matrices of a model, or of a part of one, in place. Before attention is plugged in.
 
     Args:
         model: with whole weights, the same on every rank, or on the meta device.
         mesh: the tp axis.
         plan: `plan_of` the whole model; what a part lacks is left out.
+        shard_norms: let ranks share the rows of norms and residuals (sharded_rows.py).
     """
-    here = {name for name, _ in model.named_modules()} | {name for name, _ in model.named_parameters()}
+    here = {name for name, module in model.named_modules() if not isinstance(module, PassThrough)}
+    here |= {name for name, _ in model.named_parameters()}
     rest = {name: style for name, style in plan.items() if name in here}
     partial = {name for name, style in rest.items() if style == _PARTIAL_GRADIENT}
-    own = sorted(
-        {name.removesuffix(".weight") for name in partial}
-    )  # plans name the module, its weight, or both
+    # Plans name the module, its weight, or both.
+    own = sorted({name.removesuffix(".weight") for name in partial})
     few = [name for name in rest if name.endswith(_KEYS_AND_VALUES)]
     if model.config.num_key_value_heads >= mesh.size():
         few = []
@@ -75,14 +75,18 @@ def share_matrices(model: PreTrainedModel, mesh: DeviceMesh, plan: Styles) -> No
     for name in [*own, *few, *tied]:
         for key in (name, f"{name}.weight", f"{name}.bias"):
             rest.pop(key, None)
+    if shard_norms:
+        rest = share_rows(model, mesh, rest)
     apply_tensor_parallelism(model, mesh, rest)
     for name in own:
-        _sum_gradients_of(model.get_submodule(name), mesh)
+        sum_gradients_of(model.get_submodule(name), mesh)
     for name in few:
-        _compute_own_heads(model.get_submodule(name), model.config.num_key_value_heads, mesh)
+        kv_heads = model.config.num_key_value_heads
+        _compute_own_heads(model.get_submodule(name), kv_heads, mesh, sums_inputs=not shard_norms)
     if tied:
         model.tie_weights()
-    model.get_input_embeddings().register_forward_hook(_own_memory)
+    if not shard_norms:
+        model.get_input_embeddings().register_forward_hook(_own_memory)
 
 
 def _own_memory(_: nn.Module, __: Any, output: Tensor) -> Tensor:
@@ -102,43 +106,15 @@ def _check_heads(name: str, heads: int, kv_heads: int, degree: int) -> None:
 
 def _tied(model: PreTrainedModel) -> list[str]:
     """The output embedding's name if it is the input embedding's weight: that one is shared instead."""
-    embedding = model.get_input_embeddings()
-    head = model.get_output_embeddings()
-    if getattr(head, "weight", None) is not getattr(embedding, "weight", None):
-        return []
-    return [name for name, module in model.named_modules() if module is head]
+    anatomy = Anatomy.of(model)
+    return [name for name, module in model.named_modules() if anatomy.is_tied and module is anatomy.head]
 
 
-class _SumOfGradients(torch.autograd.Function):
-    """The identity, whose gradient is summed over the ranks of a group."""
+def _compute_own_heads(module: nn.Module, kv_heads: int, mesh: DeviceMesh, *, sums_inputs: bool) -> None:
+    """Let k_proj or v_proj give the one K/V head that this rank's query heads use.
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, group: Any) -> Tensor:
-        ctx.group = group
-        return x.view_as(x)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        total = grads[0].clone(memory_format=torch.contiguous_format)
-        dist.all_reduce(total, group=ctx.group)
-        return total, None
-
-
-def _sum_gradients_of(module: nn.Module, mesh: DeviceMesh) -> None:
-    """Let the whole weights of a module that computes a rank's heads have the gradient of all heads."""
-    group = mesh.get_group()
-    computes = module.forward
-
-    def forward(x: Tensor) -> Any:
-        weights = {name: _SumOfGradients.apply(p, group) for name, p in module.named_parameters()}
-        with _replaced(module, weights):
-            return computes(x)
-
-    module.forward = forward
-
-
-def _compute_own_heads(module: nn.Module, kv_heads: int, mesh: DeviceMesh) -> None:
-    """Let k_proj or v_proj give the one K/V head that this rank's query heads use."""
+    The gradient of its input is this rank's part of a sum, which is added up here if `sums_inputs`.
+    """
     group = mesh.get_group()
     head = mesh.get_local_rank() * kv_heads // mesh.size()
     computes = module.forward
@@ -147,19 +123,8 @@ def _compute_own_heads(module: nn.Module, kv_heads: int, mesh: DeviceMesh) -> No
         weights = {}
         for name, parameter in module.named_parameters():
             size = parameter.shape[0] // kv_heads
-            weights[name] = _SumOfGradients.apply(parameter, group)[head * size : (head + 1) * size]
-        with _replaced(module, weights):
-            return computes(_SumOfGradients.apply(x, group))
+            weights[name] = SumOfGradients.apply(parameter, group)[head * size : (head + 1) * size]
+        with replaced(module, weights):
+            return computes(SumOfGradients.apply(x, group) if sums_inputs else x)
 
     module.forward = forward
-
-
-@contextmanager
-def _replaced(module: nn.Module, weights: dict[str, Tensor]) -> Iterator[None]:
-    """A module that computes with other tensors in place of its parameters, for a while."""
-    held = dict(module._parameters)
-    module._parameters.update(cast(dict[str, nn.Parameter | None], weights))
-    try:
-        yield
-    finally:
-        module._parameters.update(held)

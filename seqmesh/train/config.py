@@ -199,6 +199,8 @@ class TrainConfig:
     """What is kept on the host: the inputs of recomputed layers; parameters and optimiser states."""
     tiling: Literal["none", "mlp"] = "none"
     """Whether MLPs take 4,096 tokens at a time. The loss always takes 1,024."""
+    shard_norms: bool = False
+    """Whether ranks of tp share the tokens of norms and residuals, which each has whole otherwise."""
     micro_batch: int = 0
     """Packed sequences that go through the model at once; 0: all that a data-parallel rank has."""
     precision: Literal["fp32", "bf16"] = "fp32"
@@ -343,7 +345,15 @@ def _check_heads(mesh: MeshConfig, model: ModelConfig) -> None:
 
 def _check_stages(config: "Config") -> None:
     mesh, train = config.mesh, config.train
+    _require(
+        mesh.tp > 1 or not train.shard_norms,
+        "train.shard_norms with mesh.tp=1: no other rank has the same tokens; leave it out",
+    )
     if mesh.pp == 1:
+        _require(
+            train.pipeline == "1f1b",
+            f'train.pipeline="{train.pipeline}" with mesh.pp=1: there are no stages to order; leave it out',
+        )
         return
     stages = mesh.pp * (1 if train.pipeline == "1f1b" else 2)
     _require(

@@ -37,6 +37,7 @@ def plan_of(train: TrainConfig) -> ParallelPlan:
         param_dtype=torch.bfloat16 if train.precision == "bf16" else None,
         recompute=train.checkpointing,
         offload=train.offload in ("activations", "both"),
+        shard_norms=train.shard_norms,
         offload_optimizer=train.offload in ("optimizer", "both"),
         mlp_rows=MLP_ROWS if train.tiling == "mlp" else None,
         pipeline="zero_bubble" if train.pipeline == "zero-bubble" else train.pipeline,

@@ -311,6 +311,10 @@ def compare_on_one_rank(config: Config, corpus: Corpus, beginning: Sequence[Step
             zero=0,
             precision="fp32",
             offload="none",
+            shard_norms=False,
+            pipeline="1f1b",
+            checkpointing="none",
+            tiling="none",
             micro_batch=config.micro_batch,
         ),
     )

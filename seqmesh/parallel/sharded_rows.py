@@ -1,0 +1,200 @@
+"""Tensor parallelism whose ranks share the tokens of norms and residuals too, in place of copies of them.
+
+    between layers   (1, c, H)    a rank's rows                 embedding, norms, residuals, what layers keep
+      -> gather      (1, t c, H)  all rows                      before q, k, v and gate, up
+      -> products    local shards of the weights, no DTensor inside
+      -> scatter     (1, c, H)    sums of a rank's rows         after o and down
+
+Gather and scatter are each other's backward: a layer sends what it would with all-reduces, and keeps t times
+less. n rows that t does not divide are padded with zeros to t c, c = ceil(n / t): norms leave zeros alone,
+and attention, which must not see them, and the loss are given the first n.
+
+Legend: n local rows, t tp degree, c rows a tp rank has, H hidden size.
+Source: Korthikanti et al. 2022, sequence parallelism (of Megatron-LM: along tp, not to confuse with ours).
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
+from torch.nn import functional as F
+from transformers import PreTrainedModel
+from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
+
+from seqmesh.parallel.anatomy import Anatomy
+from seqmesh.parallel.gradients import SumOfGradients, sum_gradients_of
+
+Styles = dict[str, str]
+"""Name of a module or parameter -> style, as transformers resolves a plan."""
+_KNOWN = frozenset({"colwise", "rowwise"})
+"""Styles whose collectives are replaced here."""
+
+
+def share_rows(model: PreTrainedModel, mesh: DeviceMesh, styles: Styles) -> Styles:
+    """Share the rows between the layers of a model, or of a part of one; its matrices where they meet rows.
+
+    Returns:
+        The styles that are left to be applied: of the embedding and the head.
+
+    Raises:
+        ValueError: layers with a style that is not known here.
+    """
+    anatomy = Anatomy.of(model)
+    modules = dict(model.named_modules())
+    inside = {f"{name}." for name, module in modules.items() if any(module is x for x in anatomy.layers)}
+    left: Styles = {}
+    gathering: set[str] = set()
+    for name, style in styles.items():
+        if not name.startswith(tuple(inside)):
+            left[name] = style
+        elif style not in _KNOWN:
+            raise ValueError(
+                f"{type(model).__name__} has {name!r} of style {style!r}, whose rows cannot be shared; use"
+                " shard_norms=False"
+            )
+        elif name in modules:
+            _multiply_locally(modules[name], mesh, is_rowwise=style == "rowwise")
+            gathering |= {name.rpartition(".")[0]} if style == "colwise" else set()
+        else:
+            module, _, parameter = name.rpartition(".")
+            ALL_PARALLEL_STYLES[style].shard_param(modules[module], parameter, mesh)
+    _connect(model, mesh, gathering)
+    return left
+
+
+def _connect(model: PreTrainedModel, mesh: DeviceMesh, gathering: set[str]) -> None:
+    """Let embedding, norms, attention and MLP take and give the rows of the picture above."""
+    anatomy = Anatomy.of(model)
+    for name in gathering:
+        _gather_before(model.get_submodule(name), mesh)
+    for layer in anatomy.layers:
+        for child in layer.children():
+            if any(True for _ in child.parameters(recurse=False)):
+                sum_gradients_of(child, mesh)
+    for name in anatomy.rest:
+        last = getattr(anatomy.base, name)
+        if any(True for _ in last.parameters(recurse=False)):
+            sum_gradients_of(last, mesh)
+            last.register_forward_hook(lambda _, __, out: _Whole.apply(out, mesh))
+    if any(True for _ in anatomy.embedding.parameters()):
+        anatomy.embedding.register_forward_hook(lambda _, __, out: _Mine.apply(out, mesh))
+
+
+def _gather_before(module: nn.Module, mesh: DeviceMesh) -> None:
+    """Let attention or an MLP take all rows; attention without the padding, as its rotary tables say."""
+    computes = module.forward
+
+    def forward(*args: Any, **given: Any) -> Any:
+        rotary = given.get("position_embeddings")
+        rows = None if rotary is None else rotary[0].shape[1]
+        if args:
+            return computes(_Gathered.apply(args[0], mesh)[:, :rows], *args[1:], **given)
+        hidden = _Gathered.apply(given["hidden_states"], mesh)[:, :rows]
+        return computes(**(given | {"hidden_states": hidden}))
+
+    module.forward = forward
+
+
+def _multiply_locally(module: nn.Module, mesh: DeviceMesh, *, is_rowwise: bool) -> None:
+    """Let a linear layer multiply by its shard, and give sums of its own rows if its columns are shared."""
+
+    def columns(x: Tensor) -> Tensor:
+        bias = module._parameters.get("bias")
+        return F.linear(x, _local(module.weight), None if bias is None else _local(bias))
+
+    def rows(x: Tensor) -> Tensor:
+        summed: Tensor = _Scattered.apply(F.linear(x, _local(module.weight)), mesh)
+        bias = module._parameters.get("bias")
+        if bias is None:
+            return summed
+        total: Tensor = summed + SumOfGradients.apply(_local(bias), mesh.get_group())
+        return total
+
+    module.forward = rows if is_rowwise else columns
+
+
+def _local(x: Any) -> Tensor:
+    local: Tensor = x.to_local() if isinstance(x, DTensor) else x
+    return local
+
+
+def _gather(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """(1, c, H) -> (1, t c, H)"""
+    name = mesh.get_group().group_name
+    gathered = torch.ops._c10d_functional.all_gather_into_tensor(x[0].contiguous(), mesh.size(), name)
+    whole: Tensor = torch.ops._c10d_functional.wait_tensor(gathered)
+    return whole[None]
+
+
+def _scatter(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """(1, n, H), a summand each -> (1, c, H) of the sum"""
+    name = mesh.get_group().group_name
+    padded = _padded(x, mesh)[0].contiguous()
+    scattered = torch.ops._c10d_functional.reduce_scatter_tensor(padded, "sum", mesh.size(), name)
+    mine: Tensor = torch.ops._c10d_functional.wait_tensor(scattered)
+    return mine[None]
+
+
+def _own(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    """(1, n, H) -> (1, c, H)"""
+    return _padded(x, mesh).chunk(mesh.size(), 1)[mesh.get_local_rank()].clone()
+
+
+def _padded(x: Tensor, mesh: DeviceMesh) -> Tensor:
+    return F.pad(x, (0, 0, 0, -x.shape[1] % mesh.size()))
+
+
+class _Gathered(torch.autograd.Function):
+    """All rows of which each rank goes on with a part of the work: gradients are sums."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh) -> Tensor:
+        ctx.mesh = mesh
+        return _gather(x, mesh)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _scatter(grads[0], ctx.mesh), None
+
+
+class _Scattered(torch.autograd.Function):
+    """Summands of all rows -> the sum of a rank's rows."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh) -> Tensor:
+        ctx.mesh = mesh
+        ctx.rows = x.shape[1]
+        return _scatter(x, mesh)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _gather(grads[0], ctx.mesh)[:, : ctx.rows], None
+
+
+class _Mine(torch.autograd.Function):
+    """A rank's rows of what all ranks have alike."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh) -> Tensor:
+        ctx.mesh = mesh
+        ctx.rows = x.shape[1]
+        return _own(x, mesh)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _gather(grads[0], ctx.mesh)[:, : ctx.rows], None
+
+
+class _Whole(torch.autograd.Function):
+    """All rows, with which all ranks do the same: gradients are alike."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh) -> Tensor:
+        ctx.mesh = mesh
+        return _gather(x, mesh)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
+        return _own(grads[0], ctx.mesh), None

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from seqmesh.parallel import IGNORED_LABEL, PackedTokens
 from seqmesh.train import data
 from seqmesh.train.data import Corpus
 
@@ -17,8 +18,9 @@ def corpus(*documents: bytes) -> Corpus:
 
 def first_batches(
     text: Corpus, count: int, *, seq_len: int, sequences: int = 1, seed: int = 0
-) -> list[data.Batch]:
-    return list(islice(data.batches(text, seq_len=seq_len, sequences=sequences, seed=seed), count))
+) -> list[PackedTokens]:
+    stream = data.micro_batches(text, seq_len=seq_len, sequences=sequences, seed=seed)
+    return [data.assemble(text, pieces) for pieces in islice(stream, count)]
 
 
 @pytest.mark.parametrize(
@@ -128,7 +130,7 @@ def test_a_binary_file_in_a_folder_is_refused_by_name(tmp_path: Path):
 def test_too_little_text_for_one_sequence_is_refused_before_the_first_batch():
     said = r"7 tokens, too few for one sequence of 16; use more text or data\.seq_len <= 7"
     with pytest.raises(ValueError, match=said):
-        data.batches(corpus(b"abc", b"de"), seq_len=16, sequences=1, seed=0)
+        data.micro_batches(corpus(b"abc", b"de"), seq_len=16, sequences=1, seed=0)
 
 
 @pytest.mark.parametrize("seq_len", [3, 5, 16, 64])
@@ -160,7 +162,7 @@ def test_labels_are_the_next_token_of_the_same_document_and_positions_restart():
         stop = band.q_stop
         following = batch.input_ids[0, start + 1 : stop]
         assert batch.shift_labels[0, start : stop - 1].tolist() == following.tolist()
-        assert batch.shift_labels[0, stop - 1] == data.IGNORED_LABEL
+        assert batch.shift_labels[0, stop - 1] == IGNORED_LABEL
         assert batch.position_ids[0, start:stop].tolist() == list(range(stop - start))
         start = stop
     assert start == batch.mask.q_len == 10

@@ -19,7 +19,8 @@ from seqmesh.planner.inputs.point import Point
 from seqmesh.planner.inputs.shape import ModelShape
 from seqmesh.planner.one_attention import attention_model
 from seqmesh.train.config import Config, DataConfig, MeshConfig
-from seqmesh.train.data import Corpus, batches
+from seqmesh.train.data import Corpus, micro_batches
+from seqmesh.train.setup import dims_of
 from seqmesh.train.trainer import Trainer
 
 MESHES = [(u, r) for u in range(1, 9) for r in range(1, 9) if 2 <= u * r <= 8]
@@ -88,8 +89,7 @@ CORPUS = Corpus(source="test", documents=tuple(bytes(range(1, 250)) * times for 
 def trained(ulysses: int, ring: int) -> int:
     """Attention bytes of one step of `seqmesh train`, all ranks, as its ranks counted them."""
     config = Config(mesh=MeshConfig(ulysses=ulysses, ring=ring), data=CONFIG.data)
-    mesh = seqmesh.SequenceMesh.build(ulysses=ulysses, ring=ring)
-    return Trainer(config, CORPUS, mesh, peak_flops_per_s=1.0).step().bytes_sent
+    return Trainer(config, CORPUS, dims_of(config.mesh).build(), peak_flops_per_s=1.0).step().bytes_sent
 
 
 @pytest.mark.parametrize("mesh", [(2, 2), (4, 1), (1, 4), (1, 3)], ids=lambda mesh: f"u{mesh[0]}r{mesh[1]}")
@@ -107,8 +107,8 @@ def test_predicted_bytes_of_a_step_equal_those_of_a_real_training_step(
         intermediate=m.intermediate,
         vocabulary=384,
     )
-    batch = next(batches(CORPUS, seq_len=1024, sequences=1, seed=CONFIG.train.seed))
-    documents = tuple(band.q_stop - band.q_start for band in batch.mask.bands)
+    pieces = next(micro_batches(CORPUS, seq_len=1024, sequences=1, seed=CONFIG.train.seed))
+    documents = tuple(piece.stop - piece.start for piece in pieces)
     cluster = Cluster(gpu=load_gpu("a800-sxm"), nodes=1, gpus_per_node=mesh[0] * mesh[1])
     job = Job(
         model=shape,

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from seqmesh.bench.memory import peak_bytes
-from seqmesh.engine.mesh import SequenceMesh
+from seqmesh.parallel import ParallelDims, ParallelMesh
 from seqmesh.planner.inputs.shape import ModelShape
 from seqmesh.planner.trainer import memory as formula
 from seqmesh.planner.trainer.memory import Moment, trainer_memory, trainer_moments
@@ -61,7 +61,7 @@ KERNEL_BYTES = 3 * 2**19
 """More than the flash kernel holds in its backward, on one thread, for the small shapes here."""
 
 
-def trainer(model: ModelShape, seq_len: int, mesh: SequenceMesh) -> Trainer:
+def trainer(model: ModelShape, seq_len: int, mesh: ParallelMesh) -> Trainer:
     """Made here as train() makes it, not as the tracer does."""
     sizes = ModelConfig(
         hidden=model.hidden,
@@ -71,7 +71,9 @@ def trainer(model: ModelShape, seq_len: int, mesh: SequenceMesh) -> Trainer:
         intermediate=model.intermediate,
     )
     config = Config(
-        mesh=MeshConfig(ulysses=mesh.ulysses, ring=mesh.ring), model=sizes, data=DataConfig(seq_len=seq_len)
+        mesh=MeshConfig(ulysses=mesh.dims.ulysses, ring=mesh.dims.ring),
+        model=sizes,
+        data=DataConfig(seq_len=seq_len),
     )
     corpus = Corpus(source="zeros", documents=(bytes(seq_len - 1),))
     return Trainer(config, corpus, mesh, peak_flops_per_s=1.0, vocabulary=model.vocabulary)
@@ -79,12 +81,12 @@ def trainer(model: ModelShape, seq_len: int, mesh: SequenceMesh) -> Trainer:
 
 def allocated(model: ModelShape, seq_len: int, ulysses: int, ring: int) -> int:
     """Peak bytes of the second step at PyTorch's allocator, on this rank. A collective."""
-    trained = trainer(model, seq_len, SequenceMesh.build(ulysses=ulysses, ring=ring))
+    trained = trainer(model, seq_len, ParallelDims(ulysses=ulysses, ring=ring).build())
     trained.step()
     # As the step begins; before it, for the profiler does not see old blocks go.
     trained.optimizer.zero_grad(set_to_none=True)
     states = (state for states in trained.optimizer.state.values() for state in states.values())
-    held = sum(x.nbytes for x in (*trained.model.parameters(), *trained.model.buffers(), *states))
+    held = sum(x.nbytes for x in (*trained.model.parameters(), *trained.model.parts[0].buffers(), *states))
     return held + peak_bytes(trained.step)
 
 
@@ -123,10 +125,10 @@ def test_the_trace_agrees_with_pytorchs_memory_tracker() -> None:
     with FakeTensorMode(allow_non_fake_inputs=True), pytest.MonkeyPatch.context() as patch:
         for read, answer in (("__int__", 1), ("__float__", 1.0), ("item", 1.0)):
             patch.setattr(torch.Tensor, read, lambda _, answer=answer: answer)
-        trained = trainer(model, seq_len, SequenceMesh.build())
+        trained = trainer(model, seq_len, ParallelDims().build())
         trained.step()
         trained.optimizer.zero_grad()
-        tracker.track_external(trained.model, trained.optimizer)
+        tracker.track_external(trained.model.parts[0], trained.optimizer)
         with tracker:
             trained.step()
     (snapshot,) = tracker.get_tracker_snapshot("peak").values()

@@ -242,11 +242,11 @@ run_local(work, 1, 60.0, print, Path())
 
 def test_mistral_trains_on_documents_longer_than_its_default_window(text: Path) -> None:
     """Its configuration has a window of 4096 tokens, and the first longer document ended the run."""
-    from seqmesh.engine.mesh import SequenceMesh
+    from seqmesh.parallel import ParallelDims
     from seqmesh.train.data import read
     from seqmesh.train.trainer import Trainer
 
     tiny = ("--hidden=32", "--layers=1", "--heads=4", "--kv-heads=2", "--intermediate=64", "--seq_len=5000")
-    config = load(None, [*tiny, "--architecture=mistral"])
-    trainer = Trainer(config, read(str(text)), SequenceMesh.build(), peak_flops_per_s=1.0)
+    config = load(None, [*tiny, "--architecture=mistral", "--ulysses=1", "--ring=1"])
+    trainer = Trainer(config, read(str(text)), ParallelDims().build(), peak_flops_per_s=1.0)
     assert trainer.step().documents == 1

@@ -39,7 +39,7 @@ def test_a_world_that_is_not_ulysses_x_ring_is_refused_on_every_rank(text: Path)
         _, error = rank.communicate(timeout=TIMEOUT_S)
         assert rank.returncode == 2
         assert error.splitlines() == [
-            "seqmesh: error: mesh.ulysses=2 x mesh.ring=2 needs 4 ranks but the launcher started 2; start 4,"
+            "seqmesh: error: mesh.ring=2 x mesh.ulysses=2 needs 4 ranks but the launcher started 2; start 4,"
             " or choose degrees whose product is 2"
         ]
 

@@ -94,9 +94,9 @@ class ParallelModel:
 
         Args:
             make: such as `partial(torch.optim.AdamW, lr=1e-4)`; it gets the groups.
-            groups: this rank's parameters with options; default: all in one group.
+            groups: this rank's parameters with options; default: those that train, in one group.
         """
-        given = groups or [{"params": list(self.parameters())}]
+        given = groups or [{"params": [p for p in self.parameters() if p.requires_grad]}]
         group = self.mesh.group("replicas")
         if self.plan.zero > 1 or group is None:
             return make(given)

@@ -26,7 +26,6 @@ FOUR = {"layers": 4, "micro_batches": 4}
         ("1f1b", 1),
         ("1f1b", 3),
         ("interleaved", 2),
-        ("interleaved", 3),
         ("zero_bubble", 1),
         ("zero_bubble", 2),
     ],

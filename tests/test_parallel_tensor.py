@@ -13,9 +13,7 @@ MIXES: dict[str, Run] = {
     "tp alone": Run(dims=ParallelDims(tp=4), kv_heads=4),
     "ring, zero 3": Run(dims=ParallelDims(ring=2, tp=2), micro_batches=2),
     "ulysses, zero 2": Run(dims=ParallelDims(ulysses=2, tp=2), plan=ParallelPlan(zero=2), micro_batches=2),
-    "data": Run(dims=ParallelDims(dp_shard=2, tp=2)),
-    "tied": Run(dims=ParallelDims(ring=2, tp=2), tied=True),
-    "few K/V heads": Run(dims=ParallelDims(tp=4), micro_batches=2),
+    "data, tied": Run(dims=ParallelDims(dp_shard=2, tp=2), tied=True),
     "one K/V head": Run(dims=ParallelDims(ring=2, tp=2), kv_heads=1, micro_batches=2),
     "norms of heads": Run(dims=ParallelDims(ring=2, tp=2), kind="qwen3", micro_batches=3),
     "norms of few K/V heads": Run(dims=ParallelDims(tp=4), kind="qwen3", micro_batches=2),
@@ -25,7 +23,6 @@ MIXES: dict[str, Run] = {
     "selective": Run(dims=ParallelDims(ulysses=2, tp=2), plan=ParallelPlan(recompute="selective")),
 }
 SHARED_ROWS: dict[str, Run] = {
-    "tp alone": Run(dims=ParallelDims(tp=4), kv_heads=4, plan=ParallelPlan(shard_norms=True)),
     "ring": Run(dims=ParallelDims(ring=2, tp=2), plan=ParallelPlan(shard_norms=True), micro_batches=3),
     "tied": Run(dims=ParallelDims(dp_shard=2, tp=2), plan=ParallelPlan(shard_norms=True), tied=True),
     "few K/V heads": Run(

@@ -95,6 +95,10 @@ def test_matrices_and_the_vocabulary_are_shared_and_norms_are_not(ranks: Ranks) 
     [
         ({"dims": ParallelDims(tp=4), "plan": ParallelPlan(zero=1)}, "zero=1 with tp=4"),
         ({"dims": ParallelDims(tp=4), "kv_heads": 3}, "tp=4 with the 3 K/V heads"),
+        (
+            {"dims": ParallelDims(tp=2, ring=2), "kind": "mixtral", "plan": ParallelPlan(shard_norms=True)},
+            "of style 'packed_colwise', whose rows cannot be shared",
+        ),
         ({"dims": ParallelDims(ulysses=4, tp=2)}, "ulysses=4 with 2 query heads on each rank of tp=2"),
     ],
 )

@@ -8,7 +8,8 @@
         optimizer.step()
         optimizer.zero_grad()
 
-Without pipeline stages, a loop may also take its micro-batches itself: `loss(model, batch).backward()`.
+Without pipeline stages, a loop may also run its micro-batches itself: `loss(model, batch).backward()` for
+each, then `model.finish_gradients()`. FSDP then reduces gradients after every micro-batch.
 """
 
 from collections.abc import Iterator, Sequence

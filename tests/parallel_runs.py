@@ -36,6 +36,7 @@ MAX_NORM = 0.05
 WINDOW = 7
 MIXED: dict[str, dict[str, Any]] = {"gemma2": {"sliding_window": WINDOW, "query_pre_attn_scalar": 16}}
 """Models of full and sliding layers; this one also caps its logits."""
+EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}
 LENGTHS = ([41], [29, 18], [17, 1, 5], [25, 10, 6])
 """Documents of the micro-batches, which divide nothing."""
 
@@ -91,6 +92,7 @@ def build(kind: str, tied: bool, layers: int, kv_heads: int) -> PreTrainedModel:
         eos_token_id=1,
         pad_token_id=0,
         **MIXED.get(kind, {}),
+        **(EXPERTS if kind == "mixtral" else {}),
     )
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)

@@ -16,7 +16,6 @@ from seqmesh.parallel import (
     shard_micro_batches,
 )
 
-ORDERS = ["1f1b", "interleaved", "zero_bubble"]
 WITH_RING = ParallelDims(pp=2, ring=2)
 FOUR = {"layers": 4, "micro_batches": 4}
 
@@ -27,7 +26,6 @@ FOUR = {"layers": 4, "micro_batches": 4}
         ("1f1b", 1),
         ("1f1b", 3),
         ("interleaved", 2),
-        ("interleaved", 3),
         ("zero_bubble", 1),
         ("zero_bubble", 2),
     ],
@@ -54,7 +52,7 @@ def test_with_other_parallelisms(ranks: Ranks, name: str) -> None:
     check(ranks.run(4, on_mesh, MIXES[name]), MIXES[name])
 
 
-@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("order", ["1f1b", "interleaved"])
 def test_four_dimensions_at_once(ranks: Ranks, order: Any) -> None:
     run = Run(dims=ParallelDims(pp=2, ulysses=2, tp=2), plan=ParallelPlan(pipeline=order, zero=2), **FOUR)
     check(ranks.run(8, on_mesh, run), run)

@@ -19,7 +19,6 @@ PLANS = {
     "selective": ParallelPlan(recompute="selective"),
     "full": ParallelPlan(recompute="full"),
     "offload": ParallelPlan(recompute="full", offload=True),
-    "tiles": ParallelPlan(mlp_rows=3),
     "full, tiles": ParallelPlan(recompute="full", mlp_rows=3, zero=2),
 }
 
@@ -88,4 +87,4 @@ def test_a_layer_without_a_known_mlp_is_refused() -> None:
     layer.other = layer.mlp
     del layer.mlp
     with pytest.raises(ValueError, match="no mlp or feed_forward to cut in tiles"):
-        parallelize(model, ParallelDims().build(), PLANS["tiles"])
+        parallelize(model, ParallelDims().build(), PLANS["full, tiles"])

@@ -1,11 +1,23 @@
 """ZeRO-1, -2 and -3, HSDP and accumulation: losses, gradients, norms and parameters are those of one rank."""
 
 from collections import Counter
+from functools import partial
 from typing import Any
 
 import pytest
 import torch
-from parallel_runs import ADAMW, Run, assert_close, build, check, mesh_of, micro_batch, on_mesh, on_one_rank
+from parallel_runs import (
+    ADAMW,
+    Run,
+    assert_close,
+    build,
+    check,
+    mesh_of,
+    micro_batch,
+    on_mesh,
+    on_one_rank,
+    whole,
+)
 from parallel_runs import train as train_model
 from ranks import Ranks
 from torch.distributed.tensor import DTensor
@@ -65,6 +77,32 @@ def test_ranks_without_a_label(ranks: Ranks) -> None:
 def test_layers_with_windows_and_a_head_that_caps_its_logits(ranks: Ranks) -> None:
     run = Run(dims=BOTH, kind="gemma2", tied=True, micro_batches=2)
     check(ranks.run(4, on_mesh, run), run)
+
+
+def with_frozen_weights(zero: int) -> tuple[bool, dict[str, torch.Tensor]]:
+    """On one rank: whether they stayed, and the gradients of the others."""
+    hf = build("llama", False, 2, 2)
+    hf.model.layers[0].requires_grad_(False)
+    hf.lm_head.requires_grad_(False)
+    model = parallelize(hf, mesh_of(BOTH), ParallelPlan(zero=zero))
+    before = {name: whole(p.detach()) for name, p in model.named_parameters() if not p.requires_grad}
+    optimizer = model.optimizer(partial(ADAMW, weight_decay=0.5))
+    numbers = [mesh_of(BOTH).rank("dp_shard")]
+    model.gradients(shard_micro_batches([micro_batch(0, number) for number in numbers], model.mesh))
+    grads = {name: whole(p.grad) for name, p in model.named_parameters() if p.requires_grad}
+    optimizer.step()
+    after = dict(model.named_parameters())
+    return all(torch.equal(whole(after[name].detach()), was) for name, was in before.items()), grads
+
+
+@pytest.mark.parametrize("zero", [1, 3])
+def test_frozen_weights_stay_and_the_others_train(ranks: Ranks, zero: int) -> None:
+    want = on_one_rank("llama", False, 2, 2, 2).gradients
+    for stayed, grads in ranks.run(4, with_frozen_weights, zero):
+        assert stayed
+        assert grads
+        for name, grad in grads.items():
+            assert_close(name, grad, want[name], 1e-5)
 
 
 def test_one_process_without_a_group() -> None:

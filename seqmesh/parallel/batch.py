@@ -30,7 +30,7 @@ from seqmesh.parallel.packing import PackedTokens, TokenBatch, pack
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class LocalBatch:
-    """This rank's tokens of a micro-batch, and what they are computed with."""
+    """This rank's tokens of a micro-batch, on the mesh's device, and what they are computed with."""
 
     input_ids: Tensor
     """(1, n) int64"""
@@ -104,7 +104,7 @@ def shard_micro_batches(
     votes = _all_votes(_Vote(labels, len(batches), int(bool(problem))), mesh)
     _check(votes, problem)
     count = sum(vote.labels for vote in votes)
-    return tuple(_local(one, count) for one in sharded)
+    return tuple(_local(one, count, mesh.device_type) for one in sharded)
 
 
 def _shard(
@@ -126,12 +126,14 @@ def _shard(
     return _Sharded(packed, schedule, sliding)
 
 
-def _local(one: _Sharded, label_count: int) -> LocalBatch:
-    shard = one.schedule.shard
+def _local(one: _Sharded, label_count: int, device: str) -> LocalBatch:
+    def shard(x: Tensor) -> Tensor:  # (1, s) -> (1, n)
+        return one.schedule.shard(x, 1).to(device)
+
     return LocalBatch(
-        input_ids=shard(one.packed.input_ids, 1),  # (1, s) -> (1, n), as the next two
-        shift_labels=shard(one.packed.shift_labels, 1),
-        position_ids=shard(one.packed.position_ids, 1),
+        input_ids=shard(one.packed.input_ids),
+        shift_labels=shard(one.packed.shift_labels),
+        position_ids=shard(one.packed.position_ids),
         schedule=one.schedule,
         sliding_schedule=one.sliding,
         label_count=label_count,

@@ -8,7 +8,8 @@
         optimizer.step()
         optimizer.zero_grad()
 
-Without pipeline stages, a loop may also take its micro-batches itself: `loss(model, batch).backward()`.
+Without pipeline stages, a loop may also run its micro-batches itself: `loss(model, batch).backward()` for
+each, then `model.finish_gradients()`. FSDP then reduces gradients after every micro-batch.
 """
 
 from collections.abc import Iterator, Sequence
@@ -94,9 +95,9 @@ class ParallelModel:
 
         Args:
             make: such as `partial(torch.optim.AdamW, lr=1e-4)`; it gets the groups.
-            groups: this rank's parameters with options; default: all in one group.
+            groups: this rank's parameters with options; default: those that train, in one group.
         """
-        given = groups or [{"params": list(self.parameters())}]
+        given = groups or [{"params": [p for p in self.parameters() if p.requires_grad]}]
         group = self.mesh.group("replicas")
         if self.plan.zero != 1 or group is None:
             return make(given)

@@ -38,9 +38,9 @@ def parallelize(
     """
     plan = plan or ParallelPlan()
     _check(mesh, plan)
-    _check_heads(model, mesh)
     model.train()
     styles = plan_of(model, mesh.tp) if mesh.dims.tp > 1 else {}
+    _check_heads(model, mesh)
     if mesh.dims.pp == 1:
         parts: tuple[ModelPart, ...] = (ModelPart(model, loss_rows=plan.loss_rows),)
     else:

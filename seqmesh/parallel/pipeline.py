@@ -67,7 +67,7 @@ class UnevenStage(PipelineStage):
         self.rows = rows
         self.hidden_size: int = part.hf.config.hidden_size
         self.hidden_dtype = plan.param_dtype or part.hf.dtype
-        device = torch.device(mesh.device_type)
+        device = torch.empty(0, device=mesh.device_type).device  # with its index
         hidden = torch.empty(1, rows[0], self.hidden_size, dtype=self.hidden_dtype, device=device)
         ids = torch.empty(1, rows[0], dtype=torch.int64, device=device)
         share = torch.empty((), device=device)

@@ -44,17 +44,12 @@ def share_rows(model: PreTrainedModel, mesh: DeviceMesh, styles: Styles) -> Styl
     anatomy = Anatomy.of(model)
     modules = dict(model.named_modules())
     inside = {f"{name}." for name, module in modules.items() if any(module is x for x in anatomy.layers)}
-    left: Styles = {}
+    left = {name: style for name, style in styles.items() if not name.startswith(tuple(inside))}
+    of_layers = {name: style for name, style in styles.items() if name not in left}
+    _check_known(model, of_layers)
     gathering: set[str] = set()
-    for name, style in styles.items():
-        if not name.startswith(tuple(inside)):
-            left[name] = style
-        elif style not in _KNOWN:
-            raise ValueError(
-                f"{type(model).__name__} has {name!r} of style {style!r}, whose rows cannot be shared; use"
-                " shard_norms=False"
-            )
-        elif name in modules:
+    for name, style in of_layers.items():
+        if name in modules:
             _multiply_locally(modules[name], mesh, is_rowwise=style == "rowwise")
             gathering |= {name.rpartition(".")[0]} if style == "colwise" else set()
         else:
@@ -62,6 +57,15 @@ def share_rows(model: PreTrainedModel, mesh: DeviceMesh, styles: Styles) -> Styl
             ALL_PARALLEL_STYLES[style].shard_param(modules[module], parameter, mesh)
     _connect(model, mesh, gathering)
     return left
+
+
+def _check_known(model: PreTrainedModel, styles: Styles) -> None:
+    for name, style in styles.items():
+        if style not in _KNOWN:
+            raise ValueError(
+                f"{type(model).__name__} has {name!r} of style {style!r}, whose rows cannot be shared; use"
+                " shard_norms=False"
+            )
 
 
 def _connect(model: PreTrainedModel, mesh: DeviceMesh, gathering: set[str]) -> None:

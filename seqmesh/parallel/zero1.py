@@ -29,6 +29,8 @@ def sum_gradients(parameters: Iterable[nn.Parameter], mesh: ParallelMesh) -> Non
     if group is None:
         return
     for parameter in parameters:
+        if not parameter.requires_grad:
+            continue
         if parameter.grad is None:  # unused here, but maybe not elsewhere
             parameter.grad = torch.zeros_like(parameter)
         dist.all_reduce(_local(parameter.grad), group=group)

@@ -34,7 +34,7 @@ ALLOWED: dict[str, list[str]] = {
     "train": ["masks", "engine", "integrations", "processes", "provenance"],
     "bench": [
         *(*PURE, "seqmesh", "engine", "train", "processes", "provenance"),
-        *("planner.inputs", "planner.cost"),
+        *("picture", "planner.inputs", "planner.cost"),
     ],
     "verify": [
         *("masks", "layouts", "notation", "engine"),

@@ -158,6 +158,13 @@ def sum_of_outputs(case: Case) -> list[list[float]]:
     return [(a - b).abs().max().item() for a, b in zip(*found, strict=True)]
 
 
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 1), (1, 2)], ids=lambda m: f"u{m[0]}r{m[1]}")
+def test_a_head_may_have_one_number(ranks: Ranks, mesh: tuple[int, int]) -> None:
+    case = Case(mask=masks.causal(13), ulysses=mesh[0], ring=mesh[1], head_dim=1)
+    wide = replace(case, head_dim=3)
+    check(ranks, [case, replace(case, value_head_dim=3), replace(wide, value_head_dim=1)])
+
+
 def test_only_what_flash_kernels_cannot_read_is_copied() -> None:
     """They read the numbers of a head as one run of memory."""
     x = torch.randn(2, 6, 3, 8)

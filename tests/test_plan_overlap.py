@@ -3,9 +3,11 @@
 from dataclasses import replace
 
 import pytest
+import torch
 
-from seqmesh import layouts, masks
-from seqmesh.planner.cost.attention import AttentionCost, AttentionShape, Loads, attention_cost
+from seqmesh import Schedule, SequenceMesh, layouts, masks
+from seqmesh.engine.call import Facts, Options, call_for
+from seqmesh.planner.cost.attention import AttentionCost, AttentionShape, Loads, attention_cost, hides_heads
 from seqmesh.planner.cost.network import Group, place
 from seqmesh.planner.cost.step import CostModel
 from seqmesh.planner.inputs.assumptions import Assumptions
@@ -152,3 +154,37 @@ def test_large_exchanges_and_those_of_the_trainer_stay_one_a_hop() -> None:
     )
     assert Loads(few_rows)(8).asked is not None
     assert Loads(replace(few_rows, stack=TrainerStack()))(8).asked is None
+
+
+@pytest.mark.parametrize(("tokens", "batch"), [(4096, 1), (1024, 4), (12288, 1), (65536, 2)])
+@pytest.mark.parametrize(("ulysses", "ring"), [(2, 1), (4, 2), (1, 4)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_the_engine_cuts_its_heads_in_the_chunks_that_are_priced(
+    ulysses: int, ring: int, tokens: int, batch: int, dtype: torch.dtype
+) -> None:
+    """A call of one rank, which sends nothing."""
+    mesh = SequenceMesh(
+        ulysses=ulysses,
+        ring=ring,
+        ulysses_rank=0,
+        ring_rank=0,
+        ulysses_group="heads" if ulysses > 1 else None,
+        ring_group="rows" if ring > 1 else None,
+        device_mesh=None,
+    )
+    schedule = Schedule.build(masks.causal(tokens), mesh)
+    heads, kv_heads, head_dim = 32, 16, 64
+    n = schedule.rows[0]
+    shapes = [(batch, n, count, head_dim) for count in (heads, kv_heads, kv_heads)]
+    call = call_for(Facts(*shapes, dtype, torch.device("cpu")), schedule, Options(None, None, "cpu", None))
+    shape = AttentionShape(
+        heads=heads,
+        kv_heads=kv_heads,
+        head_dim=head_dim,
+        batch=batch,
+        ulysses=ulysses,
+        element=dtype.itemsize,
+    )
+    assert shape.head_chunks(tokens, ring) == call.chunks
+    job = attention_job(heads, kv_heads, tokens, FusedStack())
+    assert hides_heads(job, ulysses, len(call.chunks)) == call.overlaps

@@ -35,7 +35,7 @@ ALLOWED: dict[str, list[str]] = {
     "train": ["engine", "integrations", "masks", "parallel", "processes", "provenance"],
     "bench": [
         *(*PURE, "seqmesh", "engine", "train", "processes", "provenance"),
-        *("planner.inputs", "planner.cost"),
+        *("picture", "planner.inputs", "planner.cost"),
     ],
     "verify": [
         *("masks", "layouts", "notation", "engine"),

@@ -1,0 +1,54 @@
+"""The examples, as their first lines say to run them: torchrun's ranks train what one rank trains."""
+
+import os
+import re
+import subprocess
+import sys
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+TIMEOUT_S = 180
+
+
+@cache
+def numbers(name: str, ranks: int, arguments: tuple[str, ...]) -> list[list[float]]:
+    """What an example prints of each step."""
+    launcher = (
+        ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}") if ranks > 1 else ()
+    )
+    done = subprocess.run(
+        [sys.executable, *launcher, str(EXAMPLES / name), *arguments],
+        env=os.environ | {"PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=TIMEOUT_S,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = [line for line in done.stdout.splitlines() if line.startswith("step ")]
+    found = [[float(number) for number in re.findall(r"\d+\.\d+", line)] for line in lines]
+    assert len(found) == 3
+    assert all(found)
+    return found
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("plain_pytorch.py", ("--ulysses", "2", "--ring", "2")),
+        ("plain_pytorch.py", ("--tp", "2", "--ring", "2")),
+        ("hugging_face_trainer.py", ("--ulysses", "2", "--ring", "2")),
+        ("hugging_face_trainer.py", ("--dp", "2", "--ring", "2")),
+    ],
+    ids=lambda value: value if isinstance(value, str) else " ".join(value),
+)
+def test_an_example_on_four_ranks_prints_the_numbers_of_one(
+    name: str, arguments: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    alone = numbers(name, 1, ())
+    for found, expected in zip(numbers(name, 4, arguments), alone, strict=True):
+        assert found == pytest.approx(expected, abs=2e-5)

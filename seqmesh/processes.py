@@ -82,10 +82,11 @@ If it raises, a `Failure` is sent and the exit code is 1.
 """
 
 
-def connect(place: Place, timeout_s: float, backend: str = "gloo") -> None:
+def connect(place: Place, timeout_s: float, backend: str | None = None) -> None:
     """Set up the default process group, if there is more than one rank.
 
-    The timeout is explicit: a hung rank must not mean half an hour of silence.
+    Its backend is, by default, gloo for tensors on CPU and NCCL for those on CUDA, where there is any. The
+    timeout is explicit: a hung rank must not mean half an hour of silence.
     """
     if place.world > 1:
         dist.init_process_group(

@@ -27,7 +27,7 @@ from seqmesh.engine.kernels import LogitRule, Problem, select
 from seqmesh.masks import Band
 from seqmesh.processes import Workers
 from seqmesh.provenance import commit, machine, this_command
-from seqmesh.train.model import measure_matmul_flops_per_s
+from seqmesh.train.device import measure_matmul_flops_per_s
 
 HEADS = 4
 HEAD_DIM = 64

@@ -113,6 +113,8 @@ class ModelConfig:
     """num_key_value_heads; divides `heads`."""
     intermediate: int = 512
     """intermediate_size of the gated MLP."""
+    vocabulary: int = 0
+    """Token ids of the embeddings; 0: those of the data."""
     rope_theta: float = 10000.0
     """Base of the rotary embedding."""
     tie_embeddings: bool = False
@@ -121,7 +123,9 @@ class ModelConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
 
     def __post_init__(self) -> None:
-        _at_least("model", self, hidden=1, layers=1, heads=1, kv_heads=1, intermediate=1, rope_theta=1)
+        _at_least(
+            "model", self, hidden=1, layers=1, heads=1, kv_heads=1, intermediate=1, rope_theta=1, vocabulary=0
+        )
         _require(
             self.heads % self.kv_heads == 0,
             f"model.kv_heads={self.kv_heads} does not divide model.heads={self.heads};"
@@ -214,20 +218,8 @@ class TrainConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
 
     def __post_init__(self) -> None:
-        _at_least(
-            "train",
-            self,
-            steps=1,
-            minutes=0,
-            lr=0,
-            min_lr_ratio=0,
-            warmup=0,
-            weight_decay=0,
-            seed=0,
-            compare_steps=0,
-            zero=0,
-            micro_batch=0,
-        )
+        none = ("minutes", "lr", "min_lr_ratio", "warmup", "weight_decay", "seed", "compare_steps")
+        _at_least("train", self, steps=1, **dict.fromkeys((*none, "zero", "micro_batch"), 0))
         _require(self.zero <= 3, f"train.zero={self.zero}: ZeRO has stages 0 to 3; use one of them")
         _require(
             self.precision == "fp32" or self.zero >= 2,
@@ -267,6 +259,8 @@ class RunConfig:
     """Seconds after which a rank that waits for another gives up; at most 1e6."""
     threads: int = 1
     """CPU threads of each rank."""
+    device: Literal["cpu", "cuda"] = "cpu"
+    """Where ranks compute: on CPU over gloo, or each on a GPU over NCCL."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
 

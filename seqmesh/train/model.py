@@ -1,4 +1,4 @@
-"""The model of a run and its arithmetic: building it, its FLOPs, and the rate that MFU compares them with.
+"""The model of a run and its arithmetic: building it, and its FLOPs.
 
 MFU = model FLOPs / (seconds x peak). Model FLOPs of a step, forward + backward (backward = 2 x forward):
 
@@ -10,8 +10,6 @@ where area is the number of allowed (query, key) pairs, exactly.
 PaLM convention takes seq_len^2 pairs instead; we report both and say which is which.
 """
 
-import time
-
 import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
@@ -21,12 +19,12 @@ from seqmesh.train.config import Config, ModelConfig
 from seqmesh.train.data import EOS_ID, VOCAB_SIZE
 
 
-def build(config: Config, vocabulary: int = VOCAB_SIZE) -> PreTrainedModel:
+def build(config: Config, vocabulary: int | None = None) -> PreTrainedModel:
     """The model with random fp32 weights from the run's seed, the same wherever it is made.
 
     Args:
         config: the run.
-        vocabulary: token ids, byte tokens by default; the planner's memory trace has those of other models.
+        vocabulary: token ids; default: the recipe's, or those of byte tokens.
 
     Raises:
         ValueError: an architecture that transformers does not know, that has other dimensions, or that cannot
@@ -38,9 +36,10 @@ def build(config: Config, vocabulary: int = VOCAB_SIZE) -> PreTrainedModel:
             f"model.architecture={model.architecture!r} is not a model type of transformers;"
             " use llama, mistral, qwen2, ..."
         )
+    size = vocabulary or vocabulary_of(config)
     torch.manual_seed(config.train.seed)
     try:
-        given = _transformers_config(model, config.data.seq_len, vocabulary)
+        given = _transformers_config(model, config.data.seq_len, size)
         built = AutoModelForCausalLM.from_config(given, dtype=torch.float32)
     # Each configuration class of transformers has checks, and exceptions, of its own.
     except Exception as error:
@@ -53,6 +52,21 @@ def build(config: Config, vocabulary: int = VOCAB_SIZE) -> PreTrainedModel:
     _check_layers_see_whole_documents(built, model)
     _check_sizes(built, model)
     return built
+
+
+def vocabulary_of(config: Config) -> int:
+    """Token ids of the recipe.
+
+    Raises:
+        ValueError: fewer than the data's tokens.
+    """
+    asked = config.model.vocabulary
+    if 0 < asked < VOCAB_SIZE:
+        raise ValueError(
+            f"model.vocabulary={asked} for byte tokens, of which there are {VOCAB_SIZE}; use at least so"
+            " many, or 0"
+        )
+    return asked or VOCAB_SIZE
 
 
 def _transformers_config(model: ModelConfig, seq_len: int, vocabulary: int) -> PreTrainedConfig:
@@ -116,7 +130,7 @@ def _check_sizes(built: PreTrainedModel, model: ModelConfig) -> None:
         )
 
 
-def count_parameters(config: Config, vocabulary: int) -> tuple[int, int]:
+def count_parameters(config: Config, vocabulary: int | None = None) -> tuple[int, int]:
     """All parameters of the whole model, and the weights of its linear layers, output embedding included."""
     with torch.device("meta"):
         model = build(config, vocabulary)
@@ -129,17 +143,3 @@ def step_flops(*, matmul_parameters: int, tokens: int, model: ModelConfig, area:
     of_matmuls = 6.0 * matmul_parameters * tokens
     of_attention = 12.0 * model.layers * area * model.heads * model.head_dim
     return of_matmuls + of_attention
-
-
-def measure_matmul_flops_per_s(seconds: float = 0.15, size: int = 768) -> float:
-    """fp32 matmul FLOP/s of this process with its threads, over about `seconds`."""
-    a = torch.randn(size, size)
-    b = torch.randn(size, size)
-    out = torch.empty(size, size)
-    torch.mm(a, b, out=out)  # the first call starts threads and is not counted
-    calls = 0
-    start = time.perf_counter()
-    while (spent := time.perf_counter() - start) < seconds:
-        torch.mm(a, b, out=out)
-        calls += 1
-    return 2.0 * size**3 * calls / spent

@@ -15,6 +15,7 @@ from transformers.utils import logging as transformers_logging
 
 from seqmesh.processes import Place, connect, one_line
 from seqmesh.provenance import this_command
+from seqmesh.train import device as devices
 from seqmesh.train import setup
 from seqmesh.train.config import Config
 from seqmesh.train.data import Corpus, micro_batches, read
@@ -64,6 +65,7 @@ def run(config: Config, place: Place | None) -> Report | None:
 
 def _prepare(config: Config) -> Corpus:
     """Everything that can be wrong without a rank, checked."""
+    devices.check(config.run.device)
     setup.check(config)
     corpus = read(config.data.path)
     micro_batches(corpus, seq_len=config.data.seq_len, sequences=config.micro_batch, seed=config.train.seed)

@@ -44,12 +44,12 @@ def plan_of(train: TrainConfig) -> ParallelPlan:
     )
 
 
-def build(config: Config, mesh: ParallelMesh, vocabulary: int) -> ParallelModel:
+def build(config: Config, mesh: ParallelMesh, vocabulary: int | None = None) -> ParallelModel:
     """This rank's part of the model, with the weights of the run's seed. A collective over all ranks."""
     plan = plan_of(config.train)
     whole = partial(models.build, config, vocabulary)
     if mesh.dims.tp == mesh.dims.pp == 1 and plan.zero < 2:
-        return parallelize(whole(), mesh, plan)
+        return parallelize(whole().to(mesh.device_type), mesh, plan)
     with torch.device("meta"):
         hollow = whole()
     model = parallelize(hollow, mesh, plan)

@@ -13,8 +13,6 @@ The same class with one rank on every axis: that is how a run checks its own fir
 
 import math
 import os
-import resource
-import sys
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -31,10 +29,11 @@ from transformers import ByT5Tokenizer
 from seqmesh.engine.exchange import CountBytes
 from seqmesh.parallel import LocalBatch, ParallelDims, ParallelMesh, shard_micro_batches
 from seqmesh.parallel.gather import whole_weights
+from seqmesh.train import device as devices
 from seqmesh.train import model as models
 from seqmesh.train import setup
 from seqmesh.train.config import Config, MeshConfig, TrainConfig
-from seqmesh.train.data import VOCAB_SIZE, Corpus, Piece, assemble, micro_batches
+from seqmesh.train.data import Corpus, Piece, assemble, micro_batches
 from seqmesh.train.events import Compared, Event, Started, StepMetrics, Trained
 from seqmesh.train.facts import RankFacts, check_agreement, gather, gather_facts, weight_checksum
 
@@ -77,7 +76,7 @@ class Trainer:
         mesh: ParallelMesh,
         peak_flops_per_s: float,
         *,
-        vocabulary: int = VOCAB_SIZE,
+        vocabulary: int | None = None,
     ) -> None:
         """Build them; nothing is computed yet. A collective over all ranks.
 
@@ -86,7 +85,7 @@ class Trainer:
             corpus: its text.
             mesh: of all parallelisms; its degrees are the recipe's.
             peak_flops_per_s: of all ranks together, which MFU is a share of.
-            vocabulary: token ids of the model.
+            vocabulary: token ids of the model; default: the recipe's.
         """
         self.config = config
         self.corpus = corpus
@@ -143,7 +142,7 @@ class Trainer:
         """This rank's tokens of its micro-batches: data-parallel ranks take them in turns."""
         place = self.mesh.rank("dp_replicate") * self.mesh.dims.dp_shard + self.mesh.rank("dp_shard")
         mine = step[place :: self.config.mesh.data_parallel]
-        packed = [assemble(self.corpus, pieces) for pieces in mine]
+        packed = [assemble(self.corpus, pieces).to(self.mesh.device_type) for pieces in mine]
         return shard_micro_batches(packed, self.mesh, layout=self.config.mesh.placement)
 
     def _scheduled_bytes(self, batches: Sequence[LocalBatch]) -> int:
@@ -224,11 +223,12 @@ def train(config: Config, corpus: Corpus, folder: Path, emit: Emit) -> None:
         emit: called on rank 0 with every event.
     """
     torch.set_num_threads(config.run.threads)
-    world = config.mesh.world
-    mesh = setup.dims_of(config.mesh).build(timeout=timedelta(seconds=config.run.timeout_s))
-    trainer = Trainer(config, corpus, mesh, _measure_peak(world))
+    world, device = config.mesh.world, config.run.device
+    devices.claim(device, dist.get_rank() if world > 1 else 0)
+    mesh = setup.dims_of(config.mesh).build(device, timedelta(seconds=config.run.timeout_s))
+    trainer = Trainer(config, corpus, mesh, _measure_peak(config))
     beginning = _take_steps(trainer, emit)
-    memory = gather(peak_memory_bytes(), world)
+    memory = gather(devices.peak_memory_bytes(device), world)
     weights = whole_weights(trainer.model)
     is_first = world == 1 or dist.get_rank() == 0
     del trainer
@@ -271,23 +271,21 @@ def _time_is_left(deadline: float, ranks: int) -> bool:
     return bool(gather(time.monotonic() < deadline, ranks)[0])
 
 
-def _measure_peak(ranks: int, rounds: int = 6) -> float:
-    """fp32 matmul FLOP/s of all ranks together, the best of a few rounds.
+def _measure_peak(config: Config, rounds: int = 6) -> float:
+    """Matmul FLOP/s of all ranks together in the run's precision, the best of a few rounds.
 
     All measure at once: on shared cores that is what they can have together.
     """
+    ranks = config.mesh.world
+    # CPUs without bf16 instructions would be far slower in it: their rate is fp32's, whatever is computed.
+    is_half = config.run.device == "cuda" and config.train.precision == "bf16"
+    dtype = torch.bfloat16 if is_half else torch.float32
     best = 0.0
     for _ in range(rounds):
         gather(0.0, ranks)  # start together
-        rates = gather(models.measure_matmul_flops_per_s(), ranks)
+        rates = gather(devices.measure_matmul_flops_per_s(config.run.device, dtype), ranks)
         best = max(best, sum(rates))
     return best
-
-
-def peak_memory_bytes() -> int:
-    """Resident set high-water mark of this process."""
-    unit = 1 if sys.platform == "darwin" else 1024  # what getrusage counts in: bytes there, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def save(config: Config, weights: dict[str, torch.Tensor], folder: Path) -> None:

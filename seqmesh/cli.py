@@ -168,6 +168,7 @@ def _add_bench(app: "typer.Typer") -> None:
         return run_bench(quick, json)
 
     _add_gpu_rank(bench)
+    _add_overlap(bench)
 
 
 def _add_gpu_rank(bench: "typer.Typer") -> None:
@@ -191,6 +192,30 @@ def _add_gpu_rank(bench: "typer.Typer") -> None:
         from seqmesh.bench.gpu_rank import run_gpu_rank, work_of
 
         return run_gpu_rank(work_of(device, tokens, rings), json)
+
+
+def _add_overlap(bench: "typer.Typer") -> None:
+    import typer
+
+    tokens = typer.Option("--tokens", help="Tokens of the sequence.")
+    repeats = typer.Option("--repeats", help="Calls of each side that count.")
+    file = typer.Option("--json", help="Also write every time stamp to this file.")
+    picture = typer.Option("--plot", help="Also draw it (png, pdf, svg).")
+
+    @bench.command("overlap")
+    def overlap_command(
+        tokens: Annotated[int, tokens] = 4096,
+        repeats: Annotated[int, repeats] = 9,
+        json: Annotated[Path | None, file] = None,
+        plot: Annotated[Path | None, picture] = None,
+    ) -> int:
+        """Time how long two ranks wait for the exchange of heads, overlapped with attention
+        and one after the other.
+        """
+        from seqmesh.bench.overlap import OverlapWork
+        from seqmesh.bench.overlap_report import run_overlap
+
+        return run_overlap(OverlapWork(tokens=tokens, repeats=repeats), json, plot)
 
 
 def _add_capabilities(app: "typer.Typer") -> None:

@@ -15,7 +15,9 @@ from ranks import Ranks
 
 from seqmesh import attention, masks
 from seqmesh.engine.kernels import Kernel
+from seqmesh.engine.ulysses import unit_last_stride
 from seqmesh.masks import Band, Mask
+from seqmesh.schedule.heads import OVERLAPPED_CHUNKS
 
 MESHES = [(1, 1), (2, 1), (1, 2), (4, 1), (1, 4), (2, 2), (4, 2), (2, 4), (1, 8)]
 EVERY_MESH = [
@@ -76,6 +78,39 @@ def test_any_number_of_query_and_kv_heads(
     check(ranks, [replace(case, head_chunks=chunks) for chunks in (None, 2, 3)])
 
 
+@pytest.mark.parametrize("mask", ["causal, odd length", "cross"])
+@pytest.mark.parametrize(
+    "mesh",
+    [(2, 1), (3, 1), pytest.param((2, 2), marks=pytest.mark.fast)],
+    ids=lambda mesh: f"u{mesh[0]}r{mesh[1]}",
+)
+def test_chunks_of_heads_that_travel_beside_one_another_are_put_together_right(
+    ranks: Ranks, mesh: tuple[int, int], mask: str
+) -> None:
+    """From six chunks on one is computed while the next one's heads travel and the last one's land."""
+    u, r = mesh
+    chunks = OVERLAPPED_CHUNKS
+    case = Case(mask=MASKS[mask], ulysses=u, ring=r, heads=chunks * u, kv_heads=chunks * u)
+    uneven = replace(case, heads=(chunks + 1) * u, kv_heads=(chunks + 1) * u, head_chunks=chunks)
+    # Two query heads to each K/V head, and one K/V head that two ranks use: its gradients add up.
+    shared = replace(case, heads=2 * (chunks * u + 1), kv_heads=chunks * u + 1)
+    cases = [
+        replace(case, head_chunks=chunks),
+        replace(case, head_chunks=chunks - 1),
+        replace(uneven, sinks=True, batch=2),
+        replace(shared, head_chunks=chunks),
+        replace(shared, head_chunks=chunks, dtype=torch.bfloat16),
+    ]
+    check(ranks, cases)
+
+
+def test_a_chunk_may_have_as_many_heads_as_a_head_has_numbers(ranks: Ranks) -> None:
+    """No size is taken for another by its value."""
+    for u, r in ((1, 1), (1, 2), (2, 1)):
+        case = Case(mask=masks.causal(21), ulysses=u, ring=r, heads=8 * u, kv_heads=8 * u, head_dim=4)
+        check(ranks, [replace(case, head_chunks=2, batch=batch) for batch in (1, 4)])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("mesh", [(1, 1), (2, 1), (1, 4), (2, 2)], ids=lambda m: f"u{m[0]}r{m[1]}")
 @pytest.mark.parametrize("kernel", ["cpu", "reference"])
@@ -121,6 +156,24 @@ def sum_of_outputs(case: Case) -> list[list[float]]:
         loss(attention(q, k, v, schedule)).backward()
         found.append([x.grad for x in (q, k, v)])
     return [(a - b).abs().max().item() for a, b in zip(*found, strict=True)]
+
+
+@pytest.mark.parametrize("mesh", [(1, 1), (2, 1), (1, 2)], ids=lambda m: f"u{m[0]}r{m[1]}")
+def test_a_head_may_have_one_number(ranks: Ranks, mesh: tuple[int, int]) -> None:
+    case = Case(mask=masks.causal(13), ulysses=mesh[0], ring=mesh[1], head_dim=1)
+    wide = replace(case, head_dim=3)
+    check(ranks, [case, replace(case, value_head_dim=3), replace(wide, value_head_dim=1)])
+
+
+def test_only_what_flash_kernels_cannot_read_is_copied() -> None:
+    """They read the numbers of a head as one run of memory."""
+    x = torch.randn(2, 6, 3, 8)
+    for readable in (x, x.transpose(1, 2), x[:, ::2]):
+        assert unit_last_stride(readable) is readable
+    for scattered in (x.transpose(2, 3), x[..., ::2], x[..., :1].expand(2, 6, 3, 8)):
+        copied = unit_last_stride(scattered)
+        assert copied.stride(-1) == 1
+        assert torch.equal(copied, scattered)
 
 
 @pytest.mark.parametrize("mesh", [(1, 1), (2, 1), (1, 2)], ids=lambda m: f"u{m[0]}r{m[1]}")

@@ -10,7 +10,9 @@ from torch import Tensor
 
 from seqmesh import Schedule, SequenceMesh, attention, masks
 from seqmesh.bench.memory import peak_bytes
+from seqmesh.engine.call import Needs, Options, checked_call
 from seqmesh.engine.exchange import CountBytes
+from seqmesh.engine.ulysses import attend, attend_backward
 
 MESHES = [(1, 1), (2, 1), (1, 2), (2, 2), (4, 1), (1, 4)]
 
@@ -37,7 +39,14 @@ def test_the_gradients_that_are_wanted_are_the_same_whatever_is_frozen(
     mask = masks.cross(21, 34) if cross else masks.causal(37)
     case = Case(mask=mask, ulysses=mesh[0], ring=mesh[1], heads=5, kv_heads=5, sinks=True)
     case = replace(case, layout="contiguous" if cross else "zigzag", head_chunks=2)
-    world = mesh[0] * mesh[1]
+    # With six chunks of heads those of one travel while another is computed.
+    overlapped = replace(case, heads=6 * mesh[0], kv_heads=6 * mesh[0], head_chunks=6)
+    for one in (case, overlapped):
+        check_frozen(ranks, one)
+
+
+def check_frozen(ranks: Ranks, case: Case) -> None:
+    world = case.ulysses * case.ring
     everything = ranks.run(world, gradients_of, case, "qkvs")
     for names in ("q", "k", "v", "kv", "qs", "s", "qv"):
         for (want, most), (got, sent) in zip(
@@ -98,6 +107,18 @@ def test_without_grad_nothing_is_kept(ranks: Ranks, mesh: tuple[int, int]) -> No
     for lean, kept in ranks.run(u * r, memory_without_grad, case):
         assert lean <= 0.6
         assert kept >= 1.0
+
+
+def test_a_gradient_of_sinks_that_nobody_wants_is_not_computed() -> None:
+    schedule = Schedule.build(masks.causal(16), SequenceMesh.build())
+    q, k, v, grad = torch.randn(4, 1, 16, 2, 8)
+    sinks = torch.randn(2)
+    call = checked_call(q, k, v, sinks, schedule, Options(None, None, "cpu", None))
+    saved = attend(q, k, v, sinks, call, keep=True).saved
+    assert saved is not None
+    wanted = attend_backward(grad, sinks, saved, call, Needs(q=True, kv=True, sinks=True))
+    assert wanted[3] is not None
+    assert attend_backward(grad, sinks, saved, call, Needs(q=True, kv=True, sinks=False))[3] is None
 
 
 def test_frozen_inputs_keep_nothing_either() -> None:

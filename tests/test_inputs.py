@@ -11,6 +11,7 @@ from ranks import Ranks
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
 from seqmesh import Schedule, SequenceMesh, attention, masks
+from seqmesh.engine.merge import check_mergeable
 
 
 @pytest.mark.parametrize("needs_grad", [False, True])
@@ -118,6 +119,21 @@ def anomaly(case: Case) -> list[str]:
 def test_anomaly_detection_names_the_block_whose_results_would_spoil_the_rest(ranks: Ranks) -> None:
     for (message,) in ranks.run(1, anomaly, Case(mask=masks.causal(9))):
         assert "Band(q_start=0" in message
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+def test_either_result_of_a_kernel_alone_can_be_what_cannot_be_merged(bad: float) -> None:
+    out, lse = torch.zeros(1, 2, 3, 4), torch.zeros(1, 2, 3)
+    lse[0, 0, 0] = -torch.inf  # a row that sees nothing
+    check_mergeable(out, lse, "a block")
+    spoiled = out.clone()
+    spoiled[0, 1, 2, 3] = bad
+    with pytest.raises(FloatingPointError, match=r"0 log-sum-exps that are .* and 1 outputs .* for a block"):
+        check_mergeable(spoiled, lse, "a block")
+    if bad != -torch.inf:
+        lse[0, 1, 1] = bad
+        with pytest.raises(FloatingPointError, match=r"1 log-sum-exps that are .* and 0 outputs"):
+            check_mergeable(out, lse, "a block")
 
 
 def positions_are_made_once(case: Case) -> bool:

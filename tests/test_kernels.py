@@ -9,11 +9,22 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seqmesh.engine.kernels import Kernel, LogitRule, Problem, Tile, TileShape, select, tiles
+from seqmesh.engine.kernels import (
+    Kernel,
+    LogitRule,
+    Problem,
+    Tile,
+    TileShape,
+    cpu,
+    launches_of,
+    select,
+    tiles,
+)
 from seqmesh.engine.kernels.cpu import CpuFlash
 from seqmesh.engine.kernels.cuda import CudaFlash, window
 from seqmesh.engine.kernels.reference import Reference
 from seqmesh.masks import Band, Mask
+from seqmesh.schedule.pieces import Runs
 
 pytestmark = pytest.mark.fast
 
@@ -134,6 +145,55 @@ def check_tile(kernel: Kernel, tile: Tile, heads: tuple[int, int], rule: LogitRu
     grads = kernel.backward(grad, q, k, v, out, lse, tile, rule)
     for got, expected in zip((out, lse, *grads), (want, want_lse, *want_grads), strict=True):
         torch.testing.assert_close(got, expected.detach(), rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_tiles_of_one_launch_are_computed_as_each_of_them_alone(batch: int) -> None:
+    """Documents of equal lengths go into one call; those of another length, and large ones, do not."""
+    kernel = CpuFlash()
+    bands = [Band(start, start + 3, start, start + 3, lo=0) for start in (0, 3, 8)]
+    bands += [Band(11, 13, 0, 4), Band(13, 15, 6, 10), Band(6, 8, 0, 3)]
+    rows = 15
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad, out = torch.randn(5, batch, 4, rows, 8, dtype=torch.float64, generator=generator)
+    k, v = k[:, :2], v[:, :2]
+    lse = torch.randn(batch, 4, rows, dtype=torch.float64, generator=generator)
+    launches = launches_of(kernel, bands)
+    assert sorted(len(launch.tiles) for launch in launches) == [1, 2, 3]
+    for launch in launches:
+        if len(launch.tiles) == 1:
+            continue
+        packed_q = [x[:, :, rows_of(launch.queries)] for x in (q, grad, out, lse)]
+        packed_k = [x[:, :, rows_of(launch.keys)] for x in (k, v)]
+        found = kernel.forward_many(packed_q[0], *packed_k, launch, LogitRule(scale=0.3, softcap=None))
+        gradients = kernel.backward_many(
+            packed_q[1], packed_q[0], *packed_k, *packed_q[2:], launch, LogitRule(scale=0.3, softcap=None)
+        )
+        want = [each_alone(kernel, tile, (q, k, v, grad, out, lse)) for tile in launch.tiles]
+        for got, parts in zip((*found, *gradients), zip(*want, strict=True), strict=True):
+            torch.testing.assert_close(got, torch.cat(parts, 2), rtol=1e-12, atol=1e-12)
+
+
+def rows_of(runs: Runs) -> list[int]:
+    return [row for start, stop in runs for row in range(start, stop)]
+
+
+def each_alone(kernel: Kernel, tile: Tile, tensors: tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:
+    """out, lse, dq, dk and dv of one tile."""
+    band = tile.band
+    q, grad, out, lse = (tensors[n][:, :, band.q_start : band.q_stop] for n in (0, 3, 4, 5))
+    k, v = (x[:, :, band.k_start : band.k_stop] for x in tensors[1:3])
+    rule = LogitRule(scale=0.3, softcap=None)
+    return *kernel.forward(q, k, v, tile, rule), *kernel.backward(grad, q, k, v, out, lse, tile, rule)
+
+
+def test_only_small_tiles_of_one_kind_share_a_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "BATCHED_PAIRS", 9)
+    small = [Band(start, start + 3, start, start + 3) for start in (0, 3, 6)]
+    large = [Band(start, start + 2, start, start + 5) for start in (0, 5)]
+    overlapping = [Band(0, 3, 0, 3), Band(0, 3, 3, 6)]
+    for bands, sizes in ((small, [3]), (large, [1, 1]), (overlapping, [1, 1])):
+        assert sorted(len(launch.tiles) for launch in launches_of(CpuFlash(), bands)) == sizes
 
 
 def test_auto_takes_flash_and_falls_to_the_reference_only_for_what_flash_refuses() -> None:

@@ -32,10 +32,10 @@ ALLOWED: dict[str, list[str]] = {
     "picture": [*PURE, "notation"],
     "integrations": ["masks", "engine"],
     "parallel": ["masks", "layouts", "engine", "integrations"],
-    "train": ["engine", "masks", "parallel", "processes", "provenance"],
+    "train": ["engine", "integrations", "masks", "parallel", "processes", "provenance"],
     "bench": [
         *(*PURE, "seqmesh", "engine", "train", "processes", "provenance"),
-        *("planner.inputs", "planner.cost"),
+        *("picture", "planner.inputs", "planner.cost"),
     ],
     "verify": [
         *("masks", "layouts", "notation", "engine"),

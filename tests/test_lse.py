@@ -1,6 +1,7 @@
 """return_lse: the log-sum-exp of every row, on every mesh, eager and compiled."""
 
 import warnings
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -66,8 +67,10 @@ def ways(case: Case) -> list[float]:
 def test_the_log_sum_exp_of_every_row_comes_with_the_output(ranks: Ranks, mesh: tuple[int, int]) -> None:
     u, r = mesh
     sees_nothing = Mask(30, 30, (Band(5, 30, 0, 30, lo=4),))
-    for mask, sinks in ((masks.causal(37), True), (sees_nothing, False)):
-        case = Case(mask=mask, ulysses=u, ring=r, heads=6, kv_heads=3, sinks=sinks, head_chunks=2, batch=2)
+    few = Case(mask=masks.causal(37), ulysses=u, ring=r, heads=6, kv_heads=3, head_chunks=2, batch=2)
+    # Enough chunks to travel beside one another, where heads are exchanged.
+    many = replace(few, heads=6 * u, kv_heads=6 * u, head_chunks=6, batch=1)
+    for case in (replace(few, sinks=True), replace(few, mask=sees_nothing), many):
         for errors in ranks.run(u * r, ways, case):
             assert max(errors) <= 1e-13
 

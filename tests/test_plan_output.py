@@ -127,6 +127,8 @@ POINTS = [
     (job(batch=4), Point(ring=4, dp=2, pp=2, zero=3, tiling="mlp")),
     (job("gpt2-xl", "l20", nodes=1, seq_len=4096, batch=512), Point(dp=8, zero=0)),
     (job(nodes=1, each=1), Point(zero=0)),
+    (job("llama2-7b"), Point(ulysses=4, ring=4, checkpointing="full")),  # heads overlap
+    (job("llama2-7b", nodes=1), Point(ulysses=2, ring=4)),
     (
         replace(job(seq_len=16384, batch=2), documents=(9000, 7000, 384)),
         Point(ulysses=2, ring=4, dp=2, offload="optimizer"),

@@ -1,4 +1,4 @@
-"""The two training stacks answer the planner's questions, each for itself."""
+"""The training stacks answer the planner's questions, each for itself."""
 
 from dataclasses import replace
 
@@ -14,7 +14,7 @@ from seqmesh.planner.inputs.legality import violations
 from seqmesh.planner.inputs.models import load_model
 from seqmesh.planner.inputs.numerics import BF16, FP32
 from seqmesh.planner.inputs.point import CHECKPOINTING, OFFLOAD, TILING, Point
-from seqmesh.planner.inputs.stack import STACKS, FusedStack, TrainerStack, stack_named
+from seqmesh.planner.inputs.stack import STACKS, FusedStack, PaperStack, TrainerStack, stack_named
 
 pytestmark = pytest.mark.fast
 
@@ -25,7 +25,8 @@ TRAINER = replace(FUSED, stack=TrainerStack(), numerics=FP32)
 
 
 def test_stacks_are_found_by_name_and_a_job_has_the_fused_one() -> None:
-    assert {name: stack_named(name) for name in STACKS} == {"fused": FusedStack(), "trainer": TrainerStack()}
+    named = {"fused": FusedStack(), "trainer": TrainerStack(), "paper": PaperStack()}
+    assert {name: stack_named(name) for name in STACKS} == named
     assert FUSED.stack == FusedStack()
     with pytest.raises(ValueError, match=r"unknown stack 'trainr'; did you mean 'trainer'\? known: fused"):
         stack_named("trainr")

@@ -68,14 +68,17 @@ def facts_with(checksum: float) -> RankFacts:
 def test_a_rank_with_other_weights_is_named() -> None:
     """The gradient norm, which was compared before, is the same on every rank whatever its weights are."""
     model = torch.nn.Linear(64, 64)
-    weights = weight_checksum(model)
+    weights = weight_checksum(model.parameters())
     with torch.no_grad():
         model.weight[3, 5] = torch.nextafter(model.weight[3, 5], torch.tensor(9.0))
-    strayed = weight_checksum(model)
+    strayed = weight_checksum(model.parameters())
     facts = [facts_with(weights), facts_with(weights), facts_with(strayed)]
-    check_agreement(facts[:2], step=7)
-    with pytest.raises(RuntimeError, match="rank 2 diverged at step 7: its weights"):
-        check_agreement(facts, step=7)
+    check_agreement(facts[:2], 7, ["all"] * 2)
+    check_agreement(facts, 7, ["a shard", "a shard", "another shard"])
+    with pytest.raises(RuntimeError, match=r"rank 2 diverged at step 7: its weights .* rank 0's have"):
+        check_agreement(facts, 7, ["all"] * 3)
+    with pytest.raises(RuntimeError, match=r"rank 2 diverged .* rank 1's have"):
+        check_agreement(facts, 7, ["a shard", "another shard", "another shard"])
 
 
 def test_the_text_that_ranks_compare_knows_where_documents_end() -> None:

@@ -46,7 +46,12 @@ class PlanOptions:
         _option("--pin", "Fix degrees and knobs: tp=8,ulysses=1,zero=1,... Can be repeated."),
     ] = None
     stack: Annotated[
-        str, _option("--stack", "fused (bf16, as Megatron-LM) or trainer (seqmesh train as it stands).")
+        str,
+        _option(
+            "--stack",
+            "fused (bf16, as Megatron-LM), trainer (seqmesh train as it stands)"
+            " or paper (fused, without seqmesh's overlap of heads).",
+        ),
     ] = "fused"
     precision: Annotated[str, _option("--precision", "bf16 (with fp32 master weights) or fp32.")] = "bf16"
     gradients: Annotated[

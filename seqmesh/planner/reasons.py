@@ -75,9 +75,10 @@ def _difference(share: float) -> str:
 def _layout(estimate: StepEstimate) -> Iterator[str]:
     p = estimate.point
     if p.ring > 1:
+        merged = ' (stages="auto")' if estimate.stages == "auto" else ""
         yield (
             f"layout {estimate.layout} over ring {p.ring},"
-            f" {estimate.exchanges} exchange{'s' if estimate.exchanges != 1 else ''}:"
+            f" {estimate.exchanges} exchange{'s' if estimate.exchanges != 1 else ''}{merged}:"
             f" the busiest rank computes {estimate.imbalance:.3f}x the mean"
         )
 

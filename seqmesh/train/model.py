@@ -16,6 +16,7 @@ import torch
 from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from seqmesh.integrations.refusals import check_pluggable
 from seqmesh.train.config import Config, ModelConfig
 from seqmesh.train.data import EOS_ID, VOCAB_SIZE
 
@@ -48,6 +49,7 @@ def build(config: Config, vocabulary: int = VOCAB_SIZE) -> PreTrainedModel:
             f"model.architecture={model.architecture!r} refuses [model] ({what});"
             " use llama, mistral, qwen2, ..."
         ) from None
+    check_pluggable(built)
     _check_layers_see_whole_documents(built, model)
     _check_sizes(built, model)
     return built

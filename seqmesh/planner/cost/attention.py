@@ -7,8 +7,12 @@ blocks and rows of every stage:
     stage 1     compute received rows     fetch 2 in flight      backward: also dK/dV of stage 0, going home
     ...         merge in fp32
 
-Stages that are alike are priced once. The exchange of heads is priced as if nothing hid it, though
-engine/ulysses.py overlaps it where there are six chunks of heads or more.
+Stages that are alike are priced once. Where the engine computes the heads in chunks enough, the exchange of
+one chunk hides behind the compute of its neighbours (engine/ulysses.py), C chunks of heads:
+
+    to their owners    0 | 1     2     3           exposed: the way there of the first chunk, the way home of
+    computed             | 0     1     2     3     the last, and of the rest what a chunk's compute is too
+    home                 |       0     1     2 | 3   short for
 """
 
 from collections.abc import Sequence
@@ -23,7 +27,8 @@ from seqmesh.planner.cost.network import Group, Network, place
 from seqmesh.planner.cost.ring_load import RingLoad, StageLoad, ring_load
 from seqmesh.planner.inputs.assumptions import Assumptions
 from seqmesh.planner.inputs.job import Job
-from seqmesh.schedule.heads import default_chunks, split_heads
+from seqmesh.schedule.heads import HeadShare, default_chunks, overlaps_exchange, split_heads
+from seqmesh.schedule.hops import Stages
 from seqmesh.schedule.traffic import heads_traffic, rows_traffic
 
 BACKWARD_FLOPS = 2.5
@@ -41,7 +46,9 @@ class Pass:
     merge_s: float = 0.0
     """Adding partial results up in fp32, and launching kernels."""
     heads_s: float = 0.0
-    """Exchange of heads: priced as if never hidden."""
+    """Exchange of heads, hidden or not."""
+    heads_exposed_s: float = 0.0
+    """The part of `heads_s` that no compute hides."""
     rows_s: float = 0.0
     """Exchange of K/V rows, hidden or not."""
     rows_exposed_s: float = 0.0
@@ -54,7 +61,7 @@ class Pass:
     @property
     def seconds(self) -> float:
         """What the call adds to a step."""
-        return self.kernel_s + self.merge_s + self.heads_s + self.rows_exposed_s
+        return self.kernel_s + self.merge_s + self.heads_exposed_s + self.rows_exposed_s
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +97,32 @@ class AttentionShape:
             element=job.numerics.element,
         )
 
+    def head_chunks(self, tokens: int, ring: int) -> tuple[tuple[HeadShare, ...], ...]:
+        """Heads of every ulysses rank in each chunk, as the engine cuts so many tokens by default."""
+        elements = tokens * self.batch * (self.heads + self.kv_heads) * 2 * self.head_dim
+        wanted = default_chunks(self.ulysses, ring, elements, self.element)
+        return split_heads(self.heads, self.kv_heads, self.ulysses, wanted)
+
+    @property
+    def qkv_share(self) -> float:
+        """Of the heads exchanged in one direction, q, k and v or their gradients; the rest is the output."""
+        (shares,) = split_heads(self.heads, self.kv_heads, self.ulysses)
+        kv = sum(share.kv for share in shares)  # a K/V head goes to every rank that uses it
+        return (self.heads + 2 * kv) / (2 * self.heads + 2 * kv)
+
+
+def hides_heads(job: Job, ulysses: int, chunks: int) -> bool:
+    """Whether the exchange of a chunk of heads runs beside the compute of another: the engine's own rule."""
+    return job.stack.overlaps_heads and overlaps_exchange(ulysses, chunks)
+
+
+def exposed_beside(exchange: float, compute: float, a: Assumptions) -> float:
+    """Seconds that an exchange adds to the compute that it runs beside.
+
+    What is hidden is not free: it takes cores and memory bandwidth from that compute.
+    """
+    return max(0.0, exchange - compute) + a.overlap_tax * min(exchange, compute)
+
 
 def attention_cost(
     job: Job, ring: RingLoad, shape: AttentionShape, ulysses_group: Group, ring_group: Group
@@ -103,11 +136,14 @@ def attention_cost(
     rows = rows_traffic(rows_sent=ring.rows_moved, rows_received=ring.rows_moved, kv_heads=kv_heads)
 
     def complete(walked: Pass, sent: "_HeadRows", rows: int) -> Pass:
-        most = sent.most * row_head_bytes
+        # Two collectives for each chunk of heads: to their owners, and home.
+        calls = 2 * walk.chunks
+        heads_s = network.all_to_all_seconds(ulysses_group, sent.most * row_head_bytes, calls=calls)
+        hides = hides_heads(job, shape.ulysses, walk.chunks)
         return replace(
             walked,
-            # Two collectives for each chunk of heads: to their owners, and home.
-            heads_s=network.all_to_all_seconds(ulysses_group, most, calls=2 * walk.chunks),
+            heads_s=heads_s,
+            heads_exposed_s=walk.exposed_heads(walked, heads_s) if hides else heads_s,
             heads_bytes=sent.total * row_head_bytes,
             rows_bytes=rows * row_head_bytes,
         )
@@ -196,9 +232,7 @@ class _StageWalk:
         (shares,) = split_heads(shape.heads, shape.kv_heads, shape.ulysses)
         self._heads = max(share.q for share in shares)
         self._kv_heads = max(share.kv for share in shares)
-        elements = ring.layout.s * shape.batch * (shape.heads + shape.kv_heads) * 2 * shape.head_dim
-        wanted = default_chunks(shape.ulysses, ring.layout.ring, elements, shape.element)
-        self.chunks = min(self._kv_heads, wanted)
+        self.chunks = len(shape.head_chunks(ring.layout.s, ring.layout.ring))
 
     def forward(self) -> Pass:
         """Kernel, merges, and the fetch of the next stage beside them."""
@@ -224,6 +258,20 @@ class _StageWalk:
             )
         )
 
+    def exposed_heads(self, walked: Pass, heads_s: float) -> float:
+        """What of an exchange of heads is exposed where chunks overlap, after a walk over all of them.
+
+        Rows hide first: behind what has hidden rows of the ring, no heads are hidden as well.
+        """
+        hides_rows = walked.rows_s - walked.rows_exposed_s
+        free = max(0.0, walked.kernel_s + walked.merge_s - hides_rows) / self.chunks
+        one = heads_s / self.chunks
+        # Beside the first chunk only the next one's heads travel, beside the last only the one before comes
+        # home; beside each other chunk both do. In the backward the larger part is the way home.
+        larger = one * self._shape.qkv_share
+        ends = exposed_beside(larger, free, self._a) + exposed_beside(one - larger, free, self._a)
+        return one + ends + (self.chunks - 2) * exposed_beside(one, free, self._a)
+
     def _walk(self, direction: _Direction) -> Pass:
         kernel = merge = rows = exposed = 0.0
         busy_before = 0.0
@@ -235,8 +283,8 @@ class _StageWalk:
                 took = self._fetch(stage, direction)
                 rows += stage.count * took
                 # The first of alike stages is fetched beside another one, the rest beside their likes.
-                others = (stage.count - 1) * self._exposed(took, one.busy_s)
-                exposed += self._exposed(took, busy_before) + others
+                others = (stage.count - 1) * exposed_beside(took, one.busy_s, self._a)
+                exposed += exposed_beside(took, busy_before, self._a) + others
             busy_before = one.busy_s
         return Pass(kernel_s=kernel, merge_s=merge, rows_s=rows, rows_exposed_s=exposed)
 
@@ -264,13 +312,6 @@ class _StageWalk:
         s = self._shape
         return max(sent, received) * 2 * self._kv_heads * s.batch * s.head_dim * s.element
 
-    def _exposed(self, exchange: float, compute: float) -> float:
-        """What an exchange adds to the compute that it runs beside.
-
-        What is hidden is not free: it takes cores and memory bandwidth from that compute.
-        """
-        return max(0.0, exchange - compute) + self._a.overlap_tax * min(exchange, compute)
-
 
 FULL_HEAD = 128
 """Head dim from which on the kernel runs at its full rate."""
@@ -290,9 +331,9 @@ def head_rate(head_dim: int, a: Assumptions) -> float:
 class Loads:
     """Ring loads of a job, each computed once.
 
-    A ring passes through an exchange for each hop, which hides most; where only few rows travel (packed
-    documents, windows) fewer exchanges cost less latency. Their number is chosen by the time of one attention
-    on the ring alone.
+    A ring passes through an exchange for each hop that is used, which hides most; where only few rows travel
+    (packed documents, windows, short shards) fewer exchanges cost less latency. Where the stack may choose,
+    `stages` is chosen by the time of one attention on the ring alone, among what `Schedule.build` takes.
     """
 
     def __init__(self, job: Job) -> None:
@@ -305,20 +346,22 @@ class Loads:
 
     def _load(self, ring: int) -> RingLoad:
         job = self._job
-        exchanges = self._exchanges(ring)
-        found = ring_load(job.mask, job.layout, ring, job.assumptions.attention_half_rows, exchanges)
+        half_rows = job.assumptions.attention_half_rows
+        found = ring_load(job.mask, job.layout, ring, half_rows, self._stages(ring))
         if len(found) == 1:
             return found[0]
         return min(found, key=self._seconds)
 
-    def _exchanges(self, ring: int) -> Sequence[int | None]:
-        """Numbers of exchanges to compare, None for one for each hop that is used.
+    def _stages(self, ring: int) -> Sequence[Stages]:
+        """Values of `stages` to compare.
 
-        A causal sequence needs all of its ring, and has large rows to hide.
+        A causal sequence needs all of its ring: merged by number, it would have too much to hide at once.
         """
-        if ring <= 2 or self._job.mask == masks.causal(self._job.mask.q_len):
+        if ring <= 2 or not self._job.stack.chooses_stages:
             return [None]
-        return [None, *sorted({1, isqrt(ring)} - {ring - 1})]
+        if self._job.mask == masks.causal(self._job.mask.q_len):
+            return [None, "auto"]
+        return [None, "auto", *sorted({1, isqrt(ring)} - {ring - 1})]
 
     def _seconds(self, load: RingLoad) -> float:
         """Forward and backward of one attention on this ring alone; no heads are exchanged."""

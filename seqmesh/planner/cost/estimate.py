@@ -1,7 +1,7 @@
 """Time of a step: every piece of work with its cause, how long it takes, and how much of that nothing hides.
 
     upper bound   = all terms, one after the other              no overlap
-    estimate      = compute + what overlap leaves exposed       rules: ring stages, ZeRO prefetch, offload
+    estimate      = compute + what overlap leaves exposed       rules: heads, ring stages, ZeRO prefetch
     lower bound   = the busiest cause alone                     full overlap: T = max(T_math, T_comms)
 
 Model FLOPs count what the model needs (forward + 2x backward); hardware does more: flash attention's backward
@@ -15,6 +15,7 @@ from functools import cached_property
 
 from seqmesh.planner.cost.memory import StepMemory
 from seqmesh.planner.inputs.point import Point
+from seqmesh.schedule.hops import Stages
 
 COMPUTE = "compute"
 PIPELINE = "pipeline"
@@ -53,8 +54,10 @@ class StepEstimate:
     gpus: int
     layout: str
     """Of the ring."""
+    stages: Stages
+    """`stages` to give to Schedule.build."""
     exchanges: int
-    """Exchanges of the ring: `stages` of Schedule.build."""
+    """Exchanges of the ring that come of it."""
     imbalance: float
     """Pairs of the busiest ring rank over the mean."""
     flops: float

@@ -16,12 +16,12 @@ ulysses.py and merge.py for the attention's own buffers. What autograd keeps is 
 from dataclasses import dataclass
 from functools import lru_cache
 
-from seqmesh.planner.cost.attention import Loads
+from seqmesh.planner.cost.attention import AttentionShape, Loads, hides_heads
 from seqmesh.planner.cost.memory import StepMemory, overhead
 from seqmesh.planner.cost.parameters import stage_parameters
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.point import Point
-from seqmesh.schedule.heads import default_chunks, split_heads
+from seqmesh.schedule.heads import split_heads
 
 TILE_ROWS = 4096
 """Rows of a tile of the loss (train/loss.py's chunk) and of the MLP."""
@@ -178,11 +178,11 @@ class FusedMemory:
         job = self._job
         load = self._loads(ring)
         element = job.numerics.element
-        d = job.model.head_dim * batch
-        heads, kv_heads = job.model.heads // tp, job.model.kv_heads // tp
-        wanted = default_chunks(ulysses, ring, job.seq_len * (heads + kv_heads) * 2 * d, element)
+        shape = AttentionShape.of(job, batch=batch, ulysses=ulysses, tp=tp)
+        d = shape.head_dim * batch
+        chunks = shape.head_chunks(job.seq_len, ring)
         q = kv = 0
-        for chunk in split_heads(heads, kv_heads, ulysses, wanted):
+        for chunk in chunks:
             for share in chunk:
                 q = max(q, share.q)
                 kv = max(kv, 2 * share.kv)  # k and v
@@ -190,11 +190,13 @@ class FusedMemory:
         home_rows = -(-rows // ulysses)
         # Rows of the fullest stage that does not compute a rank's own.
         received = max((max(stage.received, stage.sent) for stage in load.stages[1:]), default=0)
+        # Where chunks overlap, the next one's dout is sent and received while this one's is in use.
+        douts = 3 if hides_heads(job, ulysses, len(chunks)) else 2
         return {
             # dout, dq, dk, dv of this rank's tokens
-            "attention_gradients": element * home_rows * d * (2 * heads + 2 * kv_heads),
+            "attention_gradients": element * home_rows * d * (2 * shape.heads + 2 * shape.kv_heads),
             # dout, and dq, dk, dv, each sent and received
-            "attention_exchange": element * rows * d * (2 * q + 2 * (q + kv)) if ulysses > 1 else 0,
+            "attention_exchange": element * rows * d * (douts * q + 2 * (q + kv)) if ulysses > 1 else 0,
             # K/V here and in flight; dK/dV leaving and arriving
             "attention_stages": element * received * d * kv * 4,
             # fp32: sums of dq and of the rank's own dk, dv; and dk, dv of received rows

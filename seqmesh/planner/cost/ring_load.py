@@ -15,6 +15,7 @@ from itertools import groupby
 from seqmesh import layouts, masks
 from seqmesh.layouts import Layout, load
 from seqmesh.masks import Mask
+from seqmesh.schedule.hops import Stages, exchanges
 from seqmesh.schedule.ring import RingSchedule, Stage, ring_schedule
 
 STRIDED_TOKENS = 65536
@@ -46,6 +47,8 @@ class RingLoad:
 
     layout: Layout
     stages: tuple[StageLoad, ...]
+    asked: Stages
+    """`stages` of Schedule.build, which these stages come of."""
     exchanges: int
     """Stages after the first: one for each hop that is used, of a ring; 1 of an all-gather."""
     hops: tuple[tuple[int, ...], ...]
@@ -75,29 +78,35 @@ class RingLoad:
 
 
 def ring_load(
-    mask: Mask, layout: str, ring: int, half_rows: float, exchanges: Sequence[int | None] = (None,)
+    mask: Mask, layout: str, ring: int, half_rows: float, tried: Sequence[Stages] = (None,)
 ) -> list[RingLoad]:
-    """The load of a ring degree, for each number of exchanges.
+    """The load of a ring degree, for each value of `stages` that gives other exchanges than those before it.
 
     Args:
         mask: of one sequence.
         layout: its name, one of `Schedule.build`'s.
         ring: ring degree.
         half_rows: rows of a block that runs at half efficiency.
-        exchanges: as `stages` of `ring_schedule`.
+        tried: values of `stages` of `ring_schedule`.
     """
     laid = _layout(mask, layout, ring)
     areas, received = _areas_and_rows(mask, laid)
     busiest = max(range(ring), key=lambda r: areas[r] + layouts.DEFAULT_PAIRS_PER_ROW * received[r])
     imbalance = max(areas) * ring / mask.area if mask.area else 1.0
     loads = []
-    for stages in exchanges:
+    known = set()
+    for stages in tried:
+        hops = exchanges(mask, laid, laid, stages)
+        if hops in known:
+            continue
+        known.add(hops)
         schedule = ring_schedule(mask, laid, laid, busiest, stages)
         loads.append(
             RingLoad(
                 layout=laid,
                 stages=_stage_loads(schedule, half_rows),
-                exchanges=len(schedule.stages) - 1,
+                asked=stages,
+                exchanges=len(hops),
                 hops=tuple(stage.hops for stage in schedule.stages),
                 imbalance=imbalance,
                 rows_moved=sum(received),

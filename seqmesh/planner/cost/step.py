@@ -5,9 +5,9 @@
     once a step          optimizer, gradients, weights          ZeRO-2 and 3: every micro-batch
     pipeline             bubble = (pp - 1) micro-batches, boundary activations
 
-What hides what: ring stages behind the compute of the stage before (attention.py); offloaded activations
-behind the whole compute; a share of ZeRO-3's gathers, of gradients and of tensor parallelism by assumption;
-the exchange of heads behind nothing.
+What hides what: ring stages behind the compute of the stage before, and heads behind that of other chunks of
+heads, where there are chunks enough (both in attention.py); offloaded activations behind the whole compute; a
+share of ZeRO-3's gathers, of gradients and of tensor parallelism by assumption.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -24,7 +24,7 @@ from seqmesh.planner.cost.parameters import fullest_parameters, mean_parameters
 from seqmesh.planner.cost.trainer_memory import TrainerMemory
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.point import Point
-from seqmesh.planner.inputs.stack import FusedStack, Stack, TrainerStack
+from seqmesh.planner.inputs.stack import FusedStack, PaperStack, Stack, TrainerStack
 
 TP_FORWARD = 4
 TP_BACKWARD = 6
@@ -36,6 +36,7 @@ two gathers of inputs again, 6. USP (Fang & Zhao 2024, arXiv 2405.07719), Table 
 
 MEMORY_MODELS: Mapping[type[Stack], Callable[[Job, Loads], MemoryModel]] = {
     FusedStack: FusedMemory,
+    PaperStack: FusedMemory,
     TrainerStack: TrainerMemory,
 }
 """The memory model of each stack."""
@@ -71,6 +72,7 @@ class CostModel:
             tokens=job.seq_len * job.global_batch,
             gpus=point.gpus,
             layout=load.layout.name,
+            stages=load.asked,
             exchanges=load.exchanges,
             imbalance=load.imbalance,
             flops=linear + pair * job.mask.area,
@@ -165,8 +167,12 @@ class CostModel:
         forward, backward = attention.forward, attention.backward
         runs = self.layer_runs(point)
         times = _forwards(point)
-        heads = runs * (times * forward.heads_s + backward.heads_s)
-        yield self._on_links("ulysses exchange", self.group(point, "ulysses"), heads, heads)
+        yield self._on_links(
+            "ulysses exchange",
+            self.group(point, "ulysses"),
+            runs * (times * forward.heads_s + backward.heads_s),
+            runs * (times * forward.heads_exposed_s + backward.heads_exposed_s),
+        )
         yield self._on_links(
             "ring exchange",
             self.group(point, "ring"),

@@ -1,9 +1,10 @@
-"""The two training stacks that can be planned for, behind one interface.
+"""The training stacks that can be planned for, behind one interface.
 
     fused       bf16, flash attention, fused norms and activations, every parallelism: as Megatron-LM has
     trainer     `seqmesh train` as it stands: fp32, weights whole on every rank, nothing recomputed
+    paper       what the USP paper measured: fused, with an attention that hides no exchange of heads
 
-A `Job` holds one of them. What the planner does differently for the two it asks the stack, by the questions
+A `Job` holds one of them. What the planner does differently for them it asks the stack, by the questions
 of `Stack`. Only their memory models are in cost/, which this folder may not import: MEMORY_MODELS of
 cost/step.py says whose is which.
 """
@@ -29,6 +30,14 @@ class Stack(Protocol):
         """Values of each memory saver that a search tries, each one at least as slow as those before it."""
 
     @property
+    def overlaps_heads(self) -> bool:
+        """Whether heads travel while others are computed, wherever seqmesh's engine does that."""
+
+    @property
+    def chooses_stages(self) -> bool:
+        """Whether the ring's exchanges may be merged, where that takes less time; else none are."""
+
+    @property
     def remedy(self) -> str | None:
         """What to do when nothing fits, where a larger machine or a shorter sequence is not the answer."""
 
@@ -45,7 +54,7 @@ class Stack(Protocol):
 
 @dataclass(frozen=True)
 class FusedStack:
-    """bf16 training with every parallelism and memory saver, as Megatron-LM has it."""
+    """bf16 training with every parallelism and memory saver, as Megatron-LM has it, and seqmesh.attention."""
 
     zero_stages: ClassVar[tuple[int, ...]] = (1, 2, 3)
     """No 0: where there are replicas, ZeRO-1 sends no more and takes less memory."""
@@ -54,6 +63,8 @@ class FusedStack:
         "checkpointing": CHECKPOINTING,
         "offload": OFFLOAD,
     }
+    overlaps_heads: ClassVar[bool] = True
+    chooses_stages: ClassVar[bool] = True
     remedy: ClassVar[str | None] = None
 
     def numerics(self, precision: str, gradients: str) -> Numerics:
@@ -63,6 +74,17 @@ class FusedStack:
     def violations(self, point: Point, global_batch: int) -> Iterator[str]:  # noqa: ARG002
         """None: it runs every point that the rules for all stacks allow."""
         return iter(())
+
+
+@dataclass(frozen=True)
+class PaperStack(FusedStack):
+    """The system that the USP paper measured: all heads are exchanged at once, and ring hops one by one.
+
+    Published figures are compared with this one (paper/published.py).
+    """
+
+    overlaps_heads: ClassVar[bool] = False
+    chooses_stages: ClassVar[bool] = False
 
 
 @dataclass(frozen=True)
@@ -78,6 +100,9 @@ class TrainerStack:
         "checkpointing": ("none",),
         "offload": ("none",),
     }
+    overlaps_heads: ClassVar[bool] = True
+    chooses_stages: ClassVar[bool] = False
+    """It builds its schedules with the default of `Schedule.build`."""
     remedy: ClassVar[str | None] = (
         "--stack fused prices what shards weights or recomputes, which seqmesh train does not do yet"
     )
@@ -114,7 +139,11 @@ class TrainerStack:
             )
 
 
-STACKS: Mapping[str, Stack] = {"fused": FusedStack(), "trainer": TrainerStack()}
+STACKS: Mapping[str, Stack] = {
+    "fused": FusedStack(),
+    "trainer": TrainerStack(),
+    "paper": PaperStack(),
+}
 """Values of `--stack`."""
 
 

@@ -19,6 +19,7 @@ COLUMNS = (
     "kernel",
     "merge",
     "heads exchange",
+    "of it exposed",
     "rows exchange",
     "of it exposed",
     "sent per GPU",
@@ -50,6 +51,7 @@ def _cells(split: Split) -> list[str]:
         parts.kernel_s,
         parts.merge_s,
         parts.heads_s,
+        parts.heads_exposed_s,
         parts.rows_s,
         parts.rows_exposed_s,
     )

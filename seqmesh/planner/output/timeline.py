@@ -3,8 +3,8 @@
 `seqmesh plan --trace` writes it.
 
     each micro-batch    layer 0 forward ... layer L-1, head and loss, layer L-1 backward ... layer 0
-    a layer             norms, q k v o products | heads out | ring stages, the next fetch beside each |
-                        heads home | MLP
+    a layer             norms, q k v o products | heads out | ring stages, the next fetch beside each, and
+                        what they hide of the heads | heads home | MLP
     after them          gradient reduction, optimizer, weight gathering
 
 Nothing is priced here: terms come from `CostModel.estimate`, a layer's parts from `CostModel.attention` and
@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from math import isclose
 from typing import Any
 
+from seqmesh.planner.cost.attention import AttentionShape, Pass
 from seqmesh.planner.cost.estimate import COMPUTE, PIPELINE
 from seqmesh.planner.cost.step import TP_BACKWARD, TP_FORWARD, CostModel
 from seqmesh.planner.inputs.point import Point
@@ -51,9 +52,8 @@ class _Step:
         self.attention = costs.attention(point)
         self.stages = stage_times(costs, point)
         self.repeats_forward = point.checkpointing == "full"
-        m = self.job.model
-        # Of all heads exchanged in a direction, q, k and v go one way and out the other.
-        self.qkv_share = (m.heads + 2 * m.kv_heads) / (2 * m.heads + 2 * m.kv_heads)
+        shape = AttentionShape.of(self.job, batch=point.micro_batch, ulysses=point.ulysses, tp=point.tp)
+        self.qkv_share = shape.qkv_share  # q, k and v go one way, and out the other
         self.mlp_share = self.layer.mlp_forward / self.layer.matmul_forward
 
     def draw(self) -> dict[str, Any]:
@@ -109,9 +109,7 @@ class _Step:
         self.trace.work("norms, rotary, activation", layer.elementwise, **at)
         self.trace.work("matrix products", in_attention, **at, part="attention")
         self._tensor(TP_FORWARD / 2, at)
-        self._exchange_heads(attention.heads_s * self.qkv_share, at)
-        self._ring(self.stages.forward, at)
-        self._exchange_heads(attention.heads_s * (1 - self.qkv_share), at)
+        self._attend(attention, self.stages.forward, self.qkv_share, at)
         self.trace.work("matrix products", layer.matmul_forward * self.mlp_share, **at, part="MLP")
         self._tensor(TP_FORWARD / 2, at)
         # The copy begins here, and what follows hides it.
@@ -126,9 +124,7 @@ class _Step:
         self._recompute(at)
         self.trace.work("matrix products", layer.matmul_backward * self.mlp_share, **at, part="MLP")
         self._tensor(TP_BACKWARD / 2, at)
-        self._exchange_heads(attention.heads_s * (1 - self.qkv_share), at)
-        self._ring(self.stages.backward, at)
-        self._exchange_heads(attention.heads_s * self.qkv_share, at)
+        self._attend(attention, self.stages.backward, 1 - self.qkv_share, at)
         self.trace.work("matrix products", in_attention, **at, part="attention")
         self.trace.work("norms, rotary, activation", 2 * layer.elementwise, **at)
         self._tensor(TP_BACKWARD / 2, at)
@@ -140,13 +136,24 @@ class _Step:
         at = {**at, "direction": "recomputation"}
         forward = self.attention.forward
         if self.repeats_forward:
-            self._exchange_heads(forward.heads_s, at)
+            self._exposed_heads(forward.heads_exposed_s, at)
         start = self.trace.clock
         self._share("recomputation", 1 / self.layer_runs, **at)
         if self.repeats_forward:
-            # Its stages are not drawn one by one: the exchange runs beside the whole event.
+            # Its stages are not drawn one by one: what is hidden runs beside the whole event.
+            self._hidden_heads(forward, start, at)
             self.trace.exchange("ring exchange", forward.rows_s, forward.rows_exposed_s, start, **at)
             self._tensor(TP_FORWARD, at)
+
+    def _attend(
+        self, attention: Pass, stages: Sequence[StageTime], there_share: float, at: dict[str, Any]
+    ) -> None:
+        """Heads to their owners, ring stages, heads home; what the stages hide of the heads beside them."""
+        self._exposed_heads(attention.heads_exposed_s * there_share, at)
+        start = self.trace.clock
+        self._ring(stages, at)
+        self._hidden_heads(attention, start, at)
+        self._exposed_heads(attention.heads_exposed_s * (1 - there_share), at)
 
     def _ring(self, stages: Sequence[StageTime], at: dict[str, Any]) -> None:
         """Stage after stage; beside each the fetch of the next one's rows."""
@@ -160,8 +167,12 @@ class _Step:
                     "ring exchange", after.fetch, after.exposed, start, **at, stage=number + 1
                 )
 
-    def _exchange_heads(self, seconds: float, at: dict[str, Any]) -> None:
+    def _exposed_heads(self, seconds: float, at: dict[str, Any]) -> None:
         self.trace.exchange("ulysses exchange", seconds, seconds, **at)
+
+    def _hidden_heads(self, attention: Pass, start: float, at: dict[str, Any]) -> None:
+        hidden = attention.heads_s - attention.heads_exposed_s
+        self.trace.exchange("ulysses exchange", hidden, 0.0, start, **at)
 
     def _tensor(self, calls: float, at: dict[str, Any]) -> None:
         """So many of a layer's collectives of tensor parallelism."""

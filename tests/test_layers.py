@@ -42,7 +42,7 @@ ALLOWED: dict[str, list[str]] = {
         *("integrations", "train", "processes", "provenance"),
     ],
     "planner.inputs": ["masks", "layouts"],
-    "planner.trainer": ["layouts", "schedule", "planner.inputs", "engine", "train"],
+    "planner.trainer": ["layouts", "schedule", "planner.inputs", "parallel", "train"],
     "planner.cost": [*PURE, "planner.inputs", "planner.trainer"],
     "planner": ["planner.inputs", "planner.cost"],
     "planner.paper": ["planner.inputs", "planner.cost", "planner"],

@@ -24,6 +24,7 @@ from seqmesh.planner.output.emit import emit
 from seqmesh.planner.output.plot import OTHER, label, parts, plot
 from seqmesh.planner.output.stage_times import stage_times
 from seqmesh.planner.output.timeline import MOST_EVENTS, timeline
+from seqmesh.train.config import Config, MeshConfig, TrainConfig
 from seqmesh.train.recipe import load
 
 pytestmark = pytest.mark.fast
@@ -44,13 +45,30 @@ def job(
 POINT = Point(tp=2, ulysses=4, ring=2)
 
 
+def read_back(asked: Job, point: Point, folder: Path) -> tuple[Config, list[str]]:
+    """The recipe of a point as the trainer reads it, and what it says is missing."""
+    text, missing = emit(asked, point)
+    (folder / "recipe.toml").write_text(text)
+    for line in missing:
+        assert f"# - {line}\n" in text
+    return load(str(folder / "recipe.toml")), missing
+
+
+def subjects(missing: list[str]) -> list[str]:
+    return [line.partition(":")[0] for line in missing]
+
+
+ALWAYS = ["1 x 4 a800-sxm", "vocabulary=128256", "rotary base"]
+"""What is named of every plan for llama3-8b on such a machine."""
+
+
 @pytest.mark.parametrize("model", ["llama2-7b", "llama3-8b", "qwen2.5-7b", "qwen3-8b"])
 def test_the_trainer_reads_an_emitted_recipe(model: str, tmp_path: Path) -> None:
     asked = replace(job(model, seq_len=8192, batch=4), layout="zigzag")
-    text, _ = emit(asked, Point(ulysses=2, ring=2, dp=2, tp=2, micro_batch=2))
-    (tmp_path / "recipe.toml").write_text(text)
-    read, shape = load(str(tmp_path / "recipe.toml")), load_model(model)
-    assert (read.mesh.ulysses, read.mesh.ring, read.mesh.layout, read.mesh.world) == (2, 2, "zigzag", 4)
+    read, _ = read_back(asked, Point(ulysses=2, ring=2, dp=2, tp=2, zero=3, micro_batch=2), tmp_path)
+    shape = load_model(model)
+    assert read.mesh == MeshConfig(dp_shard=2, ring=2, ulysses=2, tp=2, layout="zigzag")
+    assert read.mesh.world == 16
     sizes = (read.model.hidden, read.model.layers, read.model.intermediate)
     assert sizes == (shape.hidden, shape.layers, shape.intermediate)
     assert (read.model.heads, read.model.kv_heads) == (shape.heads, shape.kv_heads)
@@ -59,37 +77,71 @@ def test_the_trainer_reads_an_emitted_recipe(model: str, tmp_path: Path) -> None
     assert read.model.rope_theta == load(None).model.rope_theta
 
 
-def test_a_recipe_names_everything_that_the_trainer_does_not_run() -> None:
-    point = Point(
-        tp=2, ulysses=2, ring=2, dp=2, pp=1, zero=3, checkpointing="full", offload="both", tiling="mlp"
+def test_every_saver_of_a_point_is_in_its_recipe(tmp_path: Path) -> None:
+    point = Point(ulysses=2, dp=2, zero=3, checkpointing="full", offload="both", tiling="mlp", micro_batch=2)
+    read, missing = read_back(job(nodes=1, each=4, batch=4), point, tmp_path)
+    assert read.train == replace(
+        TrainConfig(),
+        zero=3,
+        checkpointing="full",
+        offload="both",
+        tiling="mlp",
+        micro_batch=2,
+        precision="bf16",
     )
-    text, missing = emit(replace(job(batch=4), documents=(65000, 536)), point)
-    for named in (
-        "tp=2",
-        "dp=2",
-        "zero=3",
-        "checkpointing=full",
-        "offload=both",
-        "tiling=mlp",
-        "micro_batch=1",
-        "bf16",
-        "vocabulary=",
-    ):
-        assert any(line.startswith(named) for line in missing), named
-    assert any(line.startswith("2 documents") for line in missing)
-    for line in missing:
-        assert f"# - {line}\n" in text
-    assert set(tomllib.loads(text)) == {"mesh", "model", "data"}
+    assert subjects(missing) == ["checkpointing=full", *ALWAYS]
+
+
+def test_ranks_of_tp_share_norms_as_they_are_priced(tmp_path: Path) -> None:
+    read, missing = read_back(job(nodes=1, each=4), Point(tp=2, ring=2, zero=2, tiling="loss"), tmp_path)
+    assert read.train == replace(TrainConfig(), zero=2, shard_norms=True, micro_batch=1, precision="bf16")
+    assert subjects(missing) == ALWAYS
+
+
+@pytest.mark.parametrize(
+    ("point", "named"),
+    [
+        (Point(ulysses=4, zero=1), "bf16 with zero=1"),
+        (Point(ulysses=4, zero=1, offload="optimizer"), "offload=optimizer with zero=1"),
+        (Point(pp=2, ring=2, zero=2, micro_batch=4), "pp=2"),
+        (Point(dp=2, ring=2, zero=2), "zero=2 with 2 micro-batches"),
+        (Point(pp=2, ring=2, zero=3), "zero=3 with pp=2"),
+    ],
+    ids=str,
+)
+def test_what_the_trainer_refuses_is_left_out_and_named(point: Point, named: str, tmp_path: Path) -> None:
+    asked = job(nodes=1, each=4, batch=4)
+    assert not list(violations(asked, point))
+    read, missing = read_back(asked, point, tmp_path)
+    assert named in subjects(missing)
+    assert read.mesh.pp == (1 if named == "pp=2" else point.pp)
+    assert read.train.precision == ("fp32" if point.zero < 2 else "bf16")
+    assert read.train.offload == "none"
+
+
+def test_stages_of_a_model_with_tied_embeddings_are_named(tmp_path: Path) -> None:
+    read, missing = read_back(job("llama3.2-1b", batch=8), Point(pp=4, ring=4, zero=2), tmp_path)
+    assert read.mesh.pp == 1
+    assert any(line.startswith("pp=4") and "tied" in line for line in missing)
+
+
+def test_an_order_of_axes_that_a_point_does_not_use_is_not_named() -> None:
+    asked = replace(job(nodes=1, each=4), axes=("ring", "ulysses", "tp", "dp", "pp"))
+    assert "axes=ring,ulysses,tp,dp,pp" in subjects(emit(asked, Point(ulysses=2, ring=2, zero=2))[1])
+    assert subjects(emit(asked, Point(ring=4, zero=2))[1]) == ALWAYS
+
+
+def test_gradients_in_bf16_and_documents_of_given_lengths_are_named() -> None:
+    asked = replace(job(nodes=1, each=4), numerics=Numerics(gradient=2), documents=(65000, 536))
+    named = subjects(emit(asked, Point(ring=4, zero=2))[1])
+    assert named[0] == "gradients in bf16"
+    assert "2 documents of given lengths" in named
 
 
 def test_a_plan_that_the_trainer_runs_as_it_is_names_only_the_machine_and_the_text() -> None:
     asked = replace(job(nodes=1, each=4), numerics=Numerics(element=4, gradient=4, optimizer=8))
     _, missing = emit(asked, Point(ulysses=2, ring=2, zero=0))
-    assert [line.partition(":")[0] for line in missing] == [
-        "1 x 4 a800-sxm",
-        "vocabulary=128256",
-        "rotary base",
-    ]
+    assert subjects(missing) == ALWAYS
 
 
 def test_a_shape_that_a_recipe_cannot_say_is_named() -> None:
@@ -106,9 +158,9 @@ def test_a_model_that_the_trainer_cannot_build_is_refused_in_its_words() -> None
 
 
 def test_a_models_name_cannot_add_keys_to_a_recipe() -> None:
-    named = replace(load_model("llama3-8b"), name='x\n[train]\nsteps = "\0"')
+    named = replace(load_model("llama3-8b"), name='x\n[run]\nthreads = "\0"')
     text, _ = emit(replace(job(), model=named), POINT)
-    assert "train" not in tomllib.loads(text)
+    assert set(tomllib.loads(text)) == {"mesh", "model", "data", "train"}
 
 
 @pytest.mark.parametrize("module", ["paper.compare", "output.emit", "output.timeline", "output.plot"])

@@ -5,7 +5,6 @@ logits a thread and a copy of a tile's queries; others are a few KB. The formula
 scalars, and what unequal heads save in copies.
 """
 
-import inspect
 import subprocess
 import sys
 
@@ -17,14 +16,14 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
 
 from seqmesh.bench.memory import peak_bytes
-from seqmesh.parallel import ParallelDims, ParallelMesh
+from seqmesh.parallel import HeadRule, ParallelDims, ParallelMesh
 from seqmesh.planner.inputs.shape import ModelShape
 from seqmesh.planner.trainer import memory as formula
 from seqmesh.planner.trainer.memory import Moment, trainer_memory, trainer_moments
 from seqmesh.planner.trainer.tracing import KINDS, TracedMemory, trace_training_step
-from seqmesh.train.config import Config, DataConfig, MeshConfig, ModelConfig
+from seqmesh.train.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from seqmesh.train.data import Corpus
-from seqmesh.train.loss import next_token_loss
+from seqmesh.train.setup import plan_of
 from seqmesh.train.trainer import Trainer
 
 
@@ -123,7 +122,7 @@ def test_the_trace_agrees_with_pytorchs_memory_tracker() -> None:
     traced = trace_training_step(model, seq_len=seq_len, ulysses=1, ring=1)
     tracker = MemTracker()
     with FakeTensorMode(allow_non_fake_inputs=True), pytest.MonkeyPatch.context() as patch:
-        for read, answer in (("__int__", 1), ("__float__", 1.0), ("item", 1.0)):
+        for read, answer in (("__bool__", True), ("__int__", 1), ("__float__", 1.0), ("item", 1.0)):
             patch.setattr(torch.Tensor, read, lambda _, answer=answer: answer)
         trained = trainer(model, seq_len, ParallelDims().build())
         trained.step()
@@ -158,7 +157,7 @@ def assert_predicted(traced: TracedMemory, moments: list[Moment]) -> None:
     transients = (
         peak.logits_transients + peak.layer_transients + peak.attention_transients + peak.update_transients
     )
-    found = (peak.parameters, peak.gradients, peak.optimizer, peak.activations + peak.logits, transients)
+    found = (peak.parameters, peak.gradients, peak.optimizer, peak.activations, transients)
     for kind, predicted in zip(KINDS, found, strict=True):
         assert predicted == pytest.approx(getattr(traced, kind), rel=1e-2, abs=traced.peak_bytes // 1000), (
             kind
@@ -179,9 +178,11 @@ def test_the_formula_predicts_the_traced_peak(model: ModelShape, ulysses: int, r
         (shape(512, 8, 2, 1792, 4000, layers=6), 500, 2, 2),
         (shape(256, 8, 8, 1024, 16000, tied=True), 500, 1, 2),
         (shape(256, 8, 8, 1024, 16000, tied=True), 500, 1, 1),
+        (shape(256, 8, 8, 1024, 16000, tied=True), 4000, 1, 1),
+        (shape(256, 8, 8, 1024, 16000), 1500, 1, 1),
         (shape(192, 6, 2, 512, 259, layers=3), 10_001, 5, 3),
     ],
-    ids=["all-reduce", "tied", "tied, one rank", "nothing divides"],
+    ids=["weights", "tied", "tied, one rank", "tied, chunks", "a chunk and a half", "nothing divides"],
 )
 def test_the_formula_predicts_short_and_uneven_sequences(
     model: ModelShape, seq_len: int, ulysses: int, ring: int
@@ -230,7 +231,7 @@ def test_models_and_batches_that_the_trainer_cannot_have_are_refused() -> None:
 
 
 def test_the_formula_tiles_the_loss_as_the_code_does() -> None:
-    assert inspect.signature(next_token_loss).parameters["chunk_rows"].default == formula.LOSS_ROWS
+    assert formula.LOSS_ROWS == HeadRule().chunk_rows == plan_of(TrainConfig()).loss_rows
 
 
 def test_the_formula_needs_no_torch() -> None:

@@ -7,7 +7,7 @@ Reading order:
     command.py   the command's modes; flags.py has its options
     search.py    candidates.py gives every point, cost/step.py estimates it, the best few remain
     cost/        time and bytes from the schedules that run, and memory at the peak
-    trainer/     memory of `seqmesh train` as it stands: a formula, and a trace of its real step
+    trainer/     memory of `seqmesh train` on ulysses x ring: a formula, and a trace of its real step
     reasons.py   why the best is best; remedies.py: what would fit; sensitivity.py: what the answer rests on
     output/      text, JSON, picture, timeline, recipe
     paper/       the paper's Table 2 for a model, and its measured tables beside the predictions

@@ -49,7 +49,7 @@ class PlanOptions:
         str,
         _option(
             "--stack",
-            "fused (bf16, as Megatron-LM), trainer (seqmesh train as it stands)"
+            "fused (bf16, as Megatron-LM), trainer (seqmesh train on ulysses x ring, fp32)"
             " or paper (fused, without seqmesh's overlap of heads).",
         ),
     ] = "fused"

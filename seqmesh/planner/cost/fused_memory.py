@@ -24,7 +24,7 @@ from seqmesh.planner.inputs.point import Point
 from seqmesh.schedule.heads import split_heads
 
 TILE_ROWS = 4096
-"""Rows of a tile of the loss (train/loss.py's chunk) and of the MLP."""
+"""Rows of a tile of the loss, and of the MLP."""
 
 LOGIT_BYTES = 6
 """Of one logit: bf16, and fp32 for the loss."""

@@ -1,12 +1,15 @@
 """The training stacks that can be planned for, behind one interface.
 
     fused       bf16, flash attention, fused norms and activations, every parallelism: as Megatron-LM has
-    trainer     `seqmesh train` as it stands: fp32, weights whole on every rank, nothing recomputed
+    trainer     `seqmesh train` on ulysses x ring alone: fp32, weights whole on every rank, nothing recomputed
     paper       what the USP paper measured: fused, with an attention that hides no exchange of heads
 
 A `Job` holds one of them. What the planner does differently for them it asks the stack, by the questions
 of `Stack`. Only their memory models are in cost/, which this folder may not import: MEMORY_MODELS of
 cost/step.py says whose is which.
+
+`seqmesh train` runs every parallelism and saver, but the formula of its own memory (trainer/memory.py) covers
+the plain mesh only: other mixes are priced as the fused stack.
 """
 
 from collections.abc import Iterator, Mapping
@@ -89,7 +92,7 @@ class PaperStack(FusedStack):
 
 @dataclass(frozen=True)
 class TrainerStack:
-    """`seqmesh train` as it stands.
+    """`seqmesh train` where a formula knows its memory.
 
     Weights replicated on ulysses x ring ranks, one packed sequence a step, nothing saved.
     """
@@ -104,7 +107,7 @@ class TrainerStack:
     chooses_stages: ClassVar[bool] = False
     """It builds its schedules with the default of `Schedule.build`."""
     remedy: ClassVar[str | None] = (
-        "--stack fused prices what shards weights or recomputes, which seqmesh train does not do yet"
+        "--stack fused prices what shards weights or recomputes, which seqmesh train runs, too"
     )
     only: ClassVar[Mapping[str, int | str]] = {
         "tp": 1,
@@ -115,27 +118,31 @@ class TrainerStack:
         "offload": "none",
         "tiling": "none",
     }
-    """The one value of each knob that it runs."""
+    """The one value of each knob that the formula covers."""
 
     def numerics(self, precision: str, gradients: str) -> Numerics:
-        """fp32; the options must be at their defaults, since it would ignore anything else."""
+        """fp32; the options must be at their defaults, since anything else would be ignored."""
         for name, value, default in (("precision", precision, "bf16"), ("gradients", gradients, "fp32")):
             if value != default:
                 raise ValueError(
-                    f"--{name} with --stack trainer: seqmesh train computes in fp32; remove --{name}"
+                    f"--{name} with --stack trainer: the formula of its memory is of fp32; remove --{name},"
+                    " or use --stack fused"
                 )
         return FP32
 
     def violations(self, point: Point, global_batch: int) -> Iterator[str]:
-        """Every knob away from the value that it runs, and more than one sequence a step."""
+        """Every knob away from the value that the formula covers, and more than one sequence a step."""
         for key, value in self.only.items():
             given = getattr(point, key)
             if given != value:
-                yield (f"{key}={given} is not what seqmesh train runs; use {key}={value}, or --stack fused")
+                yield (
+                    f"{key}={given} is beyond the formula of seqmesh train's memory;"
+                    f" use {key}={value}, or --stack fused"
+                )
         if global_batch > 1:
             yield (
-                f"global_batch={global_batch}: seqmesh train packs a step into one sequence;"
-                " use --global-batch 1 and --documents"
+                f"global_batch={global_batch} is beyond the formula of seqmesh train's memory;"
+                " use --global-batch 1 and --documents, or --stack fused"
             )
 
 

@@ -1,42 +1,50 @@
-"""A point as a recipe for `seqmesh train`, with a comment for everything of it that the trainer does not run.
+"""A point as a recipe for `seqmesh train`, with a comment for all of it that is not run as it was priced.
 
-    point: tp 2, ulysses 4, ring 2, ZeRO-1, bf16, ...       recipe: ulysses 4, ring 2, and "# - tp=2: ..."
+    point                                      recipe
+    tp 2, ulysses 4, ring 2, dp 2              [mesh]   tp = 2, ulysses = 4, ring = 2, dp_shard = 2
+    ZeRO-3, bf16, checkpointing full           [train]  zero = 3, precision = "bf16", checkpointing = "full"
+    llama3-8b, 128K tokens, 4 sequences        [model], [data]
+    what the trainer has no key for, or        "# - vocabulary=128256: ..."
+    refuses beside the rest
 
-The trainer spreads every sequence over ulysses x ring CPU ranks of one machine with whole weights on each, in
-fp32, over a text of bytes. The recipe has the point's sequence mesh, model and batch; nothing of the rest is
-left out silently.
+The ranks are CPU processes of one machine and the text is bytes. Nothing is left out silently: a `_Setting`
+that differs from the point says so.
 """
 
 import json
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
 
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.point import AXES, Point
-from seqmesh.train.config import Config, DataConfig, MeshConfig, ModelConfig
+from seqmesh.train.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
+
+
+class _Setting(NamedTuple):
+    """The value of a recipe's key."""
+
+    value: int | str | bool
+    missing: str = ""
+    """What of the point it does not say, and why; empty if it says it."""
 
 
 def emit(job: Job, point: Point) -> tuple[str, list[str]]:
-    """The recipe as TOML, and the lines that name what the trainer does not run.
+    """The recipe as TOML, and the lines that name what the trainer does not run as it was priced.
 
     Those lines are comments of the recipe too.
 
     Raises:
         ValueError: the trainer cannot build this model at all, in the trainer's own words.
     """
-    sections = _sections(job, point)
-    try:
-        Config(
-            mesh=MeshConfig(**sections["mesh"]),
-            model=ModelConfig(**sections["model"]),
-            data=DataConfig(**sections["data"]),
-        )
-    except ValueError as error:
-        raise ValueError(f"seqmesh train cannot run {job.model.name}: {error}") from None
-    missing = [*_degrees(job, point), *_knobs(job, point), *_model(job)]
+    settings = {"mesh": _mesh(job, point), "model": _model(job), "data": _data(job)}
+    settings["train"] = _train(job, point)
+    sections = {name: {key: one.value for key, one in keys.items()} for name, keys in settings.items()}
+    _check(job, sections)
+    missing = [one.missing for keys in settings.values() for one in keys.values() if one.missing]
+    missing += [*_machine(job, point), *_schedule(job, point), *_shape(job)]
     lines = [
         _comment(f"{job.model.name} on {job.cluster.gpus} x {job.cluster.gpu.name}: {point}"),
-        _comment("Planned, but not run by seqmesh train:"),
+        _comment("Not run by seqmesh train as it was priced:"),
         *(_comment(f"- {text}") for text in missing),
     ]
     for name, values in sections.items():
@@ -45,58 +53,119 @@ def emit(job: Job, point: Point) -> tuple[str, list[str]]:
     return "\n".join(lines) + "\n", missing
 
 
-def _sections(job: Job, point: Point) -> dict[str, dict[str, Any]]:
-    """What a recipe can say of the point."""
-    m = job.model
+def _check(job: Job, sections: Mapping[str, dict[str, Any]]) -> None:
+    try:
+        Config(
+            mesh=MeshConfig(**sections["mesh"]),
+            model=ModelConfig(**sections["model"]),
+            data=DataConfig(**sections["data"]),
+            train=TrainConfig(**sections["train"]),
+        )
+    except ValueError as error:
+        raise ValueError(f"seqmesh train cannot run {job.model.name}: {error}") from None
+
+
+def _mesh(job: Job, point: Point) -> dict[str, _Setting]:
+    """The degrees, from the slowest links to the fastest as the trainer's axes are."""
     return {
-        "mesh": {"ulysses": point.ulysses, "ring": point.ring, "layout": job.layout},
-        "model": {
-            "hidden": m.hidden,
-            "layers": m.layers,
-            "heads": m.heads,
-            "kv_heads": m.kv_heads,
-            "intermediate": m.intermediate,
-            "tie_embeddings": m.tied_embeddings,
-        },
-        "data": {"seq_len": job.seq_len, "sequences": job.global_batch},
+        "pp": _stages(job, point),
+        "dp_shard": _Setting(point.dp),
+        "ring": _Setting(point.ring),
+        "ulysses": _Setting(point.ulysses),
+        "tp": _Setting(point.tp),
+        "layout": _Setting(job.layout),
     }
 
 
-def _degrees(job: Job, point: Point) -> Iterator[str]:
-    """Axes of the mesh besides the sequence's."""
-    if point.tp > 1:
-        yield f"tp={point.tp}: every rank holds whole layers"
-    if point.dp > 1:
-        yield f"dp={point.dp}: all {job.global_batch} sequences of a step go through one ulysses x ring mesh"
-    if point.pp > 1:
-        yield f"pp={point.pp}: every rank holds all {job.model.layers} layers"
-    if point.gpus != point.sp:
-        yield f"{point.gpus} ranks: the recipe starts ulysses x ring = {point.sp}"
+def _stages(job: Job, point: Point) -> _Setting:
+    pp, count = point.pp, job.micro_batches(point)
+    if pp > 1 and job.model.tied_embeddings:
+        return _Setting(1, f"pp={pp}: the trainer does not cut a model whose embeddings are tied")
+    if pp > count:
+        return _Setting(1, f"pp={pp}: the trainer's stages need {pp} micro-batches, and there are {count}")
+    return _Setting(pp)
+
+
+def _model(job: Job) -> dict[str, _Setting]:
+    m = job.model
+    return {
+        "hidden": _Setting(m.hidden),
+        "layers": _Setting(m.layers),
+        "heads": _Setting(m.heads),
+        "kv_heads": _Setting(m.kv_heads),
+        "intermediate": _Setting(m.intermediate),
+        "tie_embeddings": _Setting(m.tied_embeddings),
+    }
+
+
+def _data(job: Job) -> dict[str, _Setting]:
+    return {"seq_len": _Setting(job.seq_len), "sequences": _Setting(job.global_batch)}
+
+
+def _train(job: Job, point: Point) -> dict[str, _Setting]:
+    return {
+        "zero": _Setting(point.zero),
+        "checkpointing": _checkpointing(point),
+        "offload": _offload(point),
+        # The trainer's loss is always tiled.
+        "tiling": _Setting("mlp" if point.tiling == "mlp" else "none"),
+        # Ranks of tp are priced with norms and residuals sharded by tokens, as Megatron-LM has it.
+        "shard_norms": _Setting(point.tp > 1),
+        "micro_batch": _Setting(point.micro_batch),
+        "precision": _precision(job, point),
+    }
+
+
+def _checkpointing(point: Point) -> _Setting:
+    if point.checkpointing == "full":
+        return _Setting("full", "checkpointing=full: the trainer keeps attention's results all the same")
+    return _Setting(point.checkpointing)
+
+
+def _offload(point: Point) -> _Setting:
+    if not point.offloads_optimizer or point.zero >= 2:
+        return _Setting(point.offload)
+    return _Setting(
+        "activations" if point.offloads_activations else "none",
+        f"offload={point.offload} with zero={point.zero}: the trainer keeps optimizer states on the host"
+        " from zero=2 on",
+    )
+
+
+def _precision(job: Job, point: Point) -> _Setting:
+    if job.numerics.element == 4:
+        return _Setting("fp32")
+    if point.zero < 2:
+        return _Setting("fp32", f"bf16 with zero={point.zero}: the trainer computes in bf16 from zero=2 on")
+    if job.numerics.gradient == 2:
+        return _Setting("bf16", "gradients in bf16: the trainer sums them in fp32")
+    return _Setting("bf16")
+
+
+def _machine(job: Job, point: Point) -> Iterator[str]:
     yield (
         f"{job.cluster.nodes} x {job.cluster.gpus_per_node} {job.cluster.gpu.name}:"
         " the ranks are CPU processes of one machine"
     )
+    degrees = {"tp": point.tp, "ulysses": point.ulysses, "ring": point.ring, "dp": point.dp, "pp": point.pp}
+    used = [axis for axis in job.axes if degrees[axis] > 1]
+    if used != [axis for axis in AXES if degrees[axis] > 1]:
+        yield f"axes={','.join(job.axes)}: the trainer's are {','.join(AXES)}"
 
 
-def _knobs(job: Job, point: Point) -> Iterator[str]:
-    """Memory savers and the numbers' precision."""
-    if point.zero:
-        yield f"zero={point.zero}: weights, gradients and optimizer states are whole on every rank"
-    if point.checkpointing != "none":
-        yield f"checkpointing={point.checkpointing}: all activations are kept"
-    if point.offload != "none":
-        yield f"offload={point.offload}: nothing is moved to the host"
-    if point.tiling != "none":
-        yield f"tiling={point.tiling}: the loss's softmax is always tiled, the output head and the MLP never"
-    if point.micro_batch < job.global_batch:
-        yield f"micro_batch={point.micro_batch}: a step takes its {job.global_batch} sequences at once"
-    if job.numerics.element == 2:
-        yield "bf16: the trainer computes in fp32"
-    if job.axes != AXES:
-        yield f"axes={','.join(job.axes)}: the trainer's mesh has ulysses and ring only, in its own order"
+def _schedule(job: Job, point: Point) -> Iterator[str]:
+    """When weights are whole, and gradients reduced."""
+    count = job.micro_batches(point)
+    if point.zero >= 2 and count > 1:
+        yield (
+            f"zero={point.zero} with {count} micro-batches: gradients are reduced once, after the last,"
+            " and are whole until then"
+        )
+    if point.zero == 3 and point.pp > 1:
+        yield f"zero=3 with pp={point.pp}: a stage's weights are gathered once a step, as with zero=2"
 
 
-def _model(job: Job) -> Iterator[str]:
+def _shape(job: Job) -> Iterator[str]:
     """The model's shape where a recipe cannot say it, and the text."""
     m = job.model
     yield f"vocabulary={m.vocabulary}: the trainer is byte-level and has its own small vocabulary"

@@ -2,13 +2,15 @@
 
     trainer_memory(load_model("llama3-8b"), seq_len=212_992, ulysses=8, ring=2)["total"]        # bytes
 
-The step (train/trainer.py: fp32, weights replicated, nothing recomputed but the loss's softmax) can peak at
-a few moments only:
+The step (train/trainer.py with the default [train]: fp32, zero = 0, nothing recomputed but chunks of logits)
+can peak at a few moments only:
 
-    loss forward and backward, output head, last norm        all activations; logits up to five times
-    feed-forward, attention of the last layer                all activations, no gradients yet
+    loss forward and backward, last norm                     all activations; a chunk of logits, a few times
+    feed-forward, attention of the last layer                all activations, the head's gradient
     feed-forward, attention of the first layer               one layer's activations, nearly all gradients
-    embedding, all-reduce, AdamW, checksum                   no activations, all gradients
+    embedding, AdamW, checksum                               no activations, all gradients
+
+The all-reduce between them is in place, one gradient at a time, and adds nothing.
 
 Between the last layer and the first each layer frees its activations and adds its gradients, always as many:
 the sum peaks at an end. Every term counts tensors that autograd saves or the code holds, read off
@@ -28,8 +30,8 @@ from seqmesh.planner.trainer.engine_buffers import EngineBuffers
 
 ELEMENT = 4
 """Bytes of an fp32 number: the element that sizes are counted in."""
-LOSS_ROWS = 4096
-"""Rows of logits whose softmax exists at a time (loss.py, chunk_rows)."""
+LOSS_ROWS = 1024
+"""Rows whose logits exist at a time (parallel/loss.py, HeadRule.chunk_rows)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,15 +43,13 @@ class Moment:
     optimizer: int
     """AdamW's two states."""
     gradients: int
-    """Of weights; in the all-reduce twice, as made and as the flat copy that is summed."""
+    """Of weights."""
     activations: int
     """Saved for the backward by layers not yet reached."""
-    logits: int = 0
-    """The output head's result."""
     logits_transients: int = 0
-    """Softmax of a chunk, and gradients of all logits."""
+    """A chunk's logits, what is made of them, and its summand of the gradient of the head's weight."""
     layer_transients: int = 0
-    """Gradients of activations on their way."""
+    """Gradients of activations on their way, and of a tied head, which waits for the embedding's."""
     attention_transients: int = 0
     """Our engine's buffers in one backward.
 
@@ -181,12 +181,16 @@ class _Rank:
     def _beside_layers(self) -> int:
         """What lives through the whole step beside the layers.
 
-        cos and sin of the rotary embedding; int64: the batch's ids, labels and positions of all tokens, and
-        ids and labels of ours.
+        cos and sin of the rotary embedding, and the batch.
         """
         rotary = 2 * self.tokens * self.shape.head_dim
-        batch = 2 * (3 * self.seq_len + 2 * self.tokens)
-        return rotary + batch
+        return rotary + self._batch
+
+    @cached_property
+    def _batch(self) -> int:
+        """int64 of our tokens: ids, labels, positions; on several ranks also their places in the sequence."""
+        numbers = 3 if self.ulysses * self.ring == 1 else 4
+        return 2 * numbers * self.tokens
 
     @cached_property
     def _all_activations(self) -> int:
@@ -198,7 +202,17 @@ class _Rank:
         Of the output head, the last norm and the layers behind it.
         """
         m = self.shape
-        return m.embedding_parameters + m.hidden + (m.layers - 1 - layer) * m.layer_parameters
+        return self._head + m.hidden + (m.layers - 1 - layer) * m.layer_parameters
+
+    @property
+    def _head(self) -> int:
+        """The gradient of the output head."""
+        return 0 if self.shape.tied_embeddings else self.shape.embedding_parameters
+
+    @property
+    def _tied_head(self) -> int:
+        """The same if it is only a summand of a weight's gradient, and not yet that."""
+        return self.shape.embedding_parameters if self.shape.tied_embeddings else 0
 
     # Moments.
 
@@ -215,42 +229,38 @@ class _Rank:
         return Moment(name=name, **{kind: ELEMENT * size for kind, size in sizes.items()})
 
     def _of_loss(self) -> Iterator[Moment]:
-        """The loss and the output head, with all activations.
+        """The loss, from the last hidden states to their gradient, with all activations.
 
-        The loss goes chunk by chunk. Its backward, from the last: softmax, its gradient, the logits'
-        gradient; that one, padded with zeros to all rows, is added to the sum so far.
+        Beside those it keeps the log-sum-exp of every row for its backward, which makes the gradients of the
+        head's weight and of all hidden states, adding to the one and filling the other chunk by chunk.
         """
         n, V, h = self.tokens, self.shape.vocabulary, self.shape.hidden
-        saved = self._all_activations
+        saved = self._all_activations + n
         chunk = min(n, LOSS_ROWS)
-        yield self._moment("loss forward", activations=saved, logits=n * V, logits_transients=chunk * V)
+        # Logits, those less the largest of their row, and its exp. The chunk before left its logits only.
+        yield self._moment("loss forward", activations=saved, logits_transients=3 * chunk * V)
+        # Logits and their gradient, while the summand of the weight's gradient is made from it.
+        of_weight = 2 * chunk * V + V * h
         yield self._moment(
             "loss backward",
+            gradients=self._head,
             activations=saved,
-            logits=n * V,
-            logits_transients=self._loss_backward_rows() * V,
-        )
-        yield self._moment(
-            "output head", activations=saved, logits_transients=n * V, layer_transients=n * h, gradients=V * h
+            logits_transients=max(self._softmax_rows() * V, of_weight),
+            layer_transients=self._tied_head + n * h,
         )
 
-    def _loss_backward_rows(self) -> int:
-        """Rows of logits that the loss's backward holds at most, besides the logits themselves.
+    def _softmax_rows(self) -> int:
+        """Rows of logits that the loss's backward holds at most while it makes a chunk's softmax.
 
-        The last to hold the logits is the checkpoint of the first chunk, whose backward comes last.
-        What is added after it has none beside it.
+        Three of the chunk: its logits, those less the log-sum-exp, and its exp. From the second chunk on also
+        the gradient of the logits of the chunk before, whose name is bound until this one's is made.
         """
         n = self.tokens
-        chunks = -(-n // LOSS_ROWS)
-        in_a_chunk = n + 3 * min(n, LOSS_ROWS)  # the sum so far, and the three of a chunk
-        adding = 3 * n  # the sum so far, the padded one, and the new sum
-        if chunks == 1:  # no sum so far: the three of the only chunk
+        if n <= LOSS_ROWS:
             return 3 * n
-        if chunks == 2:
-            # The one addition of chunks comes when the logits are gone. Just before it there were n of logits
-            # and in_a_chunk, which is more than its 3n as n <= 2 LOSS_ROWS.
-            return in_a_chunk
-        return max(adding, in_a_chunk)
+        if n < 2 * LOSS_ROWS:  # the second chunk is the last, and has fewer rows
+            return max(3 * LOSS_ROWS, LOSS_ROWS + 3 * (n - LOSS_ROWS))
+        return 4 * LOSS_ROWS
 
     def _last_norm(self) -> Moment:
         """At the backward of the square in the last norm.
@@ -261,9 +271,9 @@ class _Rank:
         m = self.shape
         return self._moment(
             "last norm",
-            gradients=m.embedding_parameters + m.hidden,
+            gradients=self._head + m.hidden,
             activations=self._beside_layers + m.layers * self._layer + n * m.hidden,
-            layer_transients=5 * n * m.hidden,
+            layer_transients=self._tied_head + 5 * n * m.hidden,
         )
 
     def _feed_forward(self, layer: int) -> Moment:
@@ -276,7 +286,7 @@ class _Rank:
             f"feed-forward of layer {layer}",
             gradients=self._gradients_after(layer) + f * h,
             activations=self._beside_layers + (layer + 1) * self._layer - self._saved["product"],
-            layer_transients=n * h + 3 * n * f,
+            layer_transients=self._tied_head + n * h + 3 * n * f,
         )
 
     def _attention(self, layer: int) -> Moment:
@@ -294,27 +304,23 @@ class _Rank:
             + layers_before
             + self._saved["input norm"]
             + self._saved["attention"],
-            layer_transients=2 * n * h,
+            layer_transients=self._tied_head + 2 * n * h,
             attention_transients=self.engine.in_backward(),
         )
 
     def _of_weights(self) -> Iterator[Moment]:
         """After the layers' backward: all gradients, and no activations but the batch."""
         m = self.shape
-        batch = 6 * self.seq_len  # int64 ids, labels and positions
-        # Tied: the head's gradient, the embedding's, and their sum.
-        tied = 2 * m.embedding_parameters if m.tied_embeddings else 0
+        # Tied: the head's gradient and the embedding's, beside their sum.
         yield self._moment(
             "embedding",
-            gradients=m.parameters + tied,
-            activations=batch,
-            layer_transients=self.tokens * m.hidden,
+            gradients=m.parameters,
+            activations=self._batch,
+            layer_transients=2 * self._tied_head + self.tokens * m.hidden,
         )
-        if self.ulysses * self.ring > 1:
-            yield self._moment("all-reduce", gradients=2 * m.parameters, activations=batch)
         largest = max(m.embedding_parameters, m.hidden * m.intermediate, m.hidden**2)
         # AdamW: the root of a weight's second moment, and that divided. Checksum, in fp64: weight, square.
         for name, copies in (("AdamW", 2), ("checksum", 4)):
             yield self._moment(
-                name, gradients=m.parameters, activations=batch, update_transients=copies * largest
+                name, gradients=m.parameters, activations=self._batch, update_transients=copies * largest
             )

@@ -63,11 +63,11 @@ class TracedMemory:
     parameters: int
     """Weights, with the model's few buffers."""
     gradients: int
-    """Of weights: what the backward made so far; during the all-reduce also the copy that is summed."""
+    """Of weights: what the backward made so far. A summand of one (of a tied head) is a temporary."""
     optimizer: int
     """AdamW's two states."""
     activations: int
-    """What the forward left for the backward and is not freed yet, the logits included."""
+    """What the forward left for the backward and is not freed yet."""
     temporaries: int
     """The rest: gradients of activations, communication buffers, recomputed logits, ..."""
     forward_peak_bytes: int

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+from transformers.models.mixtral.modeling_mixtral import load_balancing_loss_func
 from transformers.utils import logging
 
 from seqmesh import masks
@@ -34,9 +35,27 @@ STEPS = 3
 MAX_NORM = 0.05
 """Below every norm here: clipping is part of what is compared."""
 WINDOW = 7
-MIXED: dict[str, dict[str, Any]] = {"gemma2": {"sliding_window": WINDOW, "query_pre_attn_scalar": 16}}
-"""Models of full and sliding layers; this one also caps its logits."""
-EXPERTS = {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None}
+MIXED: dict[str, dict[str, Any]] = {
+    "gemma2": {"sliding_window": WINDOW, "query_pre_attn_scalar": 16},
+    "gpt_oss": {},
+}
+"""Models of full and sliding layers; the first also caps its logits, the second has sinks and experts."""
+EXPERTS: dict[str, dict[str, Any]] = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2, "sliding_window": None},
+    "qwen3_moe": {
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 48,
+        "decoder_sparse_step": 1,
+        "norm_topk_prob": True,
+    },
+    "gpt_oss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "sliding_window": WINDOW,
+        "layer_types": ["sliding_attention", "full_attention"],
+    },
+}
 LENGTHS = ([41], [29, 18], [17, 1, 5], [25, 10, 6])
 """Documents of the micro-batches, which divide nothing."""
 
@@ -92,7 +111,7 @@ def build(kind: str, tied: bool, layers: int, kv_heads: int) -> PreTrainedModel:
         eos_token_id=1,
         pad_token_id=0,
         **MIXED.get(kind, {}),
-        **(EXPERTS if kind == "mixtral" else {}),
+        **EXPERTS.get(kind, {}),
     )
     torch.manual_seed(0)
     return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
@@ -163,8 +182,17 @@ def additive(mask: masks.Mask) -> Tensor:
     return torch.zeros(allowed.shape).masked_fill(~allowed, -torch.inf)
 
 
+def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
+    """As the head of transformers' models makes them."""
+    logits: Tensor = model.get_output_embeddings()(hidden)
+    cap = getattr(model.config, "final_logit_softcapping", None)
+    return logits if cap is None else cap * (logits / cap).tanh()
+
+
 @cache
-def on_one_rank(kind: str, tied: bool, layers: int, kv_heads: int, micro_batches: int) -> Outcome:
+def on_one_rank(
+    kind: str, tied: bool, layers: int, kv_heads: int, micro_batches: int, balance: float = 0.0
+) -> Outcome:
     """The oracle: as many micro-batches a step, one after the other."""
     model = build(kind, tied, layers, kv_heads)
     optimizer = ADAMW([{"params": list(model.parameters())}])
@@ -178,8 +206,12 @@ def on_one_rank(kind: str, tied: bool, layers: int, kv_heads: int, micro_batches
             if kind in MIXED:
                 sliding = additive(one.mask & masks.sliding_window(one.mask.q_len, WINDOW))
                 given = {"full_attention": given, "sliding_attention": sliding}
-            logits = model(one.input_ids, position_ids=one.position_ids, attention_mask=given).logits
+            more = {"output_router_logits": True} if balance else {}
+            out = model.base_model(one.input_ids, position_ids=one.position_ids, attention_mask=given, **more)
+            logits = logits_of(model, out.last_hidden_state)
             share = F.cross_entropy(logits[0].double(), one.shift_labels[0], reduction="sum") / count
+            if balance:
+                share = share + balance * load_balancing_loss_func(out.router_logits, 4, 2) / micro_batches
             share.backward()
             losses[-1] += share.item()
         if step == 0:
@@ -193,7 +225,8 @@ def on_one_rank(kind: str, tied: bool, layers: int, kv_heads: int, micro_batches
 
 def check(outcomes: list[Outcome], run: Run, *, tolerance: float = 1e-5) -> None:
     """Every rank's outcome is that of one rank, and together they have all parameters."""
-    want = on_one_rank(run.kind, run.tied, run.layers, run.kv_heads, run.micro_batches * run.data)
+    batches = run.micro_batches * run.data
+    want = on_one_rank(run.kind, run.tied, run.layers, run.kv_heads, batches, run.plan.balance)
     seen: set[str] = set()
     assert len({tuple(got.norms) for got in outcomes}) == 1  # to the bit
     for got in outcomes:

@@ -15,6 +15,8 @@ MIXES: dict[str, Run] = {
     "ulysses, zero 2": Run(dims=ParallelDims(ulysses=2, tp=2), plan=ParallelPlan(zero=2), micro_batches=2),
     "data, tied": Run(dims=ParallelDims(dp_shard=2, tp=2), tied=True),
     "one K/V head": Run(dims=ParallelDims(ring=2, tp=2), kv_heads=1, micro_batches=2),
+    "zero 1": Run(dims=ParallelDims(ring=2, tp=2), plan=ParallelPlan(zero=1)),
+    "zero 0": Run(dims=ParallelDims(dp_shard=2, tp=2), plan=ParallelPlan(zero=0)),
     "norms of heads": Run(dims=ParallelDims(ring=2, tp=2), kind="qwen3", micro_batches=3),
     "norms of few K/V heads": Run(dims=ParallelDims(tp=4), kind="qwen3", micro_batches=2),
     "biases": Run(dims=ParallelDims(tp=4), kind="qwen2"),
@@ -93,7 +95,6 @@ def test_matrices_and_the_vocabulary_are_shared_and_norms_are_not(ranks: Ranks) 
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"dims": ParallelDims(tp=4), "plan": ParallelPlan(zero=1)}, "zero=1 with tp=4"),
         ({"dims": ParallelDims(tp=4), "kv_heads": 3}, "tp=4 with the 3 K/V heads"),
         (
             {"dims": ParallelDims(tp=2, ring=2), "kind": "mixtral", "plan": ParallelPlan(shard_norms=True)},

@@ -222,7 +222,8 @@ def test_zero_1_spreads_states_and_follows_the_learning_rate(ranks: Ranks) -> No
 @pytest.mark.parametrize(
     ("given", "message"),
     [
-        ({"zero": 0}, "zero=0: ZeRO has stages 1, 2 and 3"),
+        ({"zero": 4}, "zero=4: ZeRO has stages 0 to 3"),
+        ({"zero": 1, "offload_optimizer": True}, "what is sharded can be kept on the host"),
         ({"zero": 1, "param_dtype": torch.bfloat16}, "use zero=2"),
         ({"recompute": "some"}, "recompute='some'; use one of"),
         ({"pipeline": "gpipe"}, "pipeline='gpipe'; use one of"),

@@ -43,6 +43,8 @@ class LocalBatch:
     """Of layers with a sliding window, over the same layout."""
     label_count: int
     """Labels of all ranks and micro-batches of the step."""
+    batch_count: int
+    """Micro-batches of all data-parallel ranks in the step."""
 
 
 class _Sharded(NamedTuple):
@@ -103,8 +105,8 @@ def shard_micro_batches(
     labels = sum(one.packed.label_count for one in sharded)
     votes = _all_votes(_Vote(labels, len(batches), int(bool(problem))), mesh)
     _check(votes, problem)
-    count = sum(vote.labels for vote in votes)
-    return tuple(_local(one, count, mesh.device_type) for one in sharded)
+    total = _Vote(sum(vote.labels for vote in votes), sum(vote.micro_batches for vote in votes), 0)
+    return tuple(_local(one, total, mesh.device_type) for one in sharded)
 
 
 def _shard(
@@ -126,7 +128,7 @@ def _shard(
     return _Sharded(packed, schedule, sliding)
 
 
-def _local(one: _Sharded, label_count: int, device: str) -> LocalBatch:
+def _local(one: _Sharded, total: _Vote, device: str) -> LocalBatch:
     def shard(x: Tensor) -> Tensor:  # (1, s) -> (1, n)
         return one.schedule.shard(x, 1).to(device)
 
@@ -136,7 +138,8 @@ def _local(one: _Sharded, label_count: int, device: str) -> LocalBatch:
         position_ids=shard(one.packed.position_ids),
         schedule=one.schedule,
         sliding_schedule=one.sliding,
-        label_count=label_count,
+        label_count=total.labels,
+        batch_count=total.micro_batches,
     )
 
 

@@ -62,6 +62,8 @@ def _is_counted_here(grad: Tensor, mesh: ParallelMesh) -> bool:
         names = grad.device_mesh.mesh_dim_names
         assert names is not None
         sharded = {name for name, place in zip(names, grad.placements, strict=True) if place != Replicate()}
+        if "ep" in sharded:  # the second view of the ranks of fsdp, both of whose axes shard experts
+            sharded.add("fsdp")
     ranks = {
         "dp_replicate": mesh.rank("dp_replicate"),
         "fsdp": mesh.flattened["fsdp"].get_local_rank(),

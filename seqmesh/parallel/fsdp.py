@@ -26,17 +26,21 @@ from torch.distributed.fsdp import (
     fully_shard,
 )
 
+from seqmesh.parallel.experts import SharedExperts
 from seqmesh.parallel.part import ModelPart
 from seqmesh.parallel.plan import ParallelPlan
 
 
-def shard_parameters(part: ModelPart, mesh: DeviceMesh, plan: ParallelPlan) -> None:
+def shard_parameters(
+    part: ModelPart, mesh: DeviceMesh, plan: ParallelPlan, experts: SharedExperts | None = None
+) -> None:
     """Shard the parameters of a part, in place.
 
     Args:
         part: whose parameters are all on one device, or meta.
         mesh: one axis of shards, or replicas x shards.
-        plan: zero (2 or 3) and param_dtype are read.
+        plan: zero (2 or 3), param_dtype and offload_optimizer are read.
+        experts: what is sharded over other ranks, if experts are spread.
     """
     policy = MixedPrecisionPolicy(
         param_dtype=plan.param_dtype,
@@ -47,6 +51,9 @@ def shard_parameters(part: ModelPart, mesh: DeviceMesh, plan: ParallelPlan) -> N
     host = CPUOffloadPolicy() if plan.offload_optimizer and mesh.device_type != "cpu" else OffloadPolicy()
     shard = partial(fully_shard, mesh=mesh, mp_policy=policy, offload_policy=host)
     frees = plan.zero == 3
+    if experts is not None:  # before the layers that hold them, which then leave them alone
+        for module in experts.modules:
+            shard(module, mesh=experts.mesh, reshard_after_forward=frees)
     anatomy = part.anatomy
     for layer in anatomy.layers:
         if any(True for _ in layer.parameters()):

@@ -10,7 +10,7 @@ another rank. What says less than a mask must not leave anything open: it is rea
 refuse what is ambiguous.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import pairwise
 
 import torch
@@ -50,13 +50,6 @@ class PackedTokens:
     position_ids: Tensor
     """(1, s) int64: place in the document."""
     mask: Mask
-
-    def to(self, device: str | torch.device) -> "PackedTokens":
-        """The same tokens on a device."""
-        ids, labels, positions = (
-            x.to(device) for x in (self.input_ids, self.shift_labels, self.position_ids)
-        )
-        return replace(self, input_ids=ids, shift_labels=labels, position_ids=positions)
 
     @property
     def label_count(self) -> int:

@@ -2,6 +2,7 @@
 
     pp             foreign layers become identities                   split.py, pipeline.py
     tp             matrices are shared, heads are divided             tensor.py
+    experts        those of a layer are spread over ranks             experts.py
     attention      exact over ring x ulysses, within tp's heads       integrations/transformers.py
     recomputation  layers keep attention's output only                recompute.py
     fsdp           what is left of each parameter is sharded          fsdp.py, or zero1.py
@@ -12,7 +13,9 @@ tp comes before fsdp, which shards the shards; recomputation before fsdp, whose 
 from transformers import PreTrainedModel
 
 from seqmesh.integrations.transformers import plug_in
+from seqmesh.parallel.balance import BalanceLoss
 from seqmesh.parallel.dims import ParallelMesh
+from seqmesh.parallel.experts import share_experts
 from seqmesh.parallel.fsdp import shard_parameters
 from seqmesh.parallel.model import ParallelModel
 from seqmesh.parallel.part import ModelPart
@@ -46,13 +49,16 @@ def parallelize(
     else:
         count = stage_count(mesh, plan)
         parts = split(model, stages_of_rank(mesh, plan), count, loss_rows=plan.loss_rows)
+    if plan.balance > 0:
+        parts[0].balance = BalanceLoss(parts[0].hf, mesh, plan.balance)
     for part in parts:
         if styles:
             share_matrices(part.hf, mesh.tp, styles, shard_norms=plan.shard_norms)
+        experts = share_experts(part.hf, mesh, plan.experts) if plan.experts > 1 else None
         plug_in(part.hf)
         recompute(part, plan)
         if mesh.device_mesh is not None and plan.zero > 1:
-            shard_parameters(part, mesh.fsdp, plan)
+            shard_parameters(part, mesh.fsdp, plan, experts)
     return ParallelModel(parts, mesh, plan)
 
 
@@ -70,6 +76,11 @@ def _check(mesh: ParallelMesh, plan: ParallelPlan) -> None:
         raise ValueError(
             f"param_dtype={plan.param_dtype} without a process group, where nothing is gathered in another"
             " dtype; initialise one, also for one rank"
+        )
+    if plan.experts > 1 and (mesh.device_mesh is None or mesh.dims.tp > 1):
+        raise ValueError(
+            f"experts={plan.experts} on {mesh.dims.world} ranks with tp={mesh.dims.tp}: experts are spread"
+            " over ranks of data and sequences; use tp=1 and several of them"
         )
     if plan.shard_norms and mesh.dims.tp == 1:
         raise ValueError("shard_norms=True with tp=1: no other rank has the same rows; leave it out")

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from seqmesh.parallel.anatomy import Anatomy, head_rule
+from seqmesh.parallel.balance import BalanceLoss
 from seqmesh.parallel.batch import LocalBatch
 from seqmesh.parallel.loss import HeadRule, hidden_loss
 
@@ -36,6 +37,7 @@ class ModelPart(nn.Module):
         self.is_first = is_first
         self.is_last = is_last
         self.rule: HeadRule | None = head_rule(hf, loss_rows) if is_last else None
+        self.balance: BalanceLoss | None = None
 
     @property
     def anatomy(self) -> Anatomy:
@@ -47,10 +49,14 @@ class ModelPart(nn.Module):
         inputs: dict[str, Any] = {"input_ids" if self.is_first else "inputs_embeds": x}
         if batch.sliding_schedule is not None:
             inputs["sliding_schedule"] = batch.sliding_schedule
+        if self.balance is not None:
+            self.balance.start()
         out = self.hf.base_model(**inputs, position_ids=batch.position_ids, schedule=batch.schedule)
         hidden = cast(Tensor, out.last_hidden_state)
         if self.rule is None:
             return hidden
         weight = cast(Tensor, self.hf.get_output_embeddings().weight)
         tokens = batch.shift_labels.shape[1]  # ranks of tp that share rows may have padded them
-        return hidden_loss(hidden[:, :tokens], weight, batch.shift_labels, batch.label_count, self.rule)
+        rows = hidden[:, :tokens]
+        share = hidden_loss(rows, weight, batch.shift_labels, batch.label_count, self.rule)
+        return share if self.balance is None else share + self.balance.share(batch.batch_count)

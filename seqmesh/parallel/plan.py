@@ -27,6 +27,10 @@ class ParallelPlan:
     all of a layer but attention."""
     offload: bool = False
     """Keep the inputs of recomputed layers on the host."""
+    experts: int = 1
+    """Ranks of fsdp over which a layer's experts are spread (expert parallelism); 1: each gathers all."""
+    balance: float = 0.0
+    """What the loss that keeps experts evenly used is multiplied by (router_aux_loss_coef)."""
     offload_optimizer: bool = False
     """Keep parameters, gradients and optimiser states on the host (FSDP2's offload); the optimiser steps
     there. On CPU they are there already."""
@@ -42,16 +46,10 @@ class ParallelPlan:
 
     def __post_init__(self) -> None:
         """Refuse choices that do not exist, or not together."""
-        if self.zero not in (0, 1, 2, 3):
-            raise ValueError(f"zero={self.zero!r}: ZeRO has stages 0 to 3; choose one")
-        if self.zero < 2 and self.param_dtype is not None:
-            raise ValueError(
-                f"zero={self.zero} with param_dtype={self.param_dtype}: parameters in another dtype than the"
-                " optimiser's are made when they are gathered, which is done from zero=2 on; use zero=2"
-            )
         for name, choices in (("recompute", Recompute), ("pipeline", PipelineOrder)):
             if getattr(self, name) not in get_args(choices):
                 raise ValueError(f"{name}={getattr(self, name)!r}; use one of {get_args(choices)}")
+        _check_sharding(self)
         if self.offload and self.recompute == "none":
             raise ValueError('offload=True keeps the inputs of recomputed layers; use recompute="full" too')
         if self.pipeline == "zero_bubble" and (self.zero == 3 or self.recompute != "none"):
@@ -59,7 +57,29 @@ class ParallelPlan:
             # that were freed in between FSDP loses them, and a selective checkpoint allows one walk.
             raise ValueError(
                 f'pipeline="zero_bubble" with zero={self.zero} and recompute={self.recompute!r}: it makes the'
-                ' gradients of weights later; use zero=2 (or 1) and recompute="none"'
+                ' gradients of weights later; use zero=2 (or less) and recompute="none"'
             )
         if self.mlp_rows is not None and self.mlp_rows < 1:
             raise ValueError(f"mlp_rows={self.mlp_rows}: a tile has at least 1 token; use 4096, or None")
+        if not (0 <= self.balance < float("inf")):
+            raise ValueError(f"balance={self.balance}: a loss is added with a finite weight of at least 0")
+
+
+def _check_sharding(plan: ParallelPlan) -> None:
+    if plan.zero not in (0, 1, 2, 3):
+        raise ValueError(f"zero={plan.zero!r}: ZeRO has stages 0 to 3; choose one")
+    if plan.zero < 2 and plan.param_dtype is not None:
+        raise ValueError(
+            f"zero={plan.zero} with param_dtype={plan.param_dtype}: parameters in another dtype than the"
+            " optimiser's are made when they are gathered, which is done from zero=2 on; use zero=2"
+        )
+    if plan.experts < 1 or (plan.experts > 1 and plan.zero < 2):
+        raise ValueError(
+            f"experts={plan.experts} with zero={plan.zero}: experts are spread over ranks that share"
+            " parameters; use zero=2 or 3, and experts >= 1"
+        )
+    if plan.offload_optimizer and plan.zero < 2:
+        raise ValueError(
+            f"offload_optimizer=True with zero={plan.zero}: what is sharded can be kept on the host; use"
+            " zero=2 or 3"
+        )

@@ -142,7 +142,7 @@ class Trainer:
         """This rank's tokens of its micro-batches: data-parallel ranks take them in turns."""
         place = self.mesh.rank("dp_replicate") * self.mesh.dims.dp_shard + self.mesh.rank("dp_shard")
         mine = step[place :: self.config.mesh.data_parallel]
-        packed = [assemble(self.corpus, pieces).to(self.mesh.device_type) for pieces in mine]
+        packed = [assemble(self.corpus, pieces) for pieces in mine]
         return shard_micro_batches(packed, self.mesh, layout=self.config.mesh.placement)
 
     def _scheduled_bytes(self, batches: Sequence[LocalBatch]) -> int:

@@ -72,8 +72,8 @@ TORCH_FREE = [
     "train.recipe",
     "train.events",
 ]
-TRACES_THE_TRAINER = "planner.trainer.tracing"
-"""The one module of the planner that loads torch; command.py imports it when --trace-memory asks for it."""
+TRACES_THE_TRAINER = [f"planner.trainer.{name}" for name in ("tracing", "fake_ranks", "allocations")]
+"""Those of the planner that load torch; command.py imports the first when --trace-memory asks for it."""
 TORCH_ONLY = ["engine", "processes"]
 """Need torch and nothing else that is not in the standard library."""
 
@@ -169,7 +169,9 @@ def test_the_pure_part_needs_only_the_standard_library(module: str) -> None:
     assert foreign(imports(MODULES[module], at_import=True)) == set()
 
 
-@pytest.mark.parametrize("module", [m for m in MODULES if is_in(m, TORCH_FREE) and m != TRACES_THE_TRAINER])
+@pytest.mark.parametrize(
+    "module", [m for m in MODULES if is_in(m, TORCH_FREE) and m not in TRACES_THE_TRAINER]
+)
 def test_the_planner_and_the_command_line_load_no_torch(module: str) -> None:
     slow = {"torch", "transformers", "numpy", "matplotlib", "safetensors"}
     assert not foreign(imports(MODULES[module], at_import=True)) & slow

@@ -1,6 +1,6 @@
 """`seqmesh plan`: a model, a cluster and a batch -> time and memory of every way to spread the work.
 
-No torch, but for trainer/tracing.py.
+No torch, but for trainer/tracing.py and what it imports.
 
 Reading order:
     inputs/      what is asked: a Job (model, cluster, sequence, stack), a Point (one way to run it), pins

@@ -7,7 +7,6 @@ read. It gets Ctrl-C and ends the ranks. A rank that dies ends the run: the erro
 first, not those that lost their connection to it.
 """
 
-import hashlib
 import os
 import signal
 import sys
@@ -31,6 +30,7 @@ from seqmesh.processes import (
     start_ranks,
     stop_ranks,
 )
+from seqmesh.train.fingerprint import fingerprint
 
 GRACE_SECONDS = 2.0
 """After a rank's failure: time for the others to say what they saw, before they are ended."""
@@ -92,7 +92,7 @@ def agree_on(world: int, **facts: tuple[Iterable[bytes], str]) -> None:
     Raises:
         ValueError: the first fact that differs and the first rank where it does.
     """
-    mine = {name: _fingerprint(parts) for name, (parts, _) in facts.items()}
+    mine = {name: fingerprint(parts) for name, (parts, _) in facts.items()}
     everyone: list[dict[str, str]] = [mine]
     if world > 1:
         gathered: list[Any] = [None] * world
@@ -102,15 +102,6 @@ def agree_on(world: int, **facts: tuple[Iterable[bytes], str]) -> None:
         for rank, found in enumerate(everyone):
             if found[name] != everyone[0][name]:
                 raise ValueError(f"rank {rank} has another {name} than rank 0; {remedy}")
-
-
-def _fingerprint(parts: Iterable[bytes]) -> str:
-    """sha256 of the parts and their lengths: moving bytes from one part to the next changes it."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
-    return digest.hexdigest()
 
 
 def run_local(

@@ -32,11 +32,13 @@ from seqmesh.engine.exchange import CountBytes
 from seqmesh.parallel import LocalBatch, ParallelDims, ParallelMesh, shard_micro_batches
 from seqmesh.parallel.gather import whole_weights
 from seqmesh.train import model as models
-from seqmesh.train import setup
+from seqmesh.train import setup, step_folders
+from seqmesh.train.checkpoint import Checkpoint, Progress, load_checkpoint, save_checkpoint
 from seqmesh.train.config import Config, MeshConfig, TrainConfig
 from seqmesh.train.data import VOCAB_SIZE, Corpus, Piece, assemble, micro_batches
 from seqmesh.train.events import Compared, Event, Started, StepMetrics, Trained
 from seqmesh.train.facts import RankFacts, check_agreement, gather, gather_facts, weight_checksum
+from seqmesh.train.recipe import dump
 
 Emit = Callable[[Event], None]
 
@@ -94,13 +96,52 @@ class Trainer:
         self.peak_flops_per_s = peak_flops_per_s
         self.parameters, self.matmul_parameters = models.count_parameters(config, vocabulary)
         self.model = setup.build(config, mesh, vocabulary)
-        self.stream = micro_batches(
-            corpus, seq_len=config.data.seq_len, sequences=config.micro_batch, seed=config.train.seed
-        )
         self.optimizer = self.model.optimizer(
             partial(torch.optim.AdamW, lr=config.train.lr, betas=(0.9, 0.95)), self._parameter_groups()
         )
-        self.steps_done = 0
+        self._begin_after(0)
+        self.saved: Path | None = None
+        """The checkpoint that holds what this is now; None if no step has been saved or loaded."""
+
+    def _begin_after(self, steps: int) -> None:
+        """Let the next step be the one after `steps`, with its text."""
+        data = self.config.data
+        self.steps_done = steps
+        self.stream = micro_batches(
+            self.corpus,
+            seq_len=data.seq_len,
+            sequences=self.config.micro_batch,
+            seed=self.config.train.seed,
+            skip=steps * data.sequences,
+        )
+
+    def save(self, run: Path) -> None:
+        """Save a checkpoint in a run's folder, unless it is there. A collective over all ranks.
+
+        Raises:
+            ValueError: on all ranks alike, it cannot be written.
+        """
+        if self.saved == step_folders.folder_of(run, self.steps_done).resolve():
+            return
+        progress = Progress(
+            step=self.steps_done,
+            sequences=self.steps_done * self.config.data.sequences,
+            recipe=dump(self.config),
+            text=self.corpus.fingerprint,
+            world=self.mesh.dims.world,
+        )
+        saved = save_checkpoint(run, self.model, self.optimizer, progress, self.config.run.keep)
+        self.saved = saved.resolve()
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Go on where a checkpoint was saved. A collective over all ranks.
+
+        Raises:
+            ValueError: on all ranks alike, a file of it that is damaged.
+        """
+        load_checkpoint(checkpoint, self.model, self.optimizer)
+        self._begin_after(checkpoint.progress.step)
+        self.saved = checkpoint.folder.resolve()
 
     def _parameter_groups(self) -> list[dict[str, object]]:
         # Norms and biases have a scale of their own, which decay would pull to 0.
@@ -212,7 +253,9 @@ def holders(dims: ParallelDims, zero: int) -> list[tuple[int, ...]]:
     return found
 
 
-def train(config: Config, corpus: Corpus, folder: Path, emit: Emit) -> None:
+def train(
+    config: Config, corpus: Corpus, folder: Path, emit: Emit, checkpoint: Checkpoint | None = None
+) -> None:
     """A whole run of one rank.
 
     The default process group is set up when the mesh has more than one rank, and is ended here.
@@ -220,14 +263,18 @@ def train(config: Config, corpus: Corpus, folder: Path, emit: Emit) -> None:
     Args:
         config: the run.
         corpus: its text.
-        folder: rank 0 writes folder/checkpoint.
+        folder: the run's, the same for every rank: checkpoints, and the model as rank 0 writes it at the end.
         emit: called on rank 0 with every event.
+        checkpoint: to go on from; default: from the start.
     """
     torch.set_num_threads(config.run.threads)
     world = config.mesh.world
     mesh = setup.dims_of(config.mesh).build(timeout=timedelta(seconds=config.run.timeout_s))
     trainer = Trainer(config, corpus, mesh, _measure_peak(world))
-    beginning = _take_steps(trainer, emit)
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+    beginning = _take_steps(trainer, folder, emit)
+    trainer.save(folder)
     memory = gather(peak_memory_bytes(), world)
     weights = whole_weights(trainer.model)
     is_first = world == 1 or dist.get_rank() == 0
@@ -242,9 +289,10 @@ def train(config: Config, corpus: Corpus, folder: Path, emit: Emit) -> None:
             emit(compare_on_one_rank(config, corpus, beginning))
 
 
-def _take_steps(trainer: Trainer, emit: Emit) -> list[StepMetrics]:
-    """All steps of a run; returns the first ones, which are repeated on one rank afterwards."""
+def _take_steps(trainer: Trainer, folder: Path, emit: Emit) -> list[StepMetrics]:
+    """All steps that are left of a run; returns its first ones, to be repeated on one rank afterwards."""
     config = trainer.config.train
+    every = trainer.config.run.checkpoint_every
     world = trainer.mesh.dims.world
     first_rank = world == 1 or dist.get_rank() == 0
     if first_rank:
@@ -261,9 +309,12 @@ def _take_steps(trainer: Trainer, emit: Emit) -> list[StepMetrics]:
         metrics = trainer.step()
         if first_rank:
             emit(metrics)
-        if len(beginning) < config.compare_steps:
+        if metrics.step <= config.compare_steps:
             beginning.append(metrics)
-    return beginning
+        if every and metrics.step % every == 0:
+            trainer.save(folder)
+    # A run that was resumed has not seen them, or not all.
+    return beginning if beginning and beginning[0].step == 1 else []
 
 
 def _time_is_left(deadline: float, ranks: int) -> bool:

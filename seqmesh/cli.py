@@ -3,8 +3,8 @@
 Modules are imported where they are used: what loads torch costs seconds, which help, a version or a typing
 mistake should not.
 
-Exit codes: 0 done; 1 a rank failed or a check of the report did not pass; 2 wrong input; 130 Ctrl-C. Whatever
-goes wrong with the input is one line on stderr, `seqmesh: error: ...`, with the remedy.
+Exit codes: 0 done; 1 a rank failed or a check of the report did not pass; 2 wrong input; 130 Ctrl-C;
+143 SIGTERM. Whatever goes wrong with the input is one line on stderr, `seqmesh: error: ...`, with the remedy.
 """
 
 import os
@@ -245,11 +245,16 @@ def train(arguments: Sequence[str]) -> int:
     # Only now: these load torch and transformers.
     from seqmesh.train import session
     from seqmesh.train.launch import RankFailedError
+    from seqmesh.train.stop import StoppedError
 
     try:
         report = session.run(config, session.place_from(os.environ, config))
     except RankFailedError as error:
         return _fail(str(error), FAILED)
+    except StoppedError as stopped:
+        if str(stopped):
+            print(f"seqmesh: {stopped}", file=sys.stderr)
+        return stopped.exit_code
     except OSError as error:
         return _fail(f"{_one_line(error)}; make room or choose another --folder", FAILED)
     except KeyboardInterrupt as interrupt:

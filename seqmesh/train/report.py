@@ -22,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from seqmesh.provenance import commit, machine
 from seqmesh.train.config import Config, MeshConfig
 from seqmesh.train.data import Corpus
-from seqmesh.train.events import Compared, Event, Started, StepMetrics, Trained
+from seqmesh.train.events import Compared, Event, Started, StepMetrics, Stopped, Trained
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-1}
 """Largest |Δloss| and |Δ gradient norm| against one rank in fp32, by the precision of the run.
@@ -96,6 +96,7 @@ class Reporter:
         self.started: Started | None = None
         self.trained: Trained | None = None
         self.compared: Compared | None = None
+        self.stopped: Stopped | None = None
         self.steps = list(earlier)
         self._progress = _progress_bar()
         self._metrics = _begin_metrics(folder / METRICS, earlier)
@@ -134,6 +135,8 @@ class Reporter:
                     self._say(f"repeating the first {repeated} steps on one rank")
             case Compared():
                 self.compared = event
+            case Stopped():
+                self.stopped = event
 
     def _show(self, step: StepMetrics) -> None:
         line = (

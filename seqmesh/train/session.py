@@ -4,6 +4,8 @@ Whatever can be wrong with the input is found before a rank starts, or, under to
 that all of them end with the same line and none waits for another.
 """
 
+import shlex
+import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -19,12 +21,13 @@ from seqmesh.train import setup, step_folders
 from seqmesh.train.checkpoint import Checkpoint
 from seqmesh.train.config import Config
 from seqmesh.train.data import Corpus, micro_batches, read
-from seqmesh.train.events import StepMetrics
+from seqmesh.train.events import StepMetrics, Stopped
 from seqmesh.train.launch import RankFailedError, agree, agree_on, run_local
+from seqmesh.train.loop import train
 from seqmesh.train.recipe import dump
 from seqmesh.train.report import Report, Reporter, read_metrics
 from seqmesh.train.resume import check_same_training
-from seqmesh.train.trainer import train
+from seqmesh.train.stop import StoppedError, StopRequest
 
 
 def place_from(environment: Mapping[str, str], config: Config) -> Place | None:
@@ -57,6 +60,7 @@ def run(config: Config, place: Place | None) -> Report | None:
     Raises:
         ValueError: input that cannot be run, in one line.
         RankFailedError: a rank failed.
+        StoppedError: the run was asked to stop.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -155,18 +159,38 @@ def _run_local(config: Config) -> Report:
     logs = folder / "logs"
     logs.mkdir(exist_ok=True)
 
-    def work(_: Place, emit: Callable[[Any], None]) -> None:
+    stop = StopRequest()
+
+    def work(place: Place, emit: Callable[[Any], None]) -> None:
         _agree_on_run(config, prepared)
-        train(config, prepared.corpus, folder, emit, prepared.checkpoint)
+        stopped = train(config, prepared.corpus, folder, emit, stop, prepared.checkpoint)
+        if place.rank == 0 and stopped is not None:
+            emit(stopped)
 
     with Reporter(config, prepared.corpus, folder, this_command(), earlier) as reporter:
         try:
-            run_local(work, config.mesh.world, config.run.timeout_s, reporter.handle, logs)
+            run_local(work, config.mesh.world, config.run.timeout_s, reporter.handle, logs, stop)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"after {len(reporter.steps)} steps; their metrics are in {folder}"
-            ) from None
+            raise KeyboardInterrupt(f"after {len(reporter.steps)} steps; {_how_to_go_on(folder)}") from None
+        except RankFailedError as error:
+            raise RankFailedError(f"{error}; {_how_to_go_on(folder)}") from None
+    if reporter.stopped is not None:
+        raise _stopped(reporter.stopped, folder)
     return reporter.finish()
+
+
+def _how_to_go_on(folder: Path) -> str:
+    """From the newest checkpoint, if there is one."""
+    saved = step_folders.complete(folder)
+    if not saved:
+        return f"nothing is saved but metrics in {folder}"
+    recipe = shlex.quote(str(folder / "config.toml"))
+    return f"{saved[-1].name} is saved: seqmesh train {recipe} --resume {shlex.quote(str(folder))}"
+
+
+def _stopped(event: Stopped, folder: Path) -> StoppedError:
+    who = "Ctrl-C" if event.signal == signal.SIGINT else signal.Signals(event.signal).name
+    return StoppedError(event.signal, f"stopped by {who} after {event.step} steps; {_how_to_go_on(folder)}")
 
 
 def _join(place: Place, timeout_s: float) -> None:
@@ -195,11 +219,7 @@ def _run_joined(config: Config, place: Place) -> Report | None:
         assert prepared is not None
         _agree_on_run(config, prepared)
         told = _told_by_rank_0(folder, place.world)
-        if place.rank:
-            train(config, prepared.corpus, told, lambda _: None, prepared.checkpoint)
-            return None
-        with Reporter(config, prepared.corpus, folder, this_command(), prepared.earlier()) as reporter:
-            train(config, prepared.corpus, folder, reporter.handle, prepared.checkpoint)
+        return _train_joined(config, prepared, told if place.rank else folder, place)
     except ValueError:
         if dist.is_initialized():
             # or its threads may abort the process as it exits, which would hide the exit code
@@ -207,4 +227,24 @@ def _run_joined(config: Config, place: Place) -> Report | None:
         raise
     except (RuntimeError, ArithmeticError) as error:
         raise RankFailedError(f"rank {place.rank} failed: {one_line(error)}") from error
+
+
+def _train_joined(config: Config, prepared: _Prepared, folder: Path, place: Place) -> Report | None:
+    """Train as one of torchrun's ranks, of which rank 0 reports.
+
+    Raises:
+        StoppedError: on all ranks, the run was asked to stop.
+    """
+    stop = StopRequest()
+    corpus, checkpoint = prepared.corpus, prepared.checkpoint
+    with stop.listening(signal.SIGINT, signal.SIGTERM):
+        if place.rank:
+            stopped = train(config, corpus, folder, lambda _: None, stop, checkpoint)
+            if stopped is not None:
+                raise StoppedError(stopped.signal, "")
+            return None
+        with Reporter(config, corpus, folder, this_command(), prepared.earlier()) as reporter:
+            stopped = train(config, corpus, folder, reporter.handle, stop, checkpoint)
+        if stopped is not None:
+            raise _stopped(stopped, folder)
     return reporter.finish()

@@ -1,4 +1,4 @@
-"""The training loop of one rank. Start reading here.
+"""A training step of one rank. Start reading here; loop.py takes the steps.
 
     micro-batches of a step, as pieces of documents     data.py: the same on every rank
       -> those of this data-parallel rank, packed       (1, s); labels are shifted before anything is sharded
@@ -12,35 +12,25 @@ The same class with one rank on every axis: that is how a run checks its own fir
 """
 
 import math
-import os
-import resource
-import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from datetime import timedelta
+from collections.abc import Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
-from transformers import ByT5Tokenizer
 
 from seqmesh.engine.exchange import CountBytes
 from seqmesh.parallel import LocalBatch, ParallelDims, ParallelMesh, shard_micro_batches
-from seqmesh.parallel.gather import whole_weights
 from seqmesh.train import model as models
 from seqmesh.train import setup, step_folders
 from seqmesh.train.checkpoint import Checkpoint, Progress, load_checkpoint, save_checkpoint
-from seqmesh.train.config import Config, MeshConfig, TrainConfig
+from seqmesh.train.config import Config, TrainConfig
 from seqmesh.train.data import VOCAB_SIZE, Corpus, Piece, assemble, micro_batches
-from seqmesh.train.events import Compared, Event, Started, StepMetrics, Trained
-from seqmesh.train.facts import RankFacts, check_agreement, gather, gather_facts, weight_checksum
+from seqmesh.train.events import StepMetrics
+from seqmesh.train.facts import RankFacts, check_agreement, gather_facts, weight_checksum
 from seqmesh.train.recipe import dump
-
-Emit = Callable[[Event], None]
 
 
 def learning_rate(step: int, train: TrainConfig) -> float:
@@ -251,130 +241,3 @@ def holders(dims: ParallelDims, zero: int) -> list[tuple[int, ...]]:
         shard = (place["dp_shard"], place["ring"], place["ulysses"]) if zero >= 2 else ()
         found.append((place["pp"], place["tp"], *shard))
     return found
-
-
-def train(
-    config: Config, corpus: Corpus, folder: Path, emit: Emit, checkpoint: Checkpoint | None = None
-) -> None:
-    """A whole run of one rank.
-
-    The default process group is set up when the mesh has more than one rank, and is ended here.
-
-    Args:
-        config: the run.
-        corpus: its text.
-        folder: the run's, the same for every rank: checkpoints, and the model as rank 0 writes it at the end.
-        emit: called on rank 0 with every event.
-        checkpoint: to go on from; default: from the start.
-    """
-    torch.set_num_threads(config.run.threads)
-    world = config.mesh.world
-    mesh = setup.dims_of(config.mesh).build(timeout=timedelta(seconds=config.run.timeout_s))
-    trainer = Trainer(config, corpus, mesh, _measure_peak(world))
-    if checkpoint is not None:
-        trainer.resume(checkpoint)
-    beginning = _take_steps(trainer, folder, emit)
-    trainer.save(folder)
-    memory = gather(peak_memory_bytes(), world)
-    weights = whole_weights(trainer.model)
-    is_first = world == 1 or dist.get_rank() == 0
-    del trainer
-    if world > 1:
-        # the other ranks are done: nobody waits, with whatever timeout, for rank 0's comparison
-        dist.destroy_process_group()
-    if is_first:
-        save(config, weights, folder / "checkpoint")
-        emit(Trained(peak_memory_bytes=tuple(int(peak) for peak in memory)))
-        if beginning:
-            emit(compare_on_one_rank(config, corpus, beginning))
-
-
-def _take_steps(trainer: Trainer, folder: Path, emit: Emit) -> list[StepMetrics]:
-    """All steps that are left of a run; returns its first ones, to be repeated on one rank afterwards."""
-    config = trainer.config.train
-    every = trainer.config.run.checkpoint_every
-    world = trainer.mesh.dims.world
-    first_rank = world == 1 or dist.get_rank() == 0
-    if first_rank:
-        emit(
-            Started(
-                parameters=trainer.parameters,
-                matmul_parameters=trainer.matmul_parameters,
-                peak_flops_per_s=trainer.peak_flops_per_s,
-            )
-        )
-    beginning: list[StepMetrics] = []
-    deadline = time.monotonic() + 60 * config.minutes if config.minutes else math.inf
-    while trainer.steps_done < config.steps and _time_is_left(deadline, world):
-        metrics = trainer.step()
-        if first_rank:
-            emit(metrics)
-        if metrics.step <= config.compare_steps:
-            beginning.append(metrics)
-        if every and metrics.step % every == 0:
-            trainer.save(folder)
-    # A run that was resumed has not seen them, or not all.
-    return beginning if beginning and beginning[0].step == 1 else []
-
-
-def _time_is_left(deadline: float, ranks: int) -> bool:
-    """Rank 0's clock decides for all: a rank that stopped by its own would leave the others waiting."""
-    return bool(gather(time.monotonic() < deadline, ranks)[0])
-
-
-def _measure_peak(ranks: int, rounds: int = 6) -> float:
-    """fp32 matmul FLOP/s of all ranks together, the best of a few rounds.
-
-    All measure at once: on shared cores that is what they can have together.
-    """
-    best = 0.0
-    for _ in range(rounds):
-        gather(0.0, ranks)  # start together
-        rates = gather(models.measure_matmul_flops_per_s(), ranks)
-        best = max(best, sum(rates))
-    return best
-
-
-def peak_memory_bytes() -> int:
-    """Resident set high-water mark of this process."""
-    unit = 1 if sys.platform == "darwin" else 1024  # what getrusage counts in: bytes there, KiB on Linux
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
-
-
-def save(config: Config, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """A checkpoint that plain transformers loads: how the model was made parallel is not part of it."""
-    with torch.device("meta"):
-        model = models.build(config)
-    model.save_pretrained(folder, state_dict=weights)
-    ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
-
-
-def compare_on_one_rank(config: Config, corpus: Corpus, beginning: Sequence[StepMetrics]) -> Compared:
-    """Repeat the first steps from the same seed on one rank in fp32, which exchanges nothing, and compare."""
-    # The other ranks have ended: their cores are free.
-    threads_of_all = config.mesh.world * config.run.threads
-    torch.set_num_threads(max(config.run.threads, min(threads_of_all, os.cpu_count() or 1)))
-    one_rank = replace(
-        config,
-        mesh=MeshConfig(ring=1, ulysses=1, layout=config.mesh.layout),
-        train=replace(
-            config.train,
-            zero=0,
-            precision="fp32",
-            offload="none",
-            shard_norms=False,
-            pipeline="1f1b",
-            checkpointing="none",
-            tiling="none",
-            micro_batch=config.micro_batch,
-        ),
-    )
-    alone = Trainer(one_rank, corpus, ParallelDims().build(), peak_flops_per_s=1.0)
-    repeated = [alone.step() for _ in beginning]
-    pairs = list(zip(beginning, repeated, strict=True))
-    return Compared(
-        losses=tuple(step.loss for step in repeated),
-        grad_norms=tuple(step.grad_norm for step in repeated),
-        largest_loss_difference=max(abs(a.loss - b.loss) for a, b in pairs),
-        largest_grad_norm_difference=max(abs(a.grad_norm - b.grad_norm) for a, b in pairs),
-    )

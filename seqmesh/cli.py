@@ -1,4 +1,4 @@
-"""The command line: `seqmesh train`, `plan`, `bench`, `verify`, `draw`, `capabilities`, `--version`.
+"""The command line: `seqmesh train`, `export`, `plan`, `bench`, `verify`, `draw`, `capabilities`.
 
 Modules are imported where they are used: what loads torch costs seconds, which help, a version or a typing
 mistake should not.
@@ -87,6 +87,7 @@ def _app() -> "typer.Typer":
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     _add_root(app)
     _add_train(app)
+    _add_export(app)
     _add_bench(app)
     add_plan(app)
     add_verify(app)
@@ -132,6 +133,25 @@ def _add_train(app: "typer.Typer") -> None:
         Without a recipe, the one of recipes/stdlib.toml.
         """
         return train(given or [])
+
+
+def _add_export(app: "typer.Typer") -> None:
+    import typer
+
+    folder = typer.Argument(metavar="FOLDER", help="The folder of a run.")
+    target = typer.Argument(metavar="[OUT]", help="A new folder (default: FOLDER/export/step-N).")
+
+    @app.command("export")
+    def export_command(run: Annotated[Path, folder], out: Annotated[Path | None, target] = None) -> int:
+        """Write a run's newest checkpoint as a model that from_pretrained loads. No rank is started."""
+        from transformers.utils import logging
+
+        from seqmesh.train.export import export
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        print(export(run, out))
+        return 0
 
 
 def _add_bench(app: "typer.Typer") -> None:

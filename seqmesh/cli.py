@@ -1,10 +1,10 @@
-"""The command line: `seqmesh train`, `plan`, `bench`, `verify`, `draw`, `capabilities`, `--version`.
+"""The command line: `seqmesh train`, `export`, `plan`, `bench`, `verify`, `draw`, `capabilities`.
 
 Modules are imported where they are used: what loads torch costs seconds, which help, a version or a typing
 mistake should not.
 
-Exit codes: 0 done; 1 a rank failed or a check of the report did not pass; 2 wrong input; 130 Ctrl-C. Whatever
-goes wrong with the input is one line on stderr, `seqmesh: error: ...`, with the remedy.
+Exit codes: 0 done; 1 a rank failed or a check of the report did not pass; 2 wrong input; 130 Ctrl-C;
+143 SIGTERM. Whatever goes wrong with the input is one line on stderr, `seqmesh: error: ...`, with the remedy.
 """
 
 import os
@@ -87,6 +87,7 @@ def _app() -> "typer.Typer":
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     _add_root(app)
     _add_train(app)
+    _add_export(app)
     _add_bench(app)
     add_plan(app)
     add_verify(app)
@@ -132,6 +133,25 @@ def _add_train(app: "typer.Typer") -> None:
         Without a recipe, the one of recipes/stdlib.toml.
         """
         return train(given or [])
+
+
+def _add_export(app: "typer.Typer") -> None:
+    import typer
+
+    folder = typer.Argument(metavar="FOLDER", help="The folder of a run.")
+    target = typer.Argument(metavar="[OUT]", help="A new folder (default: FOLDER/export/step-N).")
+
+    @app.command("export")
+    def export_command(run: Annotated[Path, folder], out: Annotated[Path | None, target] = None) -> int:
+        """Write a run's newest checkpoint as a model that from_pretrained loads. No rank is started."""
+        from transformers.utils import logging
+
+        from seqmesh.train.export import export
+
+        logging.set_verbosity_error()
+        logging.disable_progress_bar()
+        print(export(run, out))
+        return 0
 
 
 def _add_bench(app: "typer.Typer") -> None:
@@ -245,11 +265,16 @@ def train(arguments: Sequence[str]) -> int:
     # Only now: these load torch and transformers.
     from seqmesh.train import session
     from seqmesh.train.launch import RankFailedError
+    from seqmesh.train.stop import StoppedError
 
     try:
         report = session.run(config, session.place_from(os.environ, config))
     except RankFailedError as error:
         return _fail(str(error), FAILED)
+    except StoppedError as stopped:
+        if str(stopped):
+            print(f"seqmesh: {stopped}", file=sys.stderr)
+        return stopped.exit_code
     except OSError as error:
         return _fail(f"{_one_line(error)}; make room or choose another --folder", FAILED)
     except KeyboardInterrupt as interrupt:

@@ -160,13 +160,18 @@ def end_if_orphaned(parent: int) -> None:
         os._exit(1)
 
 
-def stop_ranks(ranks: Sequence[LocalRank]) -> None:
-    """End every rank that still runs. Ctrl-C is ignored meanwhile: it could only leave some behind."""
+def stop_ranks(ranks: Sequence[LocalRank], patience_s: float = STOP_SECONDS) -> None:
+    """End every rank that still runs. Ctrl-C is ignored meanwhile: it could only leave some behind.
+
+    Args:
+        ranks: may have ended already.
+        patience_s: seconds between asking them and killing them.
+    """
     previous = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         for rank in ranks:
             rank.process.terminate()
-        deadline = monotonic() + STOP_SECONDS
+        deadline = monotonic() + patience_s
         for rank in ranks:
             rank.process.join(max(0.0, deadline - monotonic()))
             if rank.process.is_alive():

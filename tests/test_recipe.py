@@ -10,7 +10,7 @@ import torch
 
 from seqmesh.train.config import Config
 from seqmesh.train.facts import RankFacts, check_agreement, weight_checksum
-from seqmesh.train.launch import _fingerprint
+from seqmesh.train.fingerprint import fingerprint
 from seqmesh.train.recipe import dump, load, split_arguments
 from seqmesh.train.trainer import learning_rate
 
@@ -82,4 +82,4 @@ def test_a_rank_with_other_weights_is_named() -> None:
 
 
 def test_the_text_that_ranks_compare_knows_where_documents_end() -> None:
-    assert _fingerprint([b"ab", b"c"]) == _fingerprint(iter([b"ab", b"c"])) != _fingerprint([b"a", b"bc"])
+    assert fingerprint([b"ab", b"c"]) == fingerprint(iter([b"ab", b"c"])) != fingerprint([b"a", b"bc"])

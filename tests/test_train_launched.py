@@ -1,8 +1,10 @@
 """`seqmesh train` as one of the ranks that torchrun starts: they join, agree, and end together."""
 
 import json
+import signal
 import socket
 import subprocess
+import time
 from pathlib import Path
 
 import pytest
@@ -88,6 +90,27 @@ def test_a_launched_rank_that_meets_nobody_ends_with_one_line(text: Path) -> Non
     assert rank.returncode == 1
     assert "Traceback" not in error
     assert error.splitlines()[-1].startswith("seqmesh: error: rank 1 failed: ")
+
+
+def test_a_signal_to_one_launched_rank_stops_all_after_the_same_step(text: Path) -> None:
+    port = free_port()
+    folder = text.parent / "asked"
+    more = ("--ring=1", "--data", str(text), "--steps=100000", "--folder", str(folder))
+    ranks = [joined(rank, 2, port, text.parent, *more) for rank in range(2)]
+    metrics = folder / "metrics.jsonl"
+    deadline = time.monotonic() + TIMEOUT_S
+    while not (metrics.exists() and metrics.stat().st_size):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    ranks[1].send_signal(signal.SIGTERM)
+    outputs = [rank.communicate(timeout=TIMEOUT_S) for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [143, 143], outputs
+    steps = len(metrics.read_text().splitlines())
+    assert outputs[0][1].splitlines() == [
+        f"seqmesh: stopped by SIGTERM after {steps} steps; step-{steps} is saved:"
+        f" seqmesh train {folder}/config.toml --resume {folder}"
+    ]
+    assert outputs[1][1] == ""
 
 
 def test_launched_ranks_join_and_train(text: Path) -> None:

@@ -261,19 +261,28 @@ class RunConfig:
     """CPU threads of each rank."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where ranks compute: on CPU over gloo, or each on a GPU over NCCL."""
+    checkpoint_every: int = 0
+    """Steps from one checkpoint to the next; 0: only at the end and when the run is stopped."""
+    keep: int = 2
+    """Complete checkpoints that stay."""
+    resume: str = ""
+    """Folder of a run to continue from its newest checkpoint, in that folder unless `folder` names another.
+    What is trained on which text must be what it was; the mesh and how memory is saved may change."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = _STRICT
 
     def __post_init__(self) -> None:
-        _at_least("run", self, timeout_s=1, threads=1)
+        _at_least("run", self, timeout_s=1, threads=1, checkpoint_every=0, keep=1)
         _require(
             self.timeout_s <= LONGEST_TIMEOUT_S,
             f"run.timeout_s={self.timeout_s}: use at most {LONGEST_TIMEOUT_S:.0f} seconds",
         )
-        _require(
-            "\0" not in self.folder,
-            f"run.folder={self.folder!r} has a NUL character, which no path may have; remove it",
-        )
+        for name in ("folder", "resume"):
+            path = getattr(self, name)
+            _require(
+                "\0" not in path,
+                f"run.{name}={path!r} has a NUL character, which no path may have; remove it",
+            )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -36,6 +36,7 @@ from torch import Tensor
 
 from seqmesh import masks
 from seqmesh.parallel.packing import IGNORED_LABEL, PackedTokens
+from seqmesh.train.fingerprint import fingerprint
 
 STDLIB = "stdlib"
 """Name of the default source."""
@@ -67,6 +68,11 @@ class Corpus:
     def tokens(self) -> int:
         """Tokens of all documents."""
         return sum(self.lengths)
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Equal for equal documents alone."""
+        return fingerprint(self.documents)
 
 
 class Piece(NamedTuple):
@@ -234,7 +240,9 @@ def pack(lengths: tuple[int, ...], seq_len: int, seed: int, epoch: int) -> Itera
             room -= length - start
 
 
-def micro_batches(corpus: Corpus, *, seq_len: int, sequences: int, seed: int) -> Iterator[tuple[Piece, ...]]:
+def micro_batches(
+    corpus: Corpus, *, seq_len: int, sequences: int, seed: int, skip: int = 0
+) -> Iterator[tuple[Piece, ...]]:
     """Micro-batches without end, epoch after epoch, as pieces of documents: the same on every rank.
 
     A piece is a document of its own. `assemble` makes tokens of those that a rank computes.
@@ -245,6 +253,8 @@ def micro_batches(corpus: Corpus, *, seq_len: int, sequences: int, seed: int) ->
         sequences: packed sequences in a micro-batch, laid end to end: documents keep sequences apart just as
             they keep themselves apart.
         seed: shuffles the documents.
+        skip: packed sequences at the beginning that are left out: those that a run has consumed already. An
+            epoch that is left out whole costs nothing.
 
     Raises:
         ValueError: seq_len or sequences out of range, or less text than one sequence.
@@ -258,16 +268,19 @@ def micro_batches(corpus: Corpus, *, seq_len: int, sequences: int, seed: int) ->
             f"{corpus.source!r} has {corpus.tokens} tokens, too few for one sequence of {seq_len};"
             f" use more text or data.seq_len <= {corpus.tokens}"
         )
-    return _endless(corpus, seq_len, sequences, seed)
+    return _endless(corpus, seq_len, sequences, seed, skip)
 
 
-def _endless(corpus: Corpus, seq_len: int, sequences: int, seed: int) -> Iterator[tuple[Piece, ...]]:
+def _endless(
+    corpus: Corpus, seq_len: int, sequences: int, seed: int, skip: int
+) -> Iterator[tuple[Piece, ...]]:
+    skipped_epochs, skipped = divmod(skip, corpus.tokens // seq_len)  # every epoch has as many sequences
     pieces: list[Piece] = []
     held = 0  # sequences in `pieces`; a micro-batch may begin in one epoch and end in the next
-    for epoch in count():
+    for epoch in count(skipped_epochs):
         packed = list(pack(corpus.lengths, seq_len, seed, epoch))
         Random(f"{seed}/{epoch}/sequences").shuffle(packed)
-        for sequence in packed:
+        for sequence in packed[skipped if epoch == skipped_epochs else 0 :]:
             pieces += sequence
             held += 1
             if held == sequences:

@@ -69,4 +69,14 @@ class Compared:
     largest_grad_norm_difference: float
 
 
-Event = Started | StepMetrics | Trained | Compared
+@dataclass(frozen=True, kw_only=True)
+class Stopped:
+    """Instead of the rest: the run was asked to stop, and has saved what it can go on from."""
+
+    step: int
+    """Steps taken; if none, nothing is saved."""
+    signal: int
+    """What asked."""
+
+
+Event = Started | StepMetrics | Trained | Compared | Stopped

@@ -3,14 +3,12 @@
     parent  -- fork -->  rank 0, 1, 2, ...  -- events, failures -->  parent
 
 The parent draws, writes and waits; it runs no tensor work, and forked ranks share the corpus that it has
-read. It gets Ctrl-C and ends the ranks. A rank that dies ends the run: the error names the rank that failed
-first, not those that lost their connection to it.
+read. It gets Ctrl-C and lets the ranks stop after their step (stop.py), or ends them if they do not. A rank
+that dies ends the run: the error names the rank that failed first, not those that lost their connection.
 """
 
-import hashlib
 import os
 import signal
-import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ import torch.distributed as dist
 
 from seqmesh.processes import (
     STOP_SECONDS,
+    Body,
     Failure,
     LocalRank,
     Place,
@@ -31,9 +30,14 @@ from seqmesh.processes import (
     start_ranks,
     stop_ranks,
 )
+from seqmesh.train.fingerprint import fingerprint
+from seqmesh.train.stop import StopRequest
 
 GRACE_SECONDS = 2.0
 """After a rank's failure: time for the others to say what they saw, before they are ended."""
+
+LOOK_SECONDS = 0.2
+"""How often the parent looks whether it was asked to stop, and whether the ranks take too long to."""
 
 Work = Callable[[Place, Callable[[Any], None]], None]
 """What a rank does, given its place and a function that sends an event to the parent.
@@ -92,7 +96,7 @@ def agree_on(world: int, **facts: tuple[Iterable[bytes], str]) -> None:
     Raises:
         ValueError: the first fact that differs and the first rank where it does.
     """
-    mine = {name: _fingerprint(parts) for name, (parts, _) in facts.items()}
+    mine = {name: fingerprint(parts) for name, (parts, _) in facts.items()}
     everyone: list[dict[str, str]] = [mine]
     if world > 1:
         gathered: list[Any] = [None] * world
@@ -104,17 +108,13 @@ def agree_on(world: int, **facts: tuple[Iterable[bytes], str]) -> None:
                 raise ValueError(f"rank {rank} has another {name} than rank 0; {remedy}")
 
 
-def _fingerprint(parts: Iterable[bytes]) -> str:
-    """sha256 of the parts and their lengths: moving bytes from one part to the next changes it."""
-    digest = hashlib.sha256()
-    for part in parts:
-        digest.update(len(part).to_bytes(8, "little"))
-        digest.update(part)
-    return digest.hexdigest()
-
-
 def run_local(
-    work: Work, world: int, timeout_s: float, on_event: Callable[[Any], None], log_folder: Path
+    work: Work,
+    world: int,
+    timeout_s: float,
+    on_event: Callable[[Any], None],
+    log_folder: Path,
+    stop: StopRequest | None = None,
 ) -> None:
     """Run `work` on forked ranks and handle what they send, until all have ended: none outlives this call.
 
@@ -124,12 +124,29 @@ def run_local(
         timeout_s: timeout of the process group.
         on_event: called in this process with every event.
         log_folder: stdout and stderr of rank r go to rank<r>.txt there, and tracebacks.
+        stop: what `work` looks at, where Ctrl-C and SIGTERM are noted.
 
     Raises:
         ValueError: a rank raised one: the user's mistake.
         RankFailedError: a rank failed otherwise, was killed, or hung.
-        KeyboardInterrupt: Ctrl-C, after all ranks have ended.
+        KeyboardInterrupt: a second Ctrl-C, after all ranks have ended; SystemExit: a second SIGTERM.
     """
+    stop = stop or StopRequest()
+    body = _body(work, timeout_s, stop)
+    with TemporaryDirectory(prefix="seqmesh-") as meeting, stop.listening(signal.SIGINT, signal.SIGTERM):
+        ranks: list[LocalRank] = []
+        try:
+            start_ranks(ranks, body, world, f"file://{meeting}/store", log_folder)
+            watched = [_Watched(local=rank) for rank in ranks]
+            _watch(watched, on_event, stop, timeout_s)
+            _raise_failure(watched, timeout_s, log_folder)
+        finally:
+            # What is left by now has failed, or had its time: nothing that it would do at SIGTERM is awaited.
+            stop_ranks(ranks, patience_s=0.0)
+
+
+def _body(work: Work, timeout_s: float, stop: StopRequest) -> Body:
+    """What a rank does, in terms of its pipe."""
     parent = os.getpid()
 
     def body(place: Place, pipe: Connection) -> None:
@@ -137,46 +154,81 @@ def run_local(
             end_if_orphaned(parent)
             pipe.send(event)
 
-        connect(place, timeout_s)
-        work(place, send)
+        # Whoever ends a whole process group sends the ranks SIGTERM too: that is no more than asking.
+        with stop.listening(signal.SIGTERM):
+            connect(place, timeout_s)
+            work(place, send)
 
-    with TemporaryDirectory(prefix="seqmesh-") as meeting:
-        ranks: list[LocalRank] = []
-        # Terminated, the parent leaves as by any exception, and ends its ranks on the way out.
-        previous = signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
-        try:
-            start_ranks(ranks, body, world, f"file://{meeting}/store", log_folder)
-            watched = [_Watched(local=rank) for rank in ranks]
-            _watch(watched, on_event)
-            _raise_failure(watched, timeout_s, log_folder)
-        finally:
-            stop_ranks(ranks)
-            signal.signal(signal.SIGTERM, previous)
+    return body
 
 
-def _watch(ranks: Sequence[_Watched], on_event: Callable[[Any], None]) -> None:
-    """Handle events until every rank has ended, or, after a failure, for the grace period."""
+def _watch(
+    ranks: Sequence[_Watched], on_event: Callable[[Any], None], stop: StopRequest, timeout_s: float
+) -> None:
+    """Handle events until every rank has ended, or, after a failure, for the grace period.
+
+    Raises:
+        RankFailedError: ranks that were asked to stop did neither that nor fail.
+    """
     open_pipes = {rank.local.pipe: rank for rank in ranks}
     deadline: float | None = None
+    patience = _Patience(timeout_s)
     while open_pipes and (deadline is None or time.monotonic() < deadline):
-        patience = None if deadline is None else max(0.0, deadline - time.monotonic())
-        for pipe in wait(list(open_pipes), patience):
+        for pipe in wait(list(open_pipes), LOOK_SECONDS):
             assert isinstance(pipe, Connection)
             rank = open_pipes[pipe]
-            try:
-                event = pipe.recv()
-            except (EOFError, OSError):
-                # The pipe ends a moment before the process does, and only then is there an exit code.
+            if not _hear(rank, on_event):
                 del open_pipes[pipe]
-                rank.local.process.join(STOP_SECONDS)
-            else:
-                if isinstance(event, Failure):
-                    rank.failure = event
-                else:
-                    on_event(event)
+            patience.heard()
             # The others fail too, of lost connections: they are heard, but only the first failure is told.
             if rank.failed and deadline is None:
                 deadline = time.monotonic() + GRACE_SECONDS
+        if stop.signal and deadline is None and patience.is_over():
+            raise RankFailedError(
+                f"asked to stop, the ranks did not end their step in {patience.seconds:.0f} seconds;"
+                " they were killed"
+            )
+
+
+def _hear(rank: _Watched, on_event: Callable[[Any], None]) -> bool:
+    """Handle what a rank sent; False if that was its end."""
+    try:
+        event = rank.local.pipe.recv()
+    except (EOFError, OSError):
+        # The pipe ends a moment before the process does, and only then is there an exit code.
+        rank.local.process.join(STOP_SECONDS)
+        return False
+    if isinstance(event, Failure):
+        rank.failure = event
+    else:
+        on_event(event)
+    return True
+
+
+class _Patience:
+    """How long ranks that were asked to stop may be silent: as long as ever before, and the timeout more.
+
+    Every step ends with an event; the timeout is what saving may take.
+    """
+
+    def __init__(self, timeout_s: float) -> None:
+        self.seconds = timeout_s
+        self._timeout_s = timeout_s
+        self._last = time.monotonic()
+        self._asked: float | None = None
+
+    def heard(self) -> None:
+        """A rank has said something."""
+        now = time.monotonic()
+        if self._asked is None:
+            self.seconds = max(self.seconds, now - self._last + self._timeout_s)
+        self._last = now
+
+    def is_over(self) -> bool:
+        """Whether they had their time, counted from the first call of this."""
+        now = time.monotonic()
+        self._asked = self._asked or now
+        return now - self._asked > self.seconds
 
 
 def _raise_failure(ranks: Sequence[_Watched], timeout_s: float, log_folder: Path) -> None:

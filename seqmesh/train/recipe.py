@@ -50,7 +50,15 @@ def load(recipe: str | None, overrides: Sequence[str] = ()) -> Config:
                 f"{section} = {place!r} is not a section; write [{section}] and its keys below it"
             )
         place[leaf] = _value(f"{section}.{leaf}", text)
-    where = f"{recipe}: " if recipe is not None else ""
+    return config_of(sections, f"{recipe}: " if recipe is not None else "")
+
+
+def config_of(sections: Sections, where: str = "") -> Config:
+    """The configuration that sections of keys and values make; what is left out has its default.
+
+    Raises:
+        ValueError: in one line that starts with `where`.
+    """
     try:
         # As JSON: of Python objects, pydantic's strict mode takes no dict for a section. TOML's dates, which
         # JSON has not, become texts and are judged as such.

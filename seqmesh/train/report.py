@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from statistics import median
 from types import TracebackType
+from typing import TextIO
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -21,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from seqmesh.provenance import commit, machine
 from seqmesh.train.config import Config, MeshConfig
 from seqmesh.train.data import Corpus
-from seqmesh.train.events import Compared, Event, Started, StepMetrics, Trained
+from seqmesh.train.events import Compared, Event, Started, StepMetrics, Stopped, Trained
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-1}
 """Largest |Δloss| and |Δ gradient norm| against one rank in fp32, by the precision of the run.
@@ -31,6 +32,32 @@ finds what is broken, not what is off by a little.
 """
 PLAIN_LINES = 20
 """Progress lines of a run whose output is not a terminal."""
+
+
+METRICS = "metrics.jsonl"
+
+
+def read_metrics(run: Path, steps: int) -> list[StepMetrics]:
+    """The first steps of a run; nothing if they are not all there."""
+    try:
+        lines = (run / METRICS).read_text(encoding="utf-8").splitlines()[:steps]
+        found = [StepMetrics(**json.loads(line)) for line in lines]
+    except (OSError, ValueError, TypeError):
+        return []
+    return found if [one.step for one in found] == list(range(1, steps + 1)) else []
+
+
+def _line(step: StepMetrics) -> str:
+    return json.dumps(asdict(step)) + "\n"
+
+
+def _begin_metrics(path: Path, earlier: Sequence[StepMetrics]) -> TextIO:
+    """The file with the earlier steps alone: what came after the checkpoint is done again."""
+    # Replaced whole: a kill leaves the old file or the new one.
+    begun = path.with_suffix(".tmp")
+    begun.write_text("".join(map(_line, earlier)), encoding="utf-8")
+    begun.replace(path)
+    return path.open("a", encoding="utf-8")
 
 
 def _progress_bar() -> Progress | None:
@@ -45,7 +72,23 @@ def _progress_bar() -> Progress | None:
 class Reporter:
     """Handles the events of one run. A context manager, so that the terminal is restored whatever happens."""
 
-    def __init__(self, config: Config, corpus: Corpus, folder: Path, command: str) -> None:
+    def __init__(
+        self,
+        config: Config,
+        corpus: Corpus,
+        folder: Path,
+        command: str,
+        earlier: Sequence[StepMetrics] = (),
+    ) -> None:
+        """Begin the run's files.
+
+        Args:
+            config: the run.
+            corpus: its text.
+            folder: where the files go.
+            command: what was typed.
+            earlier: the steps of the run that is resumed.
+        """
         self.config = config
         self.corpus = corpus
         self.folder = folder
@@ -53,9 +96,10 @@ class Reporter:
         self.started: Started | None = None
         self.trained: Trained | None = None
         self.compared: Compared | None = None
-        self.steps: list[StepMetrics] = []
+        self.stopped: Stopped | None = None
+        self.steps = list(earlier)
         self._progress = _progress_bar()
-        self._metrics = (folder / "metrics.jsonl").open("w", encoding="utf-8")
+        self._metrics = _begin_metrics(folder / METRICS, earlier)
         self._begin = time.monotonic()
         self.train_seconds = 0.0
 
@@ -80,17 +124,19 @@ class Reporter:
                 self._begin = time.monotonic()
             case StepMetrics():
                 self.steps.append(event)
-                self._metrics.write(json.dumps(asdict(event)) + "\n")
+                self._metrics.write(_line(event))
                 self._metrics.flush()  # a run that is stopped leaves every step that it took
                 self._show(event)
             case Trained():
                 self.trained = event
                 self.train_seconds = time.monotonic() - self._begin
-                if self.config.train.compare_steps:
+                if self.config.train.compare_steps and not self.config.run.resume:
                     repeated = min(len(self.steps), self.config.train.compare_steps)
                     self._say(f"repeating the first {repeated} steps on one rank")
             case Compared():
                 self.compared = event
+            case Stopped():
+                self.stopped = event
 
     def _show(self, step: StepMetrics) -> None:
         line = (
@@ -228,13 +274,13 @@ def describe(config: Config, report: Report, seconds: float, folder: Path) -> st
         f" {report.mfu_noncausal:.1%} counting seq_len^2 pairs;"
         f" of {report.peak_flops_per_s / 1e9:.0f} GFLOP/s,"
         " fp32 matmul measured on all ranks at once before the start",
-        "one rank": _one_rank_verdict(report, TOLERANCE[config.train.precision]),
+        "one rank": _one_rank_verdict(report, config),
         "exchanged": f"{_bytes(report.bytes_per_step)} a step by attention, all ranks;"
         f" {_bytes_verdict(report)}",
         "memory": f"peak {peaks} MiB on ranks 0, 1, ..., libraries included",
         "machine": f"{hardware['cores']} cores, {hardware['cpu']};"
         f" torch {hardware['torch']}, transformers {hardware['transformers']}",
-        "results": f"{folder}: metrics.jsonl, loss.png, config.toml, report.json, checkpoint/",
+        "results": f"{folder}: metrics.jsonl, loss.png, config.toml, report.json, checkpoint/, checkpoints/",
     }
     return "\n".join(f"{name:<10} {value}" for name, value in lines.items())
 
@@ -246,9 +292,11 @@ def _degrees(mesh: MeshConfig) -> str:
     return f"{text}, one pool" if mesh.pool else text
 
 
-def _one_rank_verdict(report: Report, tolerance: float) -> str:
+def _one_rank_verdict(report: Report, config: Config) -> str:
     if report.matches_one_rank is None:
-        return "not compared (train.compare_steps = 0)"
+        why = f"resumed from {config.run.resume}" if config.run.resume else "train.compare_steps = 0"
+        return f"not compared ({why})"
+    tolerance = TOLERANCE[config.train.precision]
     verdict = "ok" if report.matches_one_rank else "NOT EQUAL: report this as a bug"
     return (
         f"first {report.compared_steps} steps: |Δloss| <= {report.largest_loss_difference:.1e},"

@@ -4,9 +4,11 @@ Whatever can be wrong with the input is found before a rank starts, or, under to
 that all of them end with the same line and none waits for another.
 """
 
+import shlex
+import signal
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +18,17 @@ from transformers.utils import logging as transformers_logging
 from seqmesh.processes import Place, connect, one_line
 from seqmesh.provenance import this_command
 from seqmesh.train import device as devices
-from seqmesh.train import setup
+from seqmesh.train import setup, step_folders
+from seqmesh.train.checkpoint import Checkpoint
 from seqmesh.train.config import Config
 from seqmesh.train.data import Corpus, micro_batches, read
+from seqmesh.train.events import StepMetrics, Stopped
 from seqmesh.train.launch import RankFailedError, agree, agree_on, run_local
+from seqmesh.train.loop import train
 from seqmesh.train.recipe import dump
-from seqmesh.train.report import Report, Reporter
-from seqmesh.train.trainer import train
+from seqmesh.train.report import Report, Reporter, read_metrics
+from seqmesh.train.resume import check_same_training
+from seqmesh.train.stop import StoppedError, StopRequest
 
 
 def place_from(environment: Mapping[str, str], config: Config) -> Place | None:
@@ -55,6 +61,7 @@ def run(config: Config, place: Place | None) -> Report | None:
     Raises:
         ValueError: input that cannot be run, in one line.
         RankFailedError: a rank failed.
+        StoppedError: the run was asked to stop.
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
@@ -63,26 +70,58 @@ def run(config: Config, place: Place | None) -> Report | None:
     return _run_joined(config, place)
 
 
-def _prepare(config: Config) -> Corpus:
+@dataclass(frozen=True, kw_only=True)
+class _Prepared:
+    """What a run begins with."""
+
+    corpus: Corpus
+    checkpoint: Checkpoint | None
+    """What it is resumed from."""
+
+    def earlier(self) -> list[StepMetrics]:
+        """The steps taken before."""
+        if self.checkpoint is None:
+            return []
+        return read_metrics(step_folders.run_of(self.checkpoint.folder), self.checkpoint.progress.step)
+
+
+def _prepare(config: Config) -> _Prepared:
     """Everything that can be wrong without a rank, checked."""
     devices.check(config.run.device)
-    setup.check(config)
+    shapes = setup.check(config)
     corpus = read(config.data.path)
     micro_batches(corpus, seq_len=config.data.seq_len, sequences=config.micro_batch, seed=config.train.seed)
-    return corpus
+    if not config.run.resume:
+        return _Prepared(corpus=corpus, checkpoint=None)
+    checkpoint = Checkpoint(step_folders.newest(_expanded(config.run.resume, "--resume")))
+    check_same_training(config, corpus, checkpoint.progress)
+    checkpoint.check_model(shapes)
+    return _Prepared(corpus=corpus, checkpoint=checkpoint)
+
+
+def _expanded(folder: str, option: str) -> Path:
+    try:
+        return Path(folder).expanduser()
+    except RuntimeError:
+        raise ValueError(
+            f"run.{option[2:]}={folder!r} names a home folder that does not exist; write {option} in full"
+        ) from None
 
 
 def _make_folder(config: Config) -> Path:
-    """The run's folder, new or empty: results of two runs must not mix."""
-    folder = Path(config.run.folder or f"runs/{time.strftime('%Y%m%d-%H%M%S')}")
+    """The run's folder: new or empty, as results of two runs must not mix, or that of the resumed run."""
+    given = config.run.folder or config.run.resume or f"runs/{time.strftime('%Y%m%d-%H%M%S')}"
+    folder = _expanded(given, "--folder")
     try:
-        folder = folder.expanduser()
         folder.mkdir(parents=True, exist_ok=True)
-        if any(folder.iterdir()):
+        is_resumed = config.run.resume and folder.samefile(_expanded(config.run.resume, "--resume"))
+        if any(folder.iterdir()) and not is_resumed:
             raise ValueError(
                 f"run.folder={str(folder)!r} is not empty; choose a new folder with --folder, or remove it"
             )
-        (folder / "config.toml").write_text(dump(config), encoding="utf-8")
+        # Without what another run from this recipe should not take over.
+        recipe = replace(config, run=replace(config.run, folder="", resume=""))
+        (folder / "config.toml").write_text(dump(recipe), encoding="utf-8")
     except OSError as error:
         raise ValueError(
             f"cannot make run.folder={str(folder)!r}: {error.strerror}; choose another with --folder"
@@ -94,34 +133,66 @@ def _make_folder(config: Config) -> Path:
     return folder
 
 
-def _agree_on_run(config: Config, corpus: Corpus) -> None:
+def _agree_on_run(config: Config, prepared: _Prepared) -> None:
     """Ranks with other recipes or texts would train a model that is nobody's, without an error."""
-    recipe = dump(replace(config, run=replace(config.run, folder=""))).encode()
+    recipe = dump(replace(config, run=replace(config.run, folder="", resume=""))).encode()
+    text = prepared.corpus.fingerprint.encode()
+    found = b"" if prepared.checkpoint is None else prepared.checkpoint.description
     agree_on(
         config.mesh.world,
         configuration=([recipe], "start every rank with the same recipe and options (run.folder apart)"),
-        text=(corpus.documents, f"put the same files at data.path={config.data.path!r} for every rank"),
+        text=([text], f"put the same files at data.path={config.data.path!r} for every rank"),
+        checkpoint=([found], f"let every rank see the same folder at run.resume={config.run.resume!r}"),
     )
 
 
+def _told_by_rank_0(folder: Path, world: int) -> Path:
+    """Rank 0's folder, on every rank."""
+    told = [str(folder.absolute())]
+    if world > 1:
+        dist.broadcast_object_list(told)
+    return Path(told[0])
+
+
 def _run_local(config: Config) -> Report:
-    corpus = _prepare(config)
+    prepared = _prepare(config)
+    earlier = prepared.earlier()
     folder = _make_folder(config)
     logs = folder / "logs"
-    logs.mkdir()
+    logs.mkdir(exist_ok=True)
 
-    def work(_: Place, emit: Callable[[Any], None]) -> None:
-        _agree_on_run(config, corpus)
-        train(config, corpus, folder, emit)
+    stop = StopRequest()
 
-    with Reporter(config, corpus, folder, this_command()) as reporter:
+    def work(place: Place, emit: Callable[[Any], None]) -> None:
+        _agree_on_run(config, prepared)
+        stopped = train(config, prepared.corpus, folder, emit, stop, prepared.checkpoint)
+        if place.rank == 0 and stopped is not None:
+            emit(stopped)
+
+    with Reporter(config, prepared.corpus, folder, this_command(), earlier) as reporter:
         try:
-            run_local(work, config.mesh.world, config.run.timeout_s, reporter.handle, logs)
+            run_local(work, config.mesh.world, config.run.timeout_s, reporter.handle, logs, stop)
         except KeyboardInterrupt:
-            raise KeyboardInterrupt(
-                f"after {len(reporter.steps)} steps; their metrics are in {folder}"
-            ) from None
+            raise KeyboardInterrupt(f"after {len(reporter.steps)} steps; {_how_to_go_on(folder)}") from None
+        except RankFailedError as error:
+            raise RankFailedError(f"{error}; {_how_to_go_on(folder)}") from None
+    if reporter.stopped is not None:
+        raise _stopped(reporter.stopped, folder)
     return reporter.finish()
+
+
+def _how_to_go_on(folder: Path) -> str:
+    """From the newest checkpoint, if there is one."""
+    saved = step_folders.complete(folder)
+    if not saved:
+        return f"nothing is saved but metrics in {folder}"
+    recipe = shlex.quote(str(folder / "config.toml"))
+    return f"{saved[-1].name} is saved: seqmesh train {recipe} --resume {shlex.quote(str(folder))}"
+
+
+def _stopped(event: Stopped, folder: Path) -> StoppedError:
+    who = "Ctrl-C" if event.signal == signal.SIGINT else signal.Signals(event.signal).name
+    return StoppedError(event.signal, f"stopped by {who} after {event.step} steps; {_how_to_go_on(folder)}")
 
 
 def _join(place: Place, timeout_s: float) -> None:
@@ -134,11 +205,11 @@ def _join(place: Place, timeout_s: float) -> None:
 
 
 def _run_joined(config: Config, place: Place) -> Report | None:
-    corpus: Corpus | None = None
+    prepared: _Prepared | None = None
     folder = Path()
     mistake: str | None = None
     try:
-        corpus = _prepare(config)
+        prepared = _prepare(config)
         if place.rank == 0:
             folder = _make_folder(config)
     except (ValueError, OSError) as error:
@@ -147,13 +218,10 @@ def _run_joined(config: Config, place: Place) -> Report | None:
         # Joining comes second: whatever a rank has found wrong, the others wait for it there.
         _join(place, config.run.timeout_s)
         agree(mistake, place.world)
-        assert corpus is not None
-        _agree_on_run(config, corpus)
-        if place.rank:
-            train(config, corpus, folder, lambda _: None)
-            return None
-        with Reporter(config, corpus, folder, this_command()) as reporter:
-            train(config, corpus, folder, reporter.handle)
+        assert prepared is not None
+        _agree_on_run(config, prepared)
+        told = _told_by_rank_0(folder, place.world)
+        return _train_joined(config, prepared, told if place.rank else folder, place)
     except ValueError:
         if dist.is_initialized():
             # or its threads may abort the process as it exits, which would hide the exit code
@@ -161,4 +229,24 @@ def _run_joined(config: Config, place: Place) -> Report | None:
         raise
     except (RuntimeError, ArithmeticError) as error:
         raise RankFailedError(f"rank {place.rank} failed: {one_line(error)}") from error
+
+
+def _train_joined(config: Config, prepared: _Prepared, folder: Path, place: Place) -> Report | None:
+    """Train as one of torchrun's ranks, of which rank 0 reports.
+
+    Raises:
+        StoppedError: on all ranks, the run was asked to stop.
+    """
+    stop = StopRequest()
+    corpus, checkpoint = prepared.corpus, prepared.checkpoint
+    with stop.listening(signal.SIGINT, signal.SIGTERM):
+        if place.rank:
+            stopped = train(config, corpus, folder, lambda _: None, stop, checkpoint)
+            if stopped is not None:
+                raise StoppedError(stopped.signal, "")
+            return None
+        with Reporter(config, corpus, folder, this_command(), prepared.earlier()) as reporter:
+            stopped = train(config, corpus, folder, reporter.handle, stop, checkpoint)
+        if stopped is not None:
+            raise _stopped(stopped, folder)
     return reporter.finish()

@@ -57,7 +57,12 @@ def build(config: Config, mesh: ParallelMesh, vocabulary: int | None = None) -> 
     return model
 
 
-def check(config: Config) -> None:
-    """Raise what `build` would raise of a model, without allocating or computing: before a rank starts."""
+def check(config: Config) -> dict[str, tuple[int, ...]]:
+    """Raise what `build` would raise of a model, without allocating or computing: before a rank starts.
+
+    Returns:
+        The shape of every parameter, by name.
+    """
     with torch.device("meta"):
-        parallelize(models.build(config), ParallelDims().build(), ParallelPlan(zero=0))
+        model = parallelize(models.build(config), ParallelDims().build(), ParallelPlan(zero=0))
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}

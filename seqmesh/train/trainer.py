@@ -1,4 +1,4 @@
-"""The training loop of one rank. Start reading here.
+"""A training step of one rank. Start reading here; loop.py takes the steps.
 
     micro-batches of a step, as pieces of documents     data.py: the same on every rank
       -> those of this data-parallel rank, packed       (1, s); labels are shifted before anything is sharded
@@ -12,32 +12,25 @@ The same class with one rank on every axis: that is how a run checks its own fir
 """
 
 import math
-import os
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import replace
-from datetime import timedelta
+from collections.abc import Sequence
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
-from transformers import ByT5Tokenizer
 
 from seqmesh.engine.exchange import CountBytes
 from seqmesh.parallel import LocalBatch, ParallelDims, ParallelMesh, shard_micro_batches
-from seqmesh.parallel.gather import whole_weights
-from seqmesh.train import device as devices
 from seqmesh.train import model as models
-from seqmesh.train import setup
-from seqmesh.train.config import Config, MeshConfig, TrainConfig
+from seqmesh.train import setup, step_folders
+from seqmesh.train.checkpoint import Checkpoint, Progress, load_checkpoint, save_checkpoint
+from seqmesh.train.config import Config, TrainConfig
 from seqmesh.train.data import Corpus, Piece, assemble, micro_batches
-from seqmesh.train.events import Compared, Event, Started, StepMetrics, Trained
-from seqmesh.train.facts import RankFacts, check_agreement, gather, gather_facts, weight_checksum
-
-Emit = Callable[[Event], None]
+from seqmesh.train.events import StepMetrics
+from seqmesh.train.facts import RankFacts, check_agreement, gather_facts, weight_checksum
+from seqmesh.train.recipe import dump
 
 
 def learning_rate(step: int, train: TrainConfig) -> float:
@@ -93,13 +86,52 @@ class Trainer:
         self.peak_flops_per_s = peak_flops_per_s
         self.parameters, self.matmul_parameters = models.count_parameters(config, vocabulary)
         self.model = setup.build(config, mesh, vocabulary)
-        self.stream = micro_batches(
-            corpus, seq_len=config.data.seq_len, sequences=config.micro_batch, seed=config.train.seed
-        )
         self.optimizer = self.model.optimizer(
             partial(torch.optim.AdamW, lr=config.train.lr, betas=(0.9, 0.95)), self._parameter_groups()
         )
-        self.steps_done = 0
+        self._begin_after(0)
+        self.saved: Path | None = None
+        """The checkpoint that holds what this is now; None if no step has been saved or loaded."""
+
+    def _begin_after(self, steps: int) -> None:
+        """Let the next step be the one after `steps`, with its text."""
+        data = self.config.data
+        self.steps_done = steps
+        self.stream = micro_batches(
+            self.corpus,
+            seq_len=data.seq_len,
+            sequences=self.config.micro_batch,
+            seed=self.config.train.seed,
+            skip=steps * data.sequences,
+        )
+
+    def save(self, run: Path) -> None:
+        """Save a checkpoint in a run's folder, unless it is there. A collective over all ranks.
+
+        Raises:
+            ValueError: on all ranks alike, it cannot be written.
+        """
+        if self.saved == step_folders.folder_of(run, self.steps_done).resolve():
+            return
+        progress = Progress(
+            step=self.steps_done,
+            sequences=self.steps_done * self.config.data.sequences,
+            recipe=dump(self.config),
+            text=self.corpus.fingerprint,
+            world=self.mesh.dims.world,
+        )
+        saved = save_checkpoint(run, self.model, self.optimizer, progress, self.config.run.keep)
+        self.saved = saved.resolve()
+
+    def resume(self, checkpoint: Checkpoint) -> None:
+        """Go on where a checkpoint was saved. A collective over all ranks.
+
+        Raises:
+            ValueError: on all ranks alike, a file of it that is damaged.
+        """
+        load_checkpoint(checkpoint, self.model, self.optimizer)
+        self._begin_after(checkpoint.progress.step)
+        self.saved = checkpoint.folder.resolve()
 
     def _parameter_groups(self) -> list[dict[str, object]]:
         # Norms and biases have a scale of their own, which decay would pull to 0.
@@ -209,119 +241,3 @@ def holders(dims: ParallelDims, zero: int) -> list[tuple[int, ...]]:
         shard = (place["dp_shard"], place["ring"], place["ulysses"]) if zero >= 2 else ()
         found.append((place["pp"], place["tp"], *shard))
     return found
-
-
-def train(config: Config, corpus: Corpus, folder: Path, emit: Emit) -> None:
-    """A whole run of one rank.
-
-    The default process group is set up when the mesh has more than one rank, and is ended here.
-
-    Args:
-        config: the run.
-        corpus: its text.
-        folder: rank 0 writes folder/checkpoint.
-        emit: called on rank 0 with every event.
-    """
-    torch.set_num_threads(config.run.threads)
-    world, device = config.mesh.world, config.run.device
-    devices.claim(device, dist.get_rank() if world > 1 else 0)
-    mesh = setup.dims_of(config.mesh).build(device, timedelta(seconds=config.run.timeout_s))
-    trainer = Trainer(config, corpus, mesh, _measure_peak(config))
-    beginning = _take_steps(trainer, emit)
-    memory = gather(devices.peak_memory_bytes(device), world)
-    weights = whole_weights(trainer.model)
-    is_first = world == 1 or dist.get_rank() == 0
-    del trainer
-    if world > 1:
-        # the other ranks are done: nobody waits, with whatever timeout, for rank 0's comparison
-        dist.destroy_process_group()
-    if is_first:
-        save(config, weights, folder / "checkpoint")
-        emit(Trained(peak_memory_bytes=tuple(int(peak) for peak in memory)))
-        if beginning:
-            emit(compare_on_one_rank(config, corpus, beginning))
-
-
-def _take_steps(trainer: Trainer, emit: Emit) -> list[StepMetrics]:
-    """All steps of a run; returns the first ones, which are repeated on one rank afterwards."""
-    config = trainer.config.train
-    world = trainer.mesh.dims.world
-    first_rank = world == 1 or dist.get_rank() == 0
-    if first_rank:
-        emit(
-            Started(
-                parameters=trainer.parameters,
-                matmul_parameters=trainer.matmul_parameters,
-                peak_flops_per_s=trainer.peak_flops_per_s,
-            )
-        )
-    beginning: list[StepMetrics] = []
-    deadline = time.monotonic() + 60 * config.minutes if config.minutes else math.inf
-    while trainer.steps_done < config.steps and _time_is_left(deadline, world):
-        metrics = trainer.step()
-        if first_rank:
-            emit(metrics)
-        if len(beginning) < config.compare_steps:
-            beginning.append(metrics)
-    return beginning
-
-
-def _time_is_left(deadline: float, ranks: int) -> bool:
-    """Rank 0's clock decides for all: a rank that stopped by its own would leave the others waiting."""
-    return bool(gather(time.monotonic() < deadline, ranks)[0])
-
-
-def _measure_peak(config: Config, rounds: int = 6) -> float:
-    """Matmul FLOP/s of all ranks together in the run's precision, the best of a few rounds.
-
-    All measure at once: on shared cores that is what they can have together.
-    """
-    ranks = config.mesh.world
-    # CPUs without bf16 instructions would be far slower in it: their rate is fp32's, whatever is computed.
-    is_half = config.run.device == "cuda" and config.train.precision == "bf16"
-    dtype = torch.bfloat16 if is_half else torch.float32
-    best = 0.0
-    for _ in range(rounds):
-        gather(0.0, ranks)  # start together
-        rates = gather(devices.measure_matmul_flops_per_s(config.run.device, dtype), ranks)
-        best = max(best, sum(rates))
-    return best
-
-
-def save(config: Config, weights: dict[str, torch.Tensor], folder: Path) -> None:
-    """A checkpoint that plain transformers loads: how the model was made parallel is not part of it."""
-    with torch.device("meta"):
-        model = models.build(config)
-    model.save_pretrained(folder, state_dict=weights)
-    ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
-
-
-def compare_on_one_rank(config: Config, corpus: Corpus, beginning: Sequence[StepMetrics]) -> Compared:
-    """Repeat the first steps from the same seed on one rank in fp32, which exchanges nothing, and compare."""
-    # The other ranks have ended: their cores are free.
-    threads_of_all = config.mesh.world * config.run.threads
-    torch.set_num_threads(max(config.run.threads, min(threads_of_all, os.cpu_count() or 1)))
-    one_rank = replace(
-        config,
-        mesh=MeshConfig(ring=1, ulysses=1, layout=config.mesh.layout),
-        train=replace(
-            config.train,
-            zero=0,
-            precision="fp32",
-            offload="none",
-            shard_norms=False,
-            pipeline="1f1b",
-            checkpointing="none",
-            tiling="none",
-            micro_batch=config.micro_batch,
-        ),
-    )
-    alone = Trainer(one_rank, corpus, ParallelDims().build(), peak_flops_per_s=1.0)
-    repeated = [alone.step() for _ in beginning]
-    pairs = list(zip(beginning, repeated, strict=True))
-    return Compared(
-        losses=tuple(step.loss for step in repeated),
-        grad_norms=tuple(step.grad_norm for step in repeated),
-        largest_loss_difference=max(abs(a.loss - b.loss) for a, b in pairs),
-        largest_grad_norm_difference=max(abs(a.grad_norm - b.grad_norm) for a, b in pairs),
-    )

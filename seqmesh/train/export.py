@@ -1,0 +1,47 @@
+"""`seqmesh export`: a run's newest checkpoint as the model that plain transformers loads, in one process.
+
+    FOLDER/checkpoints/step-N   -- each parameter, whole -->   OUT/model.safetensors, config.json, tokenizer
+
+No rank is started: shards of any mesh are put together as they are read.
+"""
+
+import tomllib
+from pathlib import Path
+
+import torch
+
+from seqmesh.train import setup, step_folders
+from seqmesh.train.checkpoint import Checkpoint
+from seqmesh.train.loop import save
+from seqmesh.train.recipe import config_of
+
+
+def export(run: Path, out: Path | None = None) -> Path:
+    """Write a model.
+
+    Args:
+        run: a run's folder.
+        out: new or empty; default: FOLDER/export/step-N.
+
+    Returns:
+        The folder of the model.
+
+    Raises:
+        ValueError: no complete checkpoint, a damaged file, or a folder that has files or takes none.
+    """
+    checkpoint = Checkpoint(step_folders.newest(run))
+    config = config_of(tomllib.loads(checkpoint.progress.recipe), f"{checkpoint.folder}: ")
+    shapes = setup.check(config)
+    checkpoint.check_model(shapes)
+    checkpoint.check_files()
+    out = out or run / "export" / checkpoint.folder.name
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if any(out.iterdir()):
+            raise ValueError(f"{str(out)!r} is not empty; choose a new folder, or remove it")
+        weights = {f"model.{name}": torch.empty(shape) for name, shape in shapes.items()}
+        checkpoint.read_into(weights)
+        save(config, {name.removeprefix("model."): weight for name, weight in weights.items()}, out)
+    except OSError as error:
+        raise ValueError(f"cannot write {str(out)!r}: {error.strerror}; choose another folder") from None
+    return out

@@ -1,0 +1,183 @@
+"""A whole run of one rank: steps, checkpoints, a stop if one is asked for, what comes after the last step.
+
+resume -> steps, checkpoints between them -> the model for plain transformers -> the first steps again,
+                |                                                                on one rank
+                `-> asked to stop: a checkpoint, and no more
+"""
+
+import math
+import os
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from transformers import ByT5Tokenizer
+
+from seqmesh.parallel import ParallelDims
+from seqmesh.parallel.gather import whole_weights
+from seqmesh.train import device as devices
+from seqmesh.train import model as models
+from seqmesh.train import setup
+from seqmesh.train.checkpoint import Checkpoint
+from seqmesh.train.config import Config, MeshConfig
+from seqmesh.train.data import Corpus
+from seqmesh.train.events import Compared, Event, Started, StepMetrics, Stopped, Trained
+from seqmesh.train.facts import gather
+from seqmesh.train.stop import StopRequest
+from seqmesh.train.trainer import Trainer
+
+Emit = Callable[[Event], None]
+
+
+def train(
+    config: Config,
+    corpus: Corpus,
+    folder: Path,
+    emit: Emit,
+    stop: StopRequest,
+    checkpoint: Checkpoint | None = None,
+) -> Stopped | None:
+    """A whole run of one rank. The default process group, which several ranks have, is ended here.
+
+    Args:
+        config: the run.
+        corpus: its text.
+        folder: the run's, the same for every rank: checkpoints, and the model as rank 0 writes it at the end.
+        emit: called on rank 0 with every event.
+        stop: may be asked for at any time; the run ends after a step, with a checkpoint.
+        checkpoint: to go on from; default: from the start.
+
+    Returns:
+        What stopped the run, the same on every rank; None at its end.
+    """
+    torch.set_num_threads(config.run.threads)
+    world, device = config.mesh.world, config.run.device
+    devices.claim(device, dist.get_rank() if world > 1 else 0)
+    mesh = setup.dims_of(config.mesh).build(device, timedelta(seconds=config.run.timeout_s))
+    trainer = Trainer(config, corpus, mesh, _measure_peak(config))
+    beginning, stopped = _take_steps(trainer, folder, emit, stop, checkpoint)
+    memory = gather(devices.peak_memory_bytes(device), world)
+    weights = whole_weights(trainer.model) if stopped is None else {}
+    is_first = world == 1 or dist.get_rank() == 0
+    del trainer
+    if world > 1:
+        dist.destroy_process_group()  # nobody waits, with whatever timeout, for rank 0's comparison
+    if is_first and stopped is None:
+        save(config, weights, folder / "checkpoint")
+        emit(Trained(peak_memory_bytes=tuple(int(peak) for peak in memory)))
+        if beginning:
+            emit(compare_on_one_rank(config, corpus, beginning))
+    return stopped
+
+
+def _take_steps(
+    trainer: Trainer, folder: Path, emit: Emit, stop: StopRequest, checkpoint: Checkpoint | None
+) -> tuple[list[StepMetrics], Stopped | None]:
+    """All steps that are left of a run, or those until it is asked to stop, and a checkpoint.
+
+    Returns:
+        The run's first steps, to be repeated on one rank afterwards, and what stopped it.
+    """
+    if checkpoint is not None:
+        trainer.resume(checkpoint)
+    config = trainer.config.train
+    every = trainer.config.run.checkpoint_every
+    world = trainer.mesh.dims.world
+    first_rank = world == 1 or dist.get_rank() == 0
+    if first_rank:
+        emit(_started(trainer))
+    beginning: list[StepMetrics] = []
+    deadline = time.monotonic() + 60 * config.minutes if config.minutes else math.inf
+    asked = 0
+    while trainer.steps_done < config.steps and _time_is_left(deadline, world):
+        # A signal may reach any of torchrun's ranks, and local ones at different steps: all take part in all
+        # notes, so all stop here or none does.
+        asked = int(max(gather(stop.signal, world)))
+        if asked:
+            break
+        metrics = trainer.step()
+        if first_rank:
+            emit(metrics)
+        if metrics.step <= config.compare_steps:
+            beginning.append(metrics)
+        if every and metrics.step % every == 0:
+            trainer.save(folder)
+    if trainer.steps_done:
+        trainer.save(folder)
+    # A run that was resumed has not seen them, or not all.
+    is_whole = bool(beginning) and beginning[0].step == 1
+    stopped = Stopped(step=trainer.steps_done, signal=asked) if asked else None
+    return (beginning if is_whole else []), stopped
+
+
+def _started(trainer: Trainer) -> Started:
+    return Started(
+        parameters=trainer.parameters,
+        matmul_parameters=trainer.matmul_parameters,
+        peak_flops_per_s=trainer.peak_flops_per_s,
+    )
+
+
+def _time_is_left(deadline: float, ranks: int) -> bool:
+    """Rank 0's clock decides for all: a rank that stopped by its own would leave the others waiting."""
+    return bool(gather(time.monotonic() < deadline, ranks)[0])
+
+
+def _measure_peak(config: Config, rounds: int = 6) -> float:
+    """Matmul FLOP/s of all ranks together in the run's precision, the best of a few rounds.
+
+    All measure at once: on shared cores that is what they can have together.
+    """
+    ranks = config.mesh.world
+    # CPUs without bf16 instructions would be far slower in it: their rate is fp32's, whatever is computed.
+    is_half = config.run.device == "cuda" and config.train.precision == "bf16"
+    dtype = torch.bfloat16 if is_half else torch.float32
+    best = 0.0
+    for _ in range(rounds):
+        gather(0.0, ranks)  # start together
+        rates = gather(devices.measure_matmul_flops_per_s(config.run.device, dtype), ranks)
+        best = max(best, sum(rates))
+    return best
+
+
+def save(config: Config, weights: dict[str, torch.Tensor], folder: Path) -> None:
+    """A checkpoint that plain transformers loads: how the model was made parallel is not part of it."""
+    with torch.device("meta"):
+        model = models.build(config)
+    model.save_pretrained(folder, state_dict=weights)
+    ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
+
+
+def compare_on_one_rank(config: Config, corpus: Corpus, beginning: Sequence[StepMetrics]) -> Compared:
+    """Repeat the first steps from the same seed on one rank in fp32, which exchanges nothing, and compare."""
+    # The other ranks have ended: their cores are free.
+    threads_of_all = config.mesh.world * config.run.threads
+    torch.set_num_threads(max(config.run.threads, min(threads_of_all, os.cpu_count() or 1)))
+    one_rank = replace(
+        config,
+        mesh=MeshConfig(ring=1, ulysses=1, layout=config.mesh.layout),
+        train=replace(
+            config.train,
+            zero=0,
+            precision="fp32",
+            offload="none",
+            shard_norms=False,
+            pipeline="1f1b",
+            checkpointing="none",
+            tiling="none",
+            micro_batch=config.micro_batch,
+        ),
+    )
+    alone = Trainer(one_rank, corpus, ParallelDims().build(), peak_flops_per_s=1.0)
+    repeated = [alone.step() for _ in beginning]
+    pairs = list(zip(beginning, repeated, strict=True))
+    return Compared(
+        losses=tuple(step.loss for step in repeated),
+        grad_norms=tuple(step.grad_norm for step in repeated),
+        largest_loss_difference=max(abs(a.loss - b.loss) for a, b in pairs),
+        largest_grad_norm_difference=max(abs(a.grad_norm - b.grad_norm) for a, b in pairs),
+    )

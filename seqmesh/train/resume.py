@@ -1,0 +1,55 @@
+"""Whether a recipe goes on with what a checkpoint began: the same model on the same text in the same order.
+
+What may change is how it is computed: the mesh, what ranks share and recompute, how a step is cut into
+micro-batches. Those change a training by rounding, everything else makes it another one.
+"""
+
+import tomllib
+from typing import Any
+
+from seqmesh.train.checkpoint import Progress
+from seqmesh.train.config import Config
+from seqmesh.train.data import Corpus
+from seqmesh.train.recipe import dump, to_toml
+
+_MAY_DIFFER = frozenset(
+    {
+        *("zero", "checkpointing", "offload", "tiling", "shard_norms", "micro_batch", "pipeline"),
+        *("minutes", "compare_steps"),
+    }
+)
+"""Keys of [train] that do not change what is trained but by rounding."""
+_PATH = ("data", "path")
+"""Compared by what is read there."""
+
+
+def check_same_training(config: Config, corpus: Corpus, saved: Progress) -> None:
+    """Refuse a recipe or a text that a checkpoint does not go on with.
+
+    Raises:
+        ValueError: the first key that differs, another text, or no step that is left.
+    """
+    now, before = tomllib.loads(dump(config)), tomllib.loads(saved.recipe)
+    for section in ("model", "data", "train"):
+        for key, value in now[section].items():
+            if key in _MAY_DIFFER or (section, key) == _PATH:
+                continue
+            _check_equal(f"{section}.{key}", value, before[section].get(key), config.run.resume)
+    if corpus.fingerprint != saved.text:
+        raise ValueError(
+            f"data.path={config.data.path!r} has another text than run.resume={config.run.resume!r} was"
+            " trained on; point data.path at that text"
+        )
+    if saved.step >= config.train.steps:
+        raise ValueError(
+            f"run.resume={config.run.resume!r} has taken all its train.steps={config.train.steps}; nothing is"
+            " left to resume"
+        )
+
+
+def _check_equal(key: str, value: Any, before: Any, run: str) -> None:
+    if value != before:
+        raise ValueError(
+            f"{key}={to_toml(value)} but run.resume={run!r} was trained with {to_toml(before)};"
+            " leave it so, or start a new run without run.resume"
+        )

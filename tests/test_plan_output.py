@@ -20,11 +20,13 @@ from seqmesh.planner.inputs.legality import violations
 from seqmesh.planner.inputs.models import load_model
 from seqmesh.planner.inputs.numerics import Numerics
 from seqmesh.planner.inputs.point import Point
+from seqmesh.planner.output import emit as emitted
 from seqmesh.planner.output.emit import emit
 from seqmesh.planner.output.plot import OTHER, label, parts, plot
 from seqmesh.planner.output.stage_times import stage_times
 from seqmesh.planner.output.timeline import MOST_EVENTS, timeline
 from seqmesh.train.config import Config, MeshConfig, TrainConfig
+from seqmesh.train.data import VOCAB_SIZE
 from seqmesh.train.recipe import load
 
 pytestmark = pytest.mark.fast
@@ -58,7 +60,7 @@ def subjects(missing: list[str]) -> list[str]:
     return [line.partition(":")[0] for line in missing]
 
 
-ALWAYS = ["1 x 4 a800-sxm", "vocabulary=128256", "rotary base"]
+ALWAYS = ["1 x 4 a800-sxm", "tokens", "rotary base"]
 """What is named of every plan for llama3-8b on such a machine."""
 
 
@@ -73,6 +75,9 @@ def test_the_trainer_reads_an_emitted_recipe(model: str, tmp_path: Path) -> None
     assert sizes == (shape.hidden, shape.layers, shape.intermediate)
     assert (read.model.heads, read.model.kv_heads) == (shape.heads, shape.kv_heads)
     assert read.model.tie_embeddings == shape.tied_embeddings
+    assert read.model.vocabulary == shape.vocabulary
+    assert read.run.device == "cuda"
+    assert emitted.BYTE_TOKENS == VOCAB_SIZE
     assert (read.data.seq_len, read.data.sequences) == (8192, 4)
     assert read.model.rope_theta == load(None).model.rope_theta
 
@@ -160,7 +165,9 @@ def test_a_model_that_the_trainer_cannot_build_is_refused_in_its_words() -> None
 def test_a_models_name_cannot_add_keys_to_a_recipe() -> None:
     named = replace(load_model("llama3-8b"), name='x\n[run]\nthreads = "\0"')
     text, _ = emit(replace(job(), model=named), POINT)
-    assert set(tomllib.loads(text)) == {"mesh", "model", "data", "train"}
+    read = tomllib.loads(text)
+    assert set(read) == {"mesh", "model", "data", "train", "run"}
+    assert read["run"] == {"device": "cuda"}
 
 
 @pytest.mark.parametrize("module", ["paper.compare", "output.emit", "output.timeline", "output.plot"])

@@ -4,10 +4,10 @@
     tp 2, ulysses 4, ring 2, dp 2              [mesh]   tp = 2, ulysses = 4, ring = 2, dp_shard = 2
     ZeRO-3, bf16, checkpointing full           [train]  zero = 3, precision = "bf16", checkpointing = "full"
     llama3-8b, 128K tokens, 4 sequences        [model], [data]
-    what the trainer has no key for, or        "# - vocabulary=128256: ..."
+    what the trainer has no key for, or        "# - head_dim=256: ..."
     refuses beside the rest
 
-The ranks are CPU processes of one machine and the text is bytes. Nothing is left out silently: a `_Setting`
+The text is bytes. Nothing is left out silently: a `_Setting`
 that differs from the point says so.
 """
 
@@ -17,7 +17,10 @@ from typing import Any, NamedTuple
 
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.point import AXES, Point
-from seqmesh.train.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
+from seqmesh.train.config import Config, DataConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
+
+BYTE_TOKENS = 259
+"""Token ids of the trainer's text (a test keeps it equal)."""
 
 
 class _Setting(NamedTuple):
@@ -37,7 +40,7 @@ def emit(job: Job, point: Point) -> tuple[str, list[str]]:
         ValueError: the trainer cannot build this model at all, in the trainer's own words.
     """
     settings = {"mesh": _mesh(job, point), "model": _model(job), "data": _data(job)}
-    settings["train"] = _train(job, point)
+    settings |= {"train": _train(job, point), "run": {"device": _Setting("cuda")}}
     sections = {name: {key: one.value for key, one in keys.items()} for name, keys in settings.items()}
     _check(job, sections)
     missing = [one.missing for keys in settings.values() for one in keys.values() if one.missing]
@@ -60,6 +63,7 @@ def _check(job: Job, sections: Mapping[str, dict[str, Any]]) -> None:
             model=ModelConfig(**sections["model"]),
             data=DataConfig(**sections["data"]),
             train=TrainConfig(**sections["train"]),
+            run=RunConfig(**sections["run"]),
         )
     except ValueError as error:
         raise ValueError(f"seqmesh train cannot run {job.model.name}: {error}") from None
@@ -94,8 +98,15 @@ def _model(job: Job) -> dict[str, _Setting]:
         "heads": _Setting(m.heads),
         "kv_heads": _Setting(m.kv_heads),
         "intermediate": _Setting(m.intermediate),
+        "vocabulary": _vocabulary(m.vocabulary),
         "tie_embeddings": _Setting(m.tied_embeddings),
     }
+
+
+def _vocabulary(rows: int) -> _Setting:
+    if rows < BYTE_TOKENS:
+        return _Setting(0, f"vocabulary={rows}: the trainer's tokens are {BYTE_TOKENS} bytes and marks")
+    return _Setting(rows)
 
 
 def _data(job: Job) -> dict[str, _Setting]:
@@ -145,7 +156,7 @@ def _precision(job: Job, point: Point) -> _Setting:
 def _machine(job: Job, point: Point) -> Iterator[str]:
     yield (
         f"{job.cluster.nodes} x {job.cluster.gpus_per_node} {job.cluster.gpu.name}:"
-        " the ranks are CPU processes of one machine"
+        " recipes/launch starts a rank for each GPU; on a laptop, add --device cpu"
     )
     degrees = {"tp": point.tp, "ulysses": point.ulysses, "ring": point.ring, "dp": point.dp, "pp": point.pp}
     used = [axis for axis in job.axes if degrees[axis] > 1]
@@ -168,7 +179,7 @@ def _schedule(job: Job, point: Point) -> Iterator[str]:
 def _shape(job: Job) -> Iterator[str]:
     """The model's shape where a recipe cannot say it, and the text."""
     m = job.model
-    yield f"vocabulary={m.vocabulary}: the trainer is byte-level and has its own small vocabulary"
+    yield "tokens: the trainer's are bytes; of the embeddings it uses the first rows"
     if m.head_dim * m.heads != m.hidden:
         yield f"head_dim={m.head_dim}: the trainer's is hidden / heads = {m.hidden // m.heads}"
     if not m.gated:

@@ -35,7 +35,9 @@ def main() -> None:
     except Exception as error:
         if not _is_usage_error(error):
             raise
-        message = _one_line(getattr(error, "message", error))
+        # An argument that is missing has no message until it is formatted.
+        format_message = getattr(error, "format_message", error.__str__)
+        message = _one_line(getattr(error, "message", "") or format_message()).rstrip(".")
         near = getattr(error, "possibilities", None)
         suggestion = f"; did you mean {near[0]}?" if near else ""
         code = _fail(f"{message}{suggestion} (see {_help_of(sys.argv)})", USAGE)
@@ -63,7 +65,9 @@ def _fail(message: str, code: int) -> int:
 def _help_of(arguments: Sequence[str]) -> str:
     named = arguments[1:2]
     return (
-        f"seqmesh {named[0]} --help" if named and named[0] in ("plan", "verify", "draw") else "seqmesh --help"
+        f"seqmesh {named[0]} --help"
+        if named and named[0] in ("plan", "verify", "draw", "export")
+        else "seqmesh --help"
     )
 
 

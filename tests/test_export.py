@@ -51,6 +51,7 @@ def test_tied_embeddings_stay_tied(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
+        ([], "Missing argument 'FOLDER' (see seqmesh export --help)"),
         (["nowhere"], "'nowhere' is no folder; give the folder of a run"),
         (["."], "'.' has no complete checkpoint; give the folder of a run"),
         (["run", "taken"], "'taken' is not empty; choose a new folder"),

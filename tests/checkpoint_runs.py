@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from meshes import mesh_of
 from torch import Tensor
 
 from seqmesh.parallel.gather import whole_weights
@@ -46,7 +47,7 @@ def config_of(**settings: Any) -> Config:
 
 
 def trainer_of(config: Config) -> Trainer:
-    return Trainer(config, TEXT, dims_of(config.mesh).build(), peak_flops_per_s=1.0)
+    return Trainer(config, TEXT, mesh_of(dims_of(config.mesh)), peak_flops_per_s=1.0)
 
 
 def finished(trainer: Trainer) -> Trained:

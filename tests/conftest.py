@@ -1,5 +1,6 @@
 """Session set-up: the server of ranks is forked here, before PyTorch has run anything."""
 
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,13 @@ def ranks() -> Ranks:
 def pytest_unconfigure() -> None:
     """End every rank, whatever the tests did."""
     _RANKS.close()
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _end_ranks_of_many_meshes(request: pytest.FixtureRequest) -> Iterator[None]:
+    yield
+    if request.module.__name__.startswith(("test_parallel", "test_train", "test_plan")):
+        _RANKS.end()
 
 
 @pytest.fixture(autouse=True)

@@ -9,6 +9,7 @@ from functools import cache, partial
 from typing import Any
 
 import torch
+from meshes import mesh_of
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
@@ -19,7 +20,6 @@ from transformers.utils import logging
 from seqmesh import masks
 from seqmesh.parallel import (
     ParallelDims,
-    ParallelMesh,
     ParallelModel,
     ParallelPlan,
     TokenBatch,
@@ -162,12 +162,6 @@ def train(model: ParallelModel, run: Run) -> Outcome:
 def whole(x: Tensor | None) -> Tensor:
     assert x is not None
     return (x.full_tensor() if isinstance(x, DTensor) else x).clone()
-
-
-@cache
-def mesh_of(dims: ParallelDims) -> ParallelMesh:
-    """One mesh for all tests that a rank of the pool takes part in."""
-    return dims.build()
 
 
 def on_mesh(run: Run) -> Outcome:

@@ -120,6 +120,15 @@ class Ranks:
             self._pools[world] = Pool(pids, [connections[rank] for rank in range(world)])
         return self._pools[world].connections
 
+    def end(self) -> None:
+        """End every pool; the next request makes a new one.
+
+        gloo's groups have threads that wake a hundred times a second, whether or not anybody uses them. Ranks
+        that have made hundreds of groups leave no time for the tests that follow.
+        """
+        for world in list(self._pools):
+            self._end(world)
+
     def run(self, world: int, function: Callable[..., Any], *args: Any) -> list[Any]:
         """`function(*args)` on every rank of a pool; its results by rank.
 

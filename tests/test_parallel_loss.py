@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from meshes import mesh_of
 from ranks import Ranks
 from torch import Tensor
 from torch.distributed.tensor import DTensor, Shard, distribute_tensor
@@ -44,7 +45,7 @@ def test_the_loss_is_cross_entropy_in_chunks_of_any_size(chunk_rows: int, softca
 
 
 def with_sharded_vocabulary(softcap: float | None) -> list[Tensor]:
-    mesh = ParallelDims(tp=4).build()
+    mesh = mesh_of(ParallelDims(tp=4))
     hidden, whole, labels = given()
     weight = distribute_tensor(whole.detach(), mesh.tp, [Shard(0)]).requires_grad_()
     loss = hidden_loss(hidden, weight, labels, 50, HeadRule(chunk_rows=4, softcap=softcap))

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from meshes import mesh_of
 from ranks import Ranks
 
 import seqmesh
@@ -89,7 +90,7 @@ CORPUS = Corpus(source="test", documents=tuple(bytes(range(1, 250)) * times for 
 def trained(ulysses: int, ring: int) -> int:
     """Attention bytes of one step of `seqmesh train`, all ranks, as its ranks counted them."""
     config = Config(mesh=MeshConfig(ulysses=ulysses, ring=ring), data=CONFIG.data)
-    return Trainer(config, CORPUS, dims_of(config.mesh).build(), peak_flops_per_s=1.0).step().bytes_sent
+    return Trainer(config, CORPUS, mesh_of(dims_of(config.mesh)), peak_flops_per_s=1.0).step().bytes_sent
 
 
 @pytest.mark.parametrize("mesh", [(2, 2), (4, 1), (1, 4), (1, 3)], ids=lambda mesh: f"u{mesh[0]}r{mesh[1]}")

@@ -11,6 +11,7 @@ import sys
 import pytest
 import torch
 import torch.distributed as dist
+from meshes import mesh_of
 from ranks import Ranks
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.distributed._tools.mem_tracker import MemTracker
@@ -81,7 +82,7 @@ def trainer(model: ModelShape, seq_len: int, mesh: ParallelMesh) -> Trainer:
 
 def allocated(model: ModelShape, seq_len: int, ulysses: int, ring: int) -> int:
     """Peak bytes of the second step at PyTorch's allocator, on this rank. A collective."""
-    trained = trainer(model, seq_len, ParallelDims(ulysses=ulysses, ring=ring).build())
+    trained = trainer(model, seq_len, mesh_of(ParallelDims(ulysses=ulysses, ring=ring)))
     trained.step()
     # As the step begins; before it, for the profiler does not see old blocks go.
     trained.optimizer.zero_grad(set_to_none=True)

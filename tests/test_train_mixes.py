@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from meshes import mesh_of
 from ranks import Ranks
 from torch import Tensor
 
@@ -99,7 +100,7 @@ def covering() -> list[Point]:
 
 def trained(config: Config) -> tuple[list[float], list[float], dict[str, Tensor]]:
     """Losses and norms of every step, and the weights after the last, which rank 0 has."""
-    trainer = Trainer(config, TEXT, dims_of(config.mesh).build(), peak_flops_per_s=1.0)
+    trainer = Trainer(config, TEXT, mesh_of(dims_of(config.mesh)), peak_flops_per_s=1.0)
     steps = [trainer.step() for _ in range(STEPS)]
     assert all(step.bytes_agree for step in steps)
     return [step.loss for step in steps], [step.grad_norm for step in steps], whole_weights(trainer.model)

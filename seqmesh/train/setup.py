@@ -49,12 +49,15 @@ def build(config: Config, mesh: ParallelMesh, vocabulary: int | None = None) -> 
     plan = plan_of(config.train)
     whole = partial(models.build, config, vocabulary)
     if mesh.dims.tp == mesh.dims.pp == 1 and plan.zero < 2:
-        return parallelize(whole().to(mesh.device_type), mesh, plan)
+        model = whole()
+        if mesh.device_type != "cpu":  # where it is already, and fake tensors cannot be moved
+            model.to(mesh.device_type)
+        return parallelize(model, mesh, plan)
     with torch.device("meta"):
         hollow = whole()
-    model = parallelize(hollow, mesh, plan)
-    load_from_rank_0(model, whole)
-    return model
+    made = parallelize(hollow, mesh, plan)
+    load_from_rank_0(made, whole)
+    return made
 
 
 def check(config: Config) -> dict[str, tuple[int, ...]]:

@@ -96,17 +96,13 @@ class SequenceTrainer(Trainer):
         return (found, out) if return_outputs else found
 
 
-def main() -> None:
-    """Train a tiny Llama for a few steps."""
-    parser = argparse.ArgumentParser()
-    for degree in ("dp", "ring", "ulysses"):
-        parser.add_argument(f"--{degree}", type=int, default=1)
-    given = parser.parse_args()
-    arguments = TrainingArguments(
+def settings(micro_batches: int) -> TrainingArguments:
+    """What Trainer is told, beside the usual."""
+    return TrainingArguments(
         output_dir="hugging_face_trainer",
         use_cpu=True,
         max_steps=3,
-        gradient_accumulation_steps=2 // given.dp,
+        gradient_accumulation_steps=micro_batches,
         learning_rate=1e-3,
         lr_scheduler_type="constant",
         max_grad_norm=1.0,
@@ -117,12 +113,10 @@ def main() -> None:
         average_tokens_across_devices=False,  # _get_num_items_in_batch does it
         disable_tqdm=True,
     )
-    if "RANK" in os.environ:  # TrainingArguments has set up the process group
-        degrees = (given.dp, given.ring, given.ulysses)
-        mesh = init_device_mesh("cpu", degrees, mesh_dim_names=("dp", "ring", "ulysses"))
-        sequence, dp_rank = SequenceMesh.from_device_mesh(mesh), mesh.get_local_rank("dp")
-    else:
-        sequence, dp_rank = SequenceMesh.build(), 0
+
+
+def tiny_llama() -> LlamaForCausalLM:
+    """The same on every rank."""
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=VOCABULARY,
@@ -132,8 +126,24 @@ def main() -> None:
         num_attention_heads=4,
         num_key_value_heads=2,
     )
+    return LlamaForCausalLM(config)
+
+
+def main() -> None:
+    """Train a tiny Llama for a few steps."""
+    parser = argparse.ArgumentParser()
+    for degree in ("dp", "ring", "ulysses"):
+        parser.add_argument(f"--{degree}", type=int, default=1)
+    given = parser.parse_args()
+    arguments = settings(micro_batches=2 // given.dp)
+    if "RANK" in os.environ:  # TrainingArguments has set up the process group
+        degrees = (given.dp, given.ring, given.ulysses)
+        mesh = init_device_mesh("cpu", degrees, mesh_dim_names=("dp", "ring", "ulysses"))
+        sequence, dp_rank = SequenceMesh.from_device_mesh(mesh), mesh.get_local_rank("dp")
+    else:
+        sequence, dp_rank = SequenceMesh.build(), 0
     trainer = SequenceTrainer(
-        model=plug_in(LlamaForCausalLM(config)),
+        model=plug_in(tiny_llama()),
         args=arguments,
         train_dataset=RandomDocuments(),
         sequence=sequence,

@@ -138,7 +138,7 @@ def micro_batch(step: int, number: int) -> TokenBatch:
 def train(model: ParallelModel, run: Run) -> Outcome:
     """`STEPS` steps on one rank of a mesh."""
     window = WINDOW if run.kind in MIXED else None
-    rank = model.mesh.rank("dp_replicate") * run.dims.dp_shard + model.mesh.rank("dp_shard")
+    rank = model.mesh.rank("data")
     numbers = range(rank * run.micro_batches, (rank + 1) * run.micro_batches)
     optimizer = model.optimizer(ADAMW)
     losses, norms, gradients = [], [], {}

@@ -34,6 +34,11 @@ class Anatomy:
     is_tied: bool
     """Whether input and output embedding are one parameter."""
 
+    @property
+    def own_layers(self) -> list[nn.Module]:
+        """The layers that are here: identities, in the place of other stages' layers, have no parameters."""
+        return [layer for layer in self.layers if any(True for _ in layer.parameters())]
+
     @staticmethod
     def of(model: PreTrainedModel) -> "Anatomy":
         """Find the parts.

@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor, Replicate
 from torch.nn.utils import get_total_norm
 
 from seqmesh.parallel.dims import ParallelMesh
+from seqmesh.parallel.shards import local_part
 
 
 @torch.no_grad()
@@ -38,19 +39,15 @@ def clip_gradients(parameters: Iterable[nn.Parameter], max_norm: float, mesh: Pa
     if not max_norm > 0:
         raise ValueError(f"max_norm={max_norm}: gradients would vanish or turn around; use a positive number")
     grads = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    counted = [_local(grad) for grad in grads if _is_counted_here(grad, mesh)]
+    counted = [local_part(grad) for grad in grads if _is_counted_here(grad, mesh)]
     square = get_total_norm(counted).to(device=mesh.device_type, dtype=torch.float64) ** 2
     if mesh.device_mesh is not None:
         dist.all_reduce(square)
     norm = square.sqrt()
     if grads and norm > max_norm:
         factor = float(max_norm / norm)
-        torch._foreach_mul_([_local(grad) for grad in grads], factor)
+        torch._foreach_mul_([local_part(grad) for grad in grads], factor)
     return norm.item()
-
-
-def _local(grad: Tensor) -> Tensor:
-    return grad.to_local() if isinstance(grad, DTensor) else grad
 
 
 def _is_counted_here(grad: Tensor, mesh: ParallelMesh) -> bool:
@@ -64,9 +61,4 @@ def _is_counted_here(grad: Tensor, mesh: ParallelMesh) -> bool:
         sharded = {name for name, place in zip(names, grad.placements, strict=True) if place != Replicate()}
         if "ep" in sharded:  # the second view of the ranks of fsdp, both of whose axes shard experts
             sharded.add("fsdp")
-    ranks = {
-        "dp_replicate": mesh.rank("dp_replicate"),
-        "fsdp": mesh.flattened["fsdp"].get_local_rank(),
-        "tp": mesh.rank("tp"),
-    }
-    return all(rank == 0 for axis, rank in ranks.items() if axis not in sharded)
+    return all(mesh.rank(axis) == 0 for axis in ("dp_replicate", "fsdp", "tp") if axis not in sharded)

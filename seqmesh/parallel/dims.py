@@ -146,9 +146,18 @@ class ParallelMesh:
         """Where parameters and tokens are."""
         return "cpu" if self.device_mesh is None else self.device_mesh.device_type
 
-    def rank(self, axis: str) -> int:
-        """This rank's place on an axis of `ParallelDims`."""
-        return 0 if self.device_mesh is None else self.device_mesh.get_local_rank(axis)
+    def rank(self, name: str) -> int:
+        """This rank's place on an axis or on a flattened one."""
+        if self.device_mesh is None:
+            return 0
+        if name in self.flattened:
+            return self.flattened[name].get_local_rank()
+        return self.device_mesh.get_local_rank(name)
+
+    @property
+    def number(self) -> int:
+        """This rank's number among all."""
+        return 0 if self.device_mesh is None else self.device_mesh.get_rank()
 
 
 def _set_timeouts(root: DeviceMesh, flattened: dict[str, DeviceMesh], timeout: timedelta) -> None:

@@ -55,9 +55,8 @@ def shard_parameters(
         for module in experts.modules:
             shard(module, mesh=experts.mesh, reshard_after_forward=frees)
     anatomy = part.anatomy
-    for layer in anatomy.layers:
-        if any(True for _ in layer.parameters()):
-            shard(layer, reshard_after_forward=frees)
+    for layer in anatomy.own_layers:
+        shard(layer, reshard_after_forward=frees)
     if part.is_first and not anatomy.is_tied:
         shard(anatomy.embedding, reshard_after_forward=frees)
     shard(part, reshard_after_forward=False)

@@ -73,7 +73,7 @@ def load_from_rank_0(model: ParallelModel, build: Callable[[], PreTrainedModel])
     here: dict[str, list[Tensor]] = defaultdict(list)  # two stages of a rank have the same buffers
     for name, tensor in _tensors_of(model):
         here[name].append(tensor)
-    source = build() if model.mesh.device_mesh is None or dist.get_rank() == 0 else None
+    source = build() if model.mesh.number == 0 else None
     for name, tensor in _sent_from_rank_0(source, model.mesh.device_type, model.mesh.device_mesh is None):
         for into in here.get(name, ()):
             _copy(tensor, into)

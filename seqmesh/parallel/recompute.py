@@ -45,7 +45,7 @@ def recompute(part: ModelPart, plan: ParallelPlan) -> None:
     Raises:
         ValueError: layers that cannot be checkpointed, or have no MLP of a known name.
     """
-    layers = [layer for layer in part.anatomy.layers if any(True for _ in layer.parameters())]
+    layers = part.anatomy.own_layers
     if plan.mlp_rows is not None:
         for layer in layers:
             _tile(_mlp_of(layer), plan.mlp_rows)

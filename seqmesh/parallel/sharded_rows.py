@@ -13,18 +13,19 @@ Legend: n local rows, t tp degree, c rows a tp rank has, H hidden size.
 Source: Korthikanti et al. 2022, sequence parallelism (of Megatron-LM: along tp, not to confuse with ours).
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
 from seqmesh.parallel.anatomy import Anatomy
 from seqmesh.parallel.gradients import SumOfGradients, sum_gradients_of
+from seqmesh.parallel.shards import local_part
 
 Styles = dict[str, str]
 """Name of a module or parameter -> style, as transformers resolves a plan."""
@@ -81,9 +82,9 @@ def _connect(model: PreTrainedModel, mesh: DeviceMesh, gathering: set[str]) -> N
         last = getattr(anatomy.base, name)
         if any(True for _ in last.parameters(recurse=False)):
             sum_gradients_of(last, mesh)
-            last.register_forward_hook(lambda _, __, out: _Whole.apply(out, mesh))
+            last.register_forward_hook(lambda _, __, out: _whole(out, mesh))
     if any(True for _ in anatomy.embedding.parameters()):
-        anatomy.embedding.register_forward_hook(lambda _, __, out: _Mine.apply(out, mesh))
+        anatomy.embedding.register_forward_hook(lambda _, __, out: _mine(out, mesh))
 
 
 def _gather_before(module: nn.Module, mesh: DeviceMesh) -> None:
@@ -94,8 +95,8 @@ def _gather_before(module: nn.Module, mesh: DeviceMesh) -> None:
         rotary = given.get("position_embeddings")
         rows = None if rotary is None else rotary[0].shape[1]
         if args:
-            return computes(_Gathered.apply(args[0], mesh)[:, :rows], *args[1:], **given)
-        hidden = _Gathered.apply(given["hidden_states"], mesh)[:, :rows]
+            return computes(_gathered(args[0], mesh)[:, :rows], *args[1:], **given)
+        hidden = _gathered(given["hidden_states"], mesh)[:, :rows]
         return computes(**(given | {"hidden_states": hidden}))
 
     module.forward = forward
@@ -106,22 +107,19 @@ def _multiply_locally(module: nn.Module, mesh: DeviceMesh, *, is_rowwise: bool) 
 
     def columns(x: Tensor) -> Tensor:
         bias = module._parameters.get("bias")
-        return F.linear(x, _local(module.weight), None if bias is None else _local(bias))
+        return F.linear(
+            x, local_part(cast(Tensor, module.weight)), None if bias is None else local_part(bias)
+        )
 
     def rows(x: Tensor) -> Tensor:
-        summed: Tensor = _Scattered.apply(F.linear(x, _local(module.weight)), mesh)
+        summed = _scattered(F.linear(x, local_part(cast(Tensor, module.weight))), mesh)
         bias = module._parameters.get("bias")
         if bias is None:
             return summed
-        total: Tensor = summed + SumOfGradients.apply(_local(bias), mesh.get_group())
+        total: Tensor = summed + SumOfGradients.apply(local_part(bias), mesh.get_group())
         return total
 
     module.forward = rows if is_rowwise else columns
-
-
-def _local(x: Any) -> Tensor:
-    local: Tensor = x.to_local() if isinstance(x, DTensor) else x
-    return local
 
 
 def _gather(x: Tensor, mesh: DeviceMesh) -> Tensor:
@@ -150,55 +148,43 @@ def _padded(x: Tensor, mesh: DeviceMesh) -> Tensor:
     return F.pad(x, (0, 0, 0, -x.shape[1] % mesh.size()))
 
 
-class _Gathered(torch.autograd.Function):
+Move = Callable[[Tensor, DeviceMesh], Tensor]
+"""`_gather`, `_scatter` or `_own`."""
+
+
+class _Moved(torch.autograd.Function):
+    """Rows moved between the ranks of tp, and their gradients moved back."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, there: Move, back: Move, mesh: DeviceMesh) -> Tensor:
+        ctx.back, ctx.mesh, ctx.rows = back, mesh, x.shape[1]
+        return there(x, mesh)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        return ctx.back(grads[0], ctx.mesh)[:, : ctx.rows], None, None, None
+
+
+def _gathered(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """All rows of which each rank goes on with a part of the work: gradients are sums."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh) -> Tensor:
-        ctx.mesh = mesh
-        return _gather(x, mesh)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _scatter(grads[0], ctx.mesh), None
+    return _moved(x, _gather, _scatter, mesh)
 
 
-class _Scattered(torch.autograd.Function):
+def _scattered(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """Summands of all rows -> the sum of a rank's rows."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh) -> Tensor:
-        ctx.mesh = mesh
-        ctx.rows = x.shape[1]
-        return _scatter(x, mesh)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _gather(grads[0], ctx.mesh)[:, : ctx.rows], None
+    return _moved(x, _scatter, _gather, mesh)
 
 
-class _Mine(torch.autograd.Function):
+def _mine(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """A rank's rows of what all ranks have alike."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh) -> Tensor:
-        ctx.mesh = mesh
-        ctx.rows = x.shape[1]
-        return _own(x, mesh)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _gather(grads[0], ctx.mesh)[:, : ctx.rows], None
+    return _moved(x, _own, _gather, mesh)
 
 
-class _Whole(torch.autograd.Function):
+def _whole(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """All rows, with which all ranks do the same: gradients are alike."""
+    return _moved(x, _gather, _own, mesh)
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, mesh: DeviceMesh) -> Tensor:
-        ctx.mesh = mesh
-        return _gather(x, mesh)
 
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
-        return _own(grads[0], ctx.mesh), None
+def _moved(x: Tensor, there: Move, back: Move, mesh: DeviceMesh) -> Tensor:
+    moved: Tensor = _Moved.apply(x, there, back, mesh)
+    return moved

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
+from torch import nn
 
 from seqmesh.parallel.dims import ParallelMesh
+from seqmesh.parallel.shards import local_part
 
 ParameterGroup = dict[str, Any]
 """Parameters under "params", and options of the optimiser for them."""
@@ -33,7 +33,7 @@ def sum_gradients(parameters: Iterable[nn.Parameter], mesh: ParallelMesh) -> Non
             continue
         if parameter.grad is None:  # unused here, but maybe not elsewhere
             parameter.grad = torch.zeros_like(parameter)
-        dist.all_reduce(_local(parameter.grad), group=group)
+        dist.all_reduce(local_part(parameter.grad), group=group)
 
 
 class ShardedStates(torch.optim.Optimizer):
@@ -68,12 +68,7 @@ class ShardedStates(torch.optim.Optimizer):
             mine.update(_options(all_of_it))
         self.inner.step()
         for parameter, owner in self.owners.items():
-            dist.broadcast(_local(parameter.detach()), group=self.group, group_src=owner)
-
-
-def _local(x: Tensor) -> Tensor:
-    """What this rank has of a tensor that tp ranks share: replicas have the same part."""
-    return x.to_local() if isinstance(x, DTensor) else x
+            dist.broadcast(local_part(parameter.detach()), group=self.group, group_src=owner)
 
 
 def _options(group: ParameterGroup) -> ParameterGroup:

@@ -169,7 +169,7 @@ def save_checkpoint(
         ValueError: on all ranks alike, it cannot be written; older ones are still there.
     """
     rank, world = _place(model)
-    unfinished = step_folders.home_of(run) / f"step-{progress.step}.tmp"
+    unfinished = step_folders.unfinished_of(run, progress.step)
     saving = _Saving(run, world)
     saving.together(lambda: step_folders.begin(run, progress.step), only=rank == 0)
     state: dict[str, Tensor] = _weights(model)
@@ -256,8 +256,7 @@ def load_checkpoint(checkpoint: Checkpoint, model: ParallelModel, optimizer: tor
 
 def _place(model: ParallelModel) -> tuple[int, int]:
     """This rank and how many there are."""
-    world = model.mesh.dims.world
-    return (dist.get_rank() if world > 1 else 0), world
+    return model.mesh.number, model.mesh.dims.world
 
 
 def _weights(model: ParallelModel) -> dict[str, Tensor]:

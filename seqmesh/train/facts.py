@@ -11,7 +11,8 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from torch import nn
-from torch.distributed.tensor import DTensor
+
+from seqmesh.parallel.shards import local_part
 
 
 class RankFacts(NamedTuple):
@@ -34,7 +35,7 @@ def weight_checksum(parameters: Iterable[nn.Parameter]) -> float:
     """Sum over the weights w that a rank holds of w + w^2, in fp64: a change in the last bit of one shows."""
     total = torch.zeros((), dtype=torch.float64)
     for parameter in parameters:
-        weight = (parameter.to_local() if isinstance(parameter, DTensor) else parameter).double()
+        weight = local_part(parameter).double()
         total = total + (weight.sum() + weight.square().sum())
     return float(total)
 

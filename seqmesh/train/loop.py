@@ -62,7 +62,7 @@ def train(
     beginning, stopped = _take_steps(trainer, folder, emit, stop, checkpoint)
     memory = gather(devices.peak_memory_bytes(device), world)
     weights = whole_weights(trainer.model) if stopped is None else {}
-    is_first = world == 1 or dist.get_rank() == 0
+    is_first = mesh.number == 0
     del trainer
     if world > 1:
         dist.destroy_process_group()  # nobody waits, with whatever timeout, for rank 0's comparison
@@ -87,7 +87,7 @@ def _take_steps(
     config = trainer.config.train
     every = trainer.config.run.checkpoint_every
     world = trainer.mesh.dims.world
-    first_rank = world == 1 or dist.get_rank() == 0
+    first_rank = trainer.mesh.number == 0
     if first_rank:
         emit(_started(trainer))
     beginning: list[StepMetrics] = []

@@ -5,10 +5,10 @@
 
 Hence the global loss is the mean over all valid tokens, however unevenly they are spread.
 
-The count comes from the global batch, which every rank has before sharding (`Batch.label_count`), so the loss
-needs no communication, and a rank without a valid label gives exactly 0 with zero gradients: it still runs
-its whole backward, whose collectives the other ranks wait for. A mean per rank would weigh tokens differently
-and be 0/0 there.
+The count comes from the global batch, which every rank has before sharding (`PackedTokens.label_count`), so
+the loss needs no communication, and a rank without a valid label gives exactly 0 with zero gradients: it
+still runs its whole backward, whose collectives the other ranks wait for. A mean per rank would weigh tokens
+differently and be 0/0 there.
 
 Gradients combine by a SUM over ranks (all-reduce with SUM). Wrappers that average over W ranks
 (DistributedDataParallel, FSDP) need W times this loss; nothing else changes.
@@ -57,7 +57,7 @@ def next_token_loss(
     if label_count < max(1, here):
         raise ValueError(
             f"label_count={label_count} but this rank alone has {here} labels;"
-            " pass the count of the global batch (Batch.label_count)"
+            " pass the count of the global batch (PackedTokens.label_count)"
         )
     # The sum of no rows is 0, but has a gradient: a rank without tokens must run its backward too.
     total = rows.new_zeros((), dtype=accumulator_dtype(rows.dtype)) + rows[:0].sum()

@@ -28,6 +28,11 @@ def folder_of(run: Path, step: int) -> Path:
     return home_of(run) / f"step-{step}"
 
 
+def unfinished_of(run: Path, step: int) -> Path:
+    """Where it is while it is written."""
+    return home_of(run) / f"step-{step}{_UNFINISHED}"
+
+
 def run_of(checkpoint: Path) -> Path:
     """The folder of the run that a checkpoint is of."""
     return checkpoint.parent.parent
@@ -66,7 +71,7 @@ def begin(run: Path, step: int) -> Path:
     home.mkdir(parents=True, exist_ok=True)
     for left in home.glob(f"*{_UNFINISHED}"):
         shutil.rmtree(left)
-    unfinished = home / f"step-{step}{_UNFINISHED}"
+    unfinished = unfinished_of(run, step)
     unfinished.mkdir()
     return unfinished
 

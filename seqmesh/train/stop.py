@@ -3,7 +3,7 @@
     local ranks    the parent gets the signal and notes it in memory that the ranks share
     torchrun's     each rank that gets it notes it for itself
 
-Nothing stops in the middle of a step. After it all ranks compare notes (trainer.py), and if any has one, all
+Nothing stops in the middle of a step. After it all ranks compare notes (loop.py), and if any has one, all
 save and end at that step.
 """
 

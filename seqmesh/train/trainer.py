@@ -89,6 +89,7 @@ class Trainer:
         self.optimizer = self.model.optimizer(
             partial(torch.optim.AdamW, lr=config.train.lr, betas=(0.9, 0.95)), self._parameter_groups()
         )
+        self._holders = holders(mesh.dims, config.train.zero)
         self._begin_after(0)
         self.saved: Path | None = None
         """The checkpoint that holds what this is now; None if no step has been saved or loaded."""
@@ -164,7 +165,7 @@ class Trainer:
             weight_checksum=weight_checksum(self.model.parameters()),
         )
         facts = gather_facts(mine, self.mesh.dims.world)
-        check_agreement(facts, self.steps_done + 1, holders(self.mesh.dims, self.config.train.zero))
+        check_agreement(facts, self.steps_done + 1, self._holders)
         self.steps_done += 1
         text = _StepText.of([piece for one in pieces for piece in one])
         layout = batches[0].schedule.layout.name
@@ -172,16 +173,14 @@ class Trainer:
 
     def _local_batches(self, step: Sequence[tuple[Piece, ...]]) -> tuple[LocalBatch, ...]:
         """This rank's tokens of its micro-batches: data-parallel ranks take them in turns."""
-        place = self.mesh.rank("dp_replicate") * self.mesh.dims.dp_shard + self.mesh.rank("dp_shard")
-        mine = step[place :: self.config.mesh.data_parallel]
+        mine = step[self.mesh.rank("data") :: self.config.mesh.data_parallel]
         packed = [assemble(self.corpus, pieces) for pieces in mine]
         return shard_micro_batches(packed, self.mesh, layout=self.config.mesh.placement)
 
     def _scheduled_bytes(self, batches: Sequence[LocalBatch]) -> int:
         """Bytes that this rank sends in a step, all its layers, forward and backward, as schedules say."""
         model, tp = self.config.model, self.mesh.dims.tp
-        parts = [part.anatomy.layers for part in self.model.parts]
-        layers = sum(any(True for _ in layer.parameters()) for part in parts for layer in part)
+        layers = sum(len(part.anatomy.own_layers) for part in self.model.parts)
         total = 0
         for batch in batches:
             of_a_layer = batch.schedule.traffic(

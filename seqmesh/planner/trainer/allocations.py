@@ -18,6 +18,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from seqmesh.parallel.shards import local_part
 from seqmesh.planner.trainer.fake_ranks import replaced
 
 PHASES = ("forward", "backward", "update")
@@ -156,8 +157,7 @@ class AllocationLog(TorchDispatchMode):
         for x in leaves:
             if not isinstance(x, Tensor):
                 continue
-            local = x.to_local() if isinstance(x, DTensor) else x
-            live = self._alive.get(local.untyped_storage()._cdata)
+            live = self._alive.get(local_part(x).untyped_storage()._cdata)
             if live is not None:
                 live.block.kind = kind
 

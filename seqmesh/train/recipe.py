@@ -163,7 +163,7 @@ def _explain(kind: str, loc: tuple[int | str, ...], error: Any) -> str:
     # Sections are dataclasses to pydantic: an unknown key is an argument that their __init__ does not have.
     if kind == "unexpected_keyword_argument":
         return str(_unknown(key))
-    # Raised by config.py, whose messages are whole already: pydantic only wraps them.
+    # Raised by config/, whose messages are whole already: pydantic only wraps them.
     if kind == "value_error":
         return str(error["ctx"]["error"])
     default = keys().get(key)

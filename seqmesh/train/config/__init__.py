@@ -1,0 +1,25 @@
+"""The configuration of a training run: a frozen dataclass for each section of a recipe.
+
+The defaults are the default recipe (recipes/stdlib.toml spells them out; a test keeps the two equal). Types
+are checked by recipe.py, ranges and combinations here, so a `Config` that exists can be run.
+
+    rules.py   mesh.py   model.py   data.py   optimisation.py   running.py  ->  whole.py
+"""
+
+from seqmesh.train.config.data import DataConfig
+from seqmesh.train.config.mesh import AXES, MeshConfig
+from seqmesh.train.config.model import ModelConfig
+from seqmesh.train.config.optimisation import TrainConfig
+from seqmesh.train.config.running import LONGEST_TIMEOUT_S, RunConfig
+from seqmesh.train.config.whole import Config
+
+__all__ = [
+    "AXES",
+    "LONGEST_TIMEOUT_S",
+    "Config",
+    "DataConfig",
+    "MeshConfig",
+    "ModelConfig",
+    "RunConfig",
+    "TrainConfig",
+]

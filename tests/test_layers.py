@@ -33,6 +33,7 @@ ALLOWED: dict[str, list[str]] = {
     "integrations": ["masks", "engine"],
     "parallel": ["masks", "layouts", "engine", "integrations"],
     "train": ["engine", "integrations", "masks", "parallel", "processes", "provenance"],
+    "trace": ["parallel", "train"],
     "bench": [
         *(*PURE, "seqmesh", "engine", "train", "processes", "provenance"),
         *("picture", "planner.inputs", "planner.cost"),
@@ -42,7 +43,7 @@ ALLOWED: dict[str, list[str]] = {
         *("integrations", "train", "processes", "provenance"),
     ],
     "planner.inputs": ["masks", "layouts"],
-    "planner.trainer": ["layouts", "schedule", "planner.inputs", "parallel", "train"],
+    "planner.trainer": ["layouts", "schedule", "planner.inputs", "trace", "train"],
     "planner.cost": [*PURE, "planner.inputs", "planner.trainer"],
     "planner": ["planner.inputs", "planner.cost"],
     "planner.paper": ["planner.inputs", "planner.cost", "planner"],
@@ -51,7 +52,7 @@ ALLOWED: dict[str, list[str]] = {
         *("planner", "planner.inputs", "planner.cost"),
         *("planner.trainer", "planner.paper", "planner.output"),
     ],
-    "cli": ["seqmesh", "train", "bench", "planner.command", "picture", "verify", "kernel_table"],
+    "cli": ["seqmesh", "train", "trace", "bench", "planner.command", "picture", "verify", "kernel_table"],
     "seqmesh": ["masks", "layouts", "engine", "kernel_table"],
 }
 """Part of the package -> the parts that it may import, besides itself.
@@ -72,8 +73,8 @@ TORCH_FREE = [
     "train.recipe",
     "train.events",
 ]
-TRACES_THE_TRAINER = [f"planner.trainer.{name}" for name in ("tracing", "fake_ranks", "allocations")]
-"""Those of the planner that load torch; command.py imports the first when --trace-memory asks for it."""
+TRACES_THE_TRAINER = ["planner.trainer.tracing"]
+"""That of the planner that loads torch; command.py imports the first when --trace-memory asks for it."""
 TORCH_ONLY = ["engine", "processes"]
 """Need torch and nothing else that is not in the standard library."""
 

@@ -20,9 +20,9 @@ from seqmesh.bench.memory import peak_bytes
 from seqmesh.parallel import HeadRule, ParallelDims, ParallelMesh
 from seqmesh.planner.inputs.shape import ModelShape
 from seqmesh.planner.trainer import memory as formula
-from seqmesh.planner.trainer.allocations import KINDS, TracedMemory
 from seqmesh.planner.trainer.memory import Moment, trainer_memory, trainer_moments
 from seqmesh.planner.trainer.tracing import trace_training_step
+from seqmesh.trace.allocations import KINDS, TracedMemory
 from seqmesh.train.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from seqmesh.train.data import Corpus
 from seqmesh.train.setup import plan_of

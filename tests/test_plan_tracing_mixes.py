@@ -14,7 +14,7 @@ from torch.distributed.tensor import DTensor
 from torch.utils._pytree import tree_leaves
 
 from seqmesh.bench.memory import peak_bytes
-from seqmesh.planner.trainer.tracing import trace_recipe
+from seqmesh.trace.tracing import trace_recipe
 from seqmesh.train.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from seqmesh.train.data import Corpus
 from seqmesh.train.setup import dims_of

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from seqmesh.parallel.shards import local_part
-from seqmesh.planner.trainer.fake_ranks import replaced
+from seqmesh.trace.fake_ranks import replaced
 
 PHASES = ("forward", "backward", "update")
 KINDS = ("parameters", "gradients", "optimizer", "activations", "temporaries")

@@ -23,11 +23,11 @@ from seqmesh.train.trainer import Trainer
 SEQ_LEN = 2048
 
 
-def recipe(mesh: dict[str, int], train: dict[str, Any], sequences: int = 1) -> Config:
+def recipe(mesh: dict[str, int], train: dict[str, Any], *, sequences: int = 1, layers: int = 3) -> Config:
     return Config(
         mesh=MeshConfig(**{"ring": 1, "ulysses": 1, **mesh}),
         train=TrainConfig(**train),
-        model=ModelConfig(hidden=256, layers=3, heads=4, kv_heads=4, intermediate=704),
+        model=ModelConfig(hidden=256, layers=layers, heads=4, kv_heads=4, intermediate=704),
         data=DataConfig(seq_len=SEQ_LEN, sequences=sequences),
     )
 
@@ -50,6 +50,16 @@ def allocated(config: Config) -> int:
     return held + peak_bytes(trained.step)
 
 
+def check_is_allocated(traced: int, ranks: Ranks, config: Config, rank: int) -> None:
+    """gloo's threads may hold a message's buffer for a while, more than a trace sees: the best try counts."""
+    found = []
+    for _ in range(5):
+        found.append(ranks.run(config.mesh.world, allocated, config)[rank])
+        if traced == pytest.approx(found[-1], rel=1e-3):
+            return
+    assert traced == pytest.approx(min(found), rel=1e-3)
+
+
 MIXES = {
     "zero 3, full, accumulated": recipe(
         {"dp_shard": 2}, {"zero": 3, "checkpointing": "full", "micro_batch": 1}, sequences=4
@@ -62,11 +72,26 @@ MIXES = {
 }
 
 
+PIPELINES = {
+    "1f1b": recipe({"pp": 2, "ulysses": 2}, {"micro_batch": 1, "zero": 1}, sequences=3),
+    "1f1b, zero 3, full": recipe(
+        {"pp": 2, "dp_shard": 2}, {"micro_batch": 1, "zero": 3, "checkpointing": "full"}, sequences=4
+    ),
+    "interleaved": recipe({"pp": 2}, {"micro_batch": 1, "pipeline": "interleaved"}, sequences=4, layers=4),
+    "zero-bubble": recipe({"pp": 2}, {"micro_batch": 1, "pipeline": "zero-bubble"}, sequences=4, layers=4),
+}
+
+
 @pytest.mark.parametrize("config", MIXES.values(), ids=MIXES)
 def test_the_traced_peak_of_a_mix_is_what_rank_0_allocates(ranks: Ranks, config: Config) -> None:
-    traced = trace_recipe(config)
-    found = min(ranks.run(config.mesh.world, allocated, config)[0] for _ in range(2))
-    assert traced.peak_bytes == pytest.approx(found, rel=1e-3)
+    check_is_allocated(trace_recipe(config).peak_bytes, ranks, config, rank=0)
+
+
+@pytest.mark.parametrize("config", PIPELINES.values(), ids=PIPELINES)
+def test_the_traced_peak_of_every_stage_is_what_it_allocates(ranks: Ranks, config: Config) -> None:
+    for stage in range(config.mesh.pp):
+        first_rank = stage * config.mesh.world // config.mesh.pp
+        check_is_allocated(trace_recipe(config, stage=stage).peak_bytes, ranks, config, first_rank)
 
 
 def test_sharding_divides_what_a_rank_holds() -> None:
@@ -76,9 +101,9 @@ def test_sharding_divides_what_a_rank_holds() -> None:
     assert 4 * sharded.optimizer == pytest.approx(whole.optimizer, rel=1e-2)
 
 
-def test_pipelines_are_refused_and_nothing_is_left_behind() -> None:
-    with pytest.raises(ValueError, match=r"mesh\.pp=2: pipelines cannot be traced"):
-        trace_recipe(recipe({"pp": 2}, {"micro_batch": 1}, sequences=2))
+def test_a_stage_that_there_is_not_is_refused_and_nothing_is_left_behind() -> None:
+    with pytest.raises(ValueError, match=r"stage=2 of mesh\.pp=2: use 0 to 1"):
+        trace_recipe(recipe({"pp": 2}, {"micro_batch": 1}, sequences=2), stage=2)
     resize = torch.UntypedStorage.resize_
     trace_recipe(recipe({"dp_shard": 2, "tp": 2}, {"zero": 3}, sequences=2))
     assert not dist.is_initialized()

@@ -134,6 +134,11 @@ class ParallelMesh:
         assert self.device_mesh is not None
         return self.device_mesh["tp"]
 
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """Every name that `group` takes: the axes, then the flattened ones."""
+        return (*self.dims.degrees, *_FLATTENED)
+
     def group(self, name: str) -> Any:
         """The process group of an axis or of a flattened one; None where it has one rank."""
         if self.device_mesh is None:

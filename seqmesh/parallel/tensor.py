@@ -21,12 +21,13 @@ from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
 from seqmesh.parallel.anatomy import Anatomy
-from seqmesh.parallel.gradients import SumOfGradients, replaced, sum_gradients_of
+from seqmesh.parallel.gradients import SumOfGradients, replaced, shard_gradient_of, sum_gradients_of
 from seqmesh.parallel.sharded_rows import Styles, share_rows
 from seqmesh.parallel.split import PassThrough
 
@@ -85,6 +86,8 @@ def share_matrices(
         _compute_own_heads(model.get_submodule(name), kv_heads, mesh, sums_inputs=not shard_norms)
     if tied:
         model.tie_weights()
+    if isinstance(getattr(model.get_input_embeddings(), "weight", None), DTensor):
+        shard_gradient_of(model.get_input_embeddings())
     if not shard_norms:
         model.get_input_embeddings().register_forward_hook(_own_memory)
 

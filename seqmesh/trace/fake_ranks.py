@@ -1,40 +1,44 @@
 """A mesh of ranks that do not exist, for a process that traces one of them with fake tensors.
 
     collectives     answered at once, by whatever lies in the buffers           PyTorch's "fake" backend
+    messages        of pipelines: counted, not sent; received is what lies in the buffers
     votes           the other data-parallel ranks say of a step what this one says
     weights         made where they are, whole, and cut from there: nobody sends them
     meshes          joined with real numbers, since fake ones say nothing of ranks
 
-Everything else is the code of real ranks. This process is rank 0: the first on every axis. Pipelines are
-refused: with fake tensors, torch.distributed.pipelining corrupts the memory of the process (PyTorch 2.13).
+Everything else is the code of real ranks. This process is the first of them on every axis but pp, where it
+may be any.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import torch.distributed as dist
 import torch.distributed._tools.fake_collectives  # noqa: F401  (shapes of the collectives' results)
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.pipelining import schedules
 from torch.testing._internal.distributed.fake_pg import FakeStore
-from torch.utils._python_dispatch import _disable_current_modes
+from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from seqmesh.parallel import ParallelDims, ParallelMesh, ParallelModel, batch, parallelize
+from seqmesh.parallel.traffic import CountTraffic
 from seqmesh.train import model, setup
 from seqmesh.train.config import Config
 
 
 @contextmanager
-def fake_ranks(config: Config) -> Iterator[ParallelMesh]:
-    """The mesh of rank 0 among ranks that do not exist.
+def fake_ranks(config: Config, stage: int = 0) -> Iterator[ParallelMesh]:
+    """The mesh of one rank among ranks that do not exist: the first of those at `stage` of a pipeline.
 
     Raises:
-        ValueError: a pipeline, or a process that already has a process group.
+        ValueError: no such stage, or a process that already has a process group.
     """
-    if config.mesh.pp > 1:
-        raise ValueError(
-            f"mesh.pp={config.mesh.pp}: pipelines cannot be traced with fake tensors; trace with mesh.pp=1"
-        )
+    if not 0 <= stage < config.mesh.pp:
+        raise ValueError(f"stage={stage} of mesh.pp={config.mesh.pp}: use 0 to {config.mesh.pp - 1}")
     if dist.is_initialized():
         raise ValueError(
             "this process already has a process group; trace in a process of its own,"
@@ -43,11 +47,15 @@ def fake_ranks(config: Config) -> Iterator[ParallelMesh]:
     if config.mesh.world == 1:
         yield ParallelDims().build()
         return
-    dist.init_process_group("fake", store=FakeStore(), rank=0, world_size=config.mesh.world)
+    world = config.mesh.world
+    rank = stage * (world // config.mesh.pp)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
     with ExitStack() as undone:
         undone.callback(dist.destroy_process_group)
         undone.enter_context(replaced(batch, "_all_votes", _votes_like_mine))
         undone.enter_context(replaced(setup, "build", _build_from_whole))
+        undone.enter_context(replaced(FakeTensor, "__deepcopy__", _copied))
+        undone.enter_context(replaced(schedules, "_batch_p2p", _exchange_nothing))
         joined = staticmethod(_with_real_tensors(DeviceMesh._concatenate))
         undone.enter_context(replaced(DeviceMesh, "_concatenate", joined))
         yield setup.dims_of(config.mesh).build()
@@ -71,9 +79,38 @@ def _votes_like_mine(mine: Any, mesh: ParallelMesh) -> list[Any]:
     return [mine] * (mesh.dims.dp_replicate * mesh.dims.dp_shard)
 
 
+@dataclass(frozen=True)
+class _Message:
+    """Of a pipeline, done at once; whoever has it has its tensor too, as of a real one."""
+
+    told: dist.P2POp
+
+    def wait(self) -> None:
+        """Nothing is under way."""
+
+
+def _exchange_nothing(messages: Sequence[dist.P2POp], **_: Any) -> list[_Message]:
+    """In place of PyTorch's for pipelines: counted by whoever counts."""
+    counters = [mode for mode in _get_current_dispatch_mode_stack() if isinstance(mode, CountTraffic)]
+    for message in messages:
+        if message.op is dist.isend:
+            for counter in counters:
+                counter.add(message.group, message.tensor.nbytes)
+    return [_Message(message) for message in messages]
+
+
 def _build_from_whole(config: Config, mesh: ParallelMesh, vocabulary: int) -> ParallelModel:
     """As setup.build, but for the way in which weights come; whole ones take no memory if they are fake."""
     return parallelize(model.build(config, vocabulary), mesh, setup.plan_of(config.train))
+
+
+def _copied(tensor: FakeTensor, memo: dict[int, Any]) -> Any:
+    """A deep copy, which stages are of the whole model. PyTorch's looks for data, where there is none."""
+    twin: Tensor = tensor.detach().clone()
+    if isinstance(tensor, nn.Parameter):
+        twin = nn.Parameter(twin, tensor.requires_grad)
+    memo[id(tensor)] = twin
+    return twin
 
 
 def _with_real_tensors(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -19,7 +19,7 @@ second counts, for AdamW makes its states in the first.
     backward    |  of the loss, of the layers from last to first   gradients appear, activations go
     update      |  all-reduce, clip, AdamW, checksum of the weights
 
-With several micro-batches, forward and backward take turns. Any recipe can be traced but for pipelines.
+With several micro-batches, forward and backward take turns.
 
 Source: torch.distributed._tools.mem_tracker has the same idea.
 """
@@ -39,24 +39,29 @@ from seqmesh.train.trainer import Trainer
 
 
 def trace_recipe(
-    config: Config, *, vocabulary: int = VOCAB_SIZE, documents: Sequence[int] | None = None
+    config: Config,
+    *,
+    vocabulary: int = VOCAB_SIZE,
+    documents: Sequence[int] | None = None,
+    stage: int = 0,
 ) -> TracedMemory:
-    """Peak memory of rank 0 in a step of a run, whatever its mesh, ZeRO stage, savers and precision.
+    """Peak memory of one rank in a step of a run, whatever its mesh, ZeRO stage, savers and precision.
 
     Args:
         config: the run; its text is not read.
         vocabulary: token ids of the model.
         documents: tokens of the documents in every packed sequence, which the trainer shuffles; default: one.
+        stage: of a pipeline, whose first rank is traced: 0 for the one that holds most micro-batches.
 
     Raises:
-        ValueError: a mesh that the trainer cannot run, pipeline stages, documents that do not fill the
-            sequence, or a process that already has a process group.
+        ValueError: a mesh that the trainer cannot run, documents that do not fill the sequence, or a process
+            that already has a process group.
     """
     seq_len = config.data.seq_len
     corpus = _corpus(seq_len, [seq_len] if documents is None else documents)
     log = AllocationLog()
     with (
-        fake_ranks(config) as mesh,
+        fake_ranks(config, stage) as mesh,
         torch.random.fork_rng(devices=[]),
         FakeTensorMode(allow_non_fake_inputs=True),
         log,

@@ -192,6 +192,7 @@ def _add_bench(app: "typer.Typer") -> None:
         return run_bench(quick, json)
 
     _add_gpu_rank(bench)
+    _add_gpu_step(bench)
     _add_overlap(bench)
 
 
@@ -216,6 +217,31 @@ def _add_gpu_rank(bench: "typer.Typer") -> None:
         from seqmesh.bench.gpu_rank import run_gpu_rank, work_of
 
         return run_gpu_rank(work_of(device, tokens, rings), json)
+
+
+def _add_gpu_step(bench: "typer.Typer") -> None:
+    import typer
+
+    recipes = typer.Argument(metavar="[RECIPE.toml]", help="Default: LLaMA3-8B, 208K tokens on 16 ranks.")
+    device = typer.Option("--device", help="cuda, or cpu (a tiny model without a recipe).")
+    gpus = typer.Option("--gpu", help="The planner's name of this GPU, such as h100-sxm (default: found).")
+    count = typer.Option("--steps", help="Steps that count.")
+    file = typer.Option("--json", help="Also write every figure to this file.")
+
+    @bench.command("gpu-step")
+    def gpu_step_command(
+        recipe: Annotated[str | None, recipes] = None,
+        device: Annotated[str, device] = "cuda",
+        gpu: Annotated[str, gpus] = "",
+        steps: Annotated[int, count] = 5,
+        json: Annotated[Path | None, file] = None,
+    ) -> int:
+        """Time a training step of one rank of a large job on one device,
+        with exchanges as local copies.
+        """
+        from seqmesh.bench.gpu_step import run_gpu_step
+
+        return run_gpu_step(recipe, device, gpu, steps, json)
 
 
 def _add_overlap(bench: "typer.Typer") -> None:

@@ -36,7 +36,7 @@ ALLOWED: dict[str, list[str]] = {
     "trace": ["parallel", "train"],
     "bench": [
         *(*PURE, "seqmesh", "engine", "train", "processes", "provenance"),
-        *("picture", "planner.inputs", "planner.cost"),
+        *("picture", "planner.inputs", "planner.cost", "planner.trainer", "trace"),
     ],
     "verify": [
         *("masks", "layouts", "notation", "engine"),

@@ -25,6 +25,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from transformers import PreTrainedModel
 
 from seqmesh.parallel.model import ParallelModel
+from seqmesh.parallel.shards import local_part
 
 
 @torch.no_grad()
@@ -77,6 +78,20 @@ def load_from_rank_0(model: ParallelModel, build: Callable[[], PreTrainedModel])
     for name, tensor in _sent_from_rank_0(source, model.mesh.device_type, model.mesh.device_mesh is None):
         for into in here.get(name, ()):
             _copy(tensor, into)
+
+
+@torch.no_grad()
+def fill_with_noise(model: ParallelModel, deviation: float = 0.02) -> None:
+    """Random matrices, vectors of ones, each rank's its own: for who measures a step and reads no number."""
+    _allocate(model)
+    for part in model.parts:
+        for parameter in part.hf.parameters():
+            values = local_part(parameter)
+            if parameter.ndim > 1:
+                values.normal_(std=deviation)
+            else:
+                values.fill_(1.0)
+        _compute_buffers(part.hf)
 
 
 def _tensors_of(model: ParallelModel) -> Iterator[tuple[str, Tensor]]:

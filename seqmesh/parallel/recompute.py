@@ -9,7 +9,8 @@
 Attention's results are kept in every case: it is the one part of a layer whose cost grows with the square of
 the tokens, and the one that communicates. So a step sends the same bytes whatever is recomputed.
 
-MLPs can be cut in tiles of tokens, each recomputed by itself: only one tile's intermediate results exist.
+MLPs can be cut in tiles of tokens, each recomputed by itself: only one tile's intermediate results exist, and
+"selective" keeps no matrix products of them.
 
 Source: Korthikanti et al. 2022 (selective recomputation); PyTorch's selective activation checkpoints; ALST
 (Bekman et al. 2025) for tiles and for inputs on the host.
@@ -46,9 +47,10 @@ def recompute(part: ModelPart, plan: ParallelPlan) -> None:
         ValueError: layers that cannot be checkpointed, or have no MLP of a known name.
     """
     layers = part.anatomy.own_layers
+    tiles = _Tiles()
     if plan.mlp_rows is not None:
         for layer in layers:
-            _tile(_mlp_of(layer), plan.mlp_rows)
+            _tile(_mlp_of(layer), plan.mlp_rows, tiles)
     if plan.recompute == "none":
         return
     kept = (torch.ops.seqmesh.attention.default, *(_PRODUCTS if plan.recompute == "selective" else ()))
@@ -59,19 +61,29 @@ def recompute(part: ModelPart, plan: ParallelPlan) -> None:
                 ' recompute; use recompute="none"'
             )
         layer.gradient_checkpointing = True
-        layer._gradient_checkpointing_func = partial(_run, frozenset(kept), plan.offload)
+        layer._gradient_checkpointing_func = partial(_run, frozenset(kept), tiles, plan.offload)
 
 
-def _run(kept: frozenset[Any], offload: bool, layer: Callable[..., Any], *inputs: Tensor) -> Any:
+class _Tiles:
+    """Whether a tile of an MLP is being computed: the layer around it keeps nothing of that."""
+
+    def __init__(self) -> None:
+        self.in_one = False
+
+
+def _run(
+    kept: frozenset[Any], tiles: _Tiles, offload: bool, layer: Callable[..., Any], *inputs: Tensor
+) -> Any:
     """A layer that keeps the results of some operators, and its inputs."""
-    contexts = partial(create_selective_checkpoint_contexts, partial(_policy, kept))
+    contexts = partial(create_selective_checkpoint_contexts, partial(_policy, kept, tiles))
     on_cuda = inputs[0].device.type == "cuda"
     with save_on_cpu(pin_memory=on_cuda) if offload else nullcontext():
         return checkpoint(layer, *inputs, use_reentrant=False, context_fn=contexts)
 
 
-def _policy(kept: frozenset[Any], _: Any, op: Any, *__: Any, **___: Any) -> CheckpointPolicy:
-    return CheckpointPolicy.MUST_SAVE if op in kept else CheckpointPolicy.PREFER_RECOMPUTE
+def _policy(kept: frozenset[Any], tiles: _Tiles, _: Any, op: Any, *__: Any, **___: Any) -> CheckpointPolicy:
+    is_kept = op in kept and not tiles.in_one
+    return CheckpointPolicy.MUST_SAVE if is_kept else CheckpointPolicy.PREFER_RECOMPUTE
 
 
 def _mlp_of(layer: nn.Module) -> nn.Module:
@@ -82,12 +94,16 @@ def _mlp_of(layer: nn.Module) -> nn.Module:
     raise ValueError(f"{type(layer).__name__} has no {' or '.join(_MLPS)} to cut in tiles; use mlp_rows=None")
 
 
-def _tile(mlp: nn.Module, rows: int) -> None:
+def _tile(mlp: nn.Module, rows: int, tiles: _Tiles) -> None:
     """Let an MLP take `rows` tokens at a time, (b, n, H) -> (b, n, H)."""
     whole = cast(Callable[[Tensor], Tensor], mlp.forward)
 
     def tiled(hidden: Tensor) -> Tensor:
-        tiles = [checkpoint(whole, tile, use_reentrant=False) for tile in hidden.split(rows, 1)]
-        return torch.cat(cast(list[Tensor], tiles), 1)
+        tiles.in_one = True
+        try:
+            parts = [checkpoint(whole, tile, use_reentrant=False) for tile in hidden.split(rows, 1)]
+        finally:
+            tiles.in_one = False
+        return torch.cat(cast(list[Tensor], parts), 1)
 
     mlp.forward = tiled

@@ -1,9 +1,9 @@
-"""A mesh of ranks that do not exist, for a process that traces one of them with fake tensors.
+"""A mesh of ranks that do not exist, for a process that is one of them.
 
-    collectives     answered at once, by whatever lies in the buffers           PyTorch's "fake" backend
+    collectives     copies of what is sent, as large as what would arrive       PyTorch's "fake" backend
     messages        of pipelines: counted, not sent; received is what lies in the buffers
     votes           the other data-parallel ranks say of a step what this one says
-    weights         made where they are, whole, and cut from there: nobody sends them
+    weights         made where they are: nobody sends them
     meshes          joined with real numbers, since fake ones say nothing of ranks
 
 Everything else is the code of real ranks. This process is the first of them on every axis but pp, where it
@@ -25,6 +25,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from torch.utils._python_dispatch import _disable_current_modes, _get_current_dispatch_mode_stack
 
 from seqmesh.parallel import ParallelDims, ParallelMesh, ParallelModel, batch, parallelize
+from seqmesh.parallel.load import fill_with_noise
 from seqmesh.parallel.traffic import CountTraffic
 from seqmesh.train import model, setup
 from seqmesh.train.config import Config
@@ -53,12 +54,24 @@ def fake_ranks(config: Config, stage: int = 0) -> Iterator[ParallelMesh]:
     with ExitStack() as undone:
         undone.callback(dist.destroy_process_group)
         undone.enter_context(replaced(batch, "_all_votes", _votes_like_mine))
-        undone.enter_context(replaced(setup, "build", _build_from_whole))
-        undone.enter_context(replaced(FakeTensor, "__deepcopy__", _copied))
         undone.enter_context(replaced(schedules, "_batch_p2p", _exchange_nothing))
         joined = staticmethod(_with_real_tensors(DeviceMesh._concatenate))
         undone.enter_context(replaced(DeviceMesh, "_concatenate", joined))
-        yield setup.dims_of(config.mesh).build()
+        yield setup.dims_of(config.mesh).build(config.run.device)
+
+
+@contextmanager
+def fake_weights() -> Iterator[None]:
+    """Where tensors are fake: models are made whole, which takes no memory, and cut from there."""
+    with replaced(setup, "build", _build_from_whole), replaced(FakeTensor, "__deepcopy__", _copied):
+        yield
+
+
+@contextmanager
+def weights_of_noise() -> Iterator[None]:
+    """Where tensors are real: each rank makes weights of its own, which nobody sends it."""
+    with replaced(setup, "load_from_rank_0", _fill_with_noise):
+        yield
 
 
 @contextmanager
@@ -102,6 +115,10 @@ def _exchange_nothing(messages: Sequence[dist.P2POp], **_: Any) -> list[_Message
 def _build_from_whole(config: Config, mesh: ParallelMesh, vocabulary: int) -> ParallelModel:
     """As setup.build, but for the way in which weights come; whole ones take no memory if they are fake."""
     return parallelize(model.build(config, vocabulary), mesh, setup.plan_of(config.train))
+
+
+def _fill_with_noise(made: ParallelModel, _: Callable[[], Any]) -> None:
+    fill_with_noise(made)
 
 
 def _copied(tensor: FakeTensor, memo: dict[int, Any]) -> Any:

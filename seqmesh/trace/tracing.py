@@ -32,7 +32,7 @@ from torch.utils._pytree import tree_leaves
 
 from seqmesh.parallel.zero1 import ShardedStates
 from seqmesh.trace.allocations import AllocationLog, TracedMemory
-from seqmesh.trace.fake_ranks import fake_ranks
+from seqmesh.trace.fake_ranks import fake_ranks, fake_weights
 from seqmesh.train.config import Config
 from seqmesh.train.data import VOCAB_SIZE, Corpus
 from seqmesh.train.trainer import Trainer
@@ -57,11 +57,11 @@ def trace_recipe(
         ValueError: a mesh that the trainer cannot run, documents that do not fill the sequence, or a process
             that already has a process group.
     """
-    seq_len = config.data.seq_len
-    corpus = _corpus(seq_len, [seq_len] if documents is None else documents)
+    corpus = text_of(config, documents)
     log = AllocationLog()
     with (
         fake_ranks(config, stage) as mesh,
+        fake_weights(),
         torch.random.fork_rng(devices=[]),
         FakeTensorMode(allow_non_fake_inputs=True),
         log,
@@ -85,8 +85,10 @@ def _second_step(trainer: Trainer, log: AllocationLog) -> TracedMemory:
     return log.summary()
 
 
-def _corpus(seq_len: int, lengths: Sequence[int]) -> Corpus:
-    """A text whose documents have these lengths in tokens."""
+def text_of(config: Config, lengths: Sequence[int] | None = None) -> Corpus:
+    """A text whose documents have these lengths in tokens, which fill a sequence; default: one document."""
+    seq_len = config.data.seq_len
+    lengths = [seq_len] if lengths is None else lengths
     if sum(lengths) != seq_len or min(lengths) < 2:
         raise ValueError(
             f"documents of {sum(lengths)} tokens in all, the shortest of {min(lengths)},"

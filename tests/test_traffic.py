@@ -53,8 +53,8 @@ def sent_by_collectives(world: int) -> dict[str, int]:
     for name, work in works.items():
         with CountTraffic() as sent:
             work()
-        assert set(sent.by_group) <= {group.group_name}
-        found[name] = sum(sent.by_group.values())
+        assert {name for name, _ in sent.by_group} <= {group.group_name}
+        found[name] = sent.total
     return found
 
 
@@ -120,3 +120,12 @@ def test_stages_and_matrices_are_counted_too(ranks: Ranks) -> None:
         assert by_axis["replicas"] == sum(sizes.values())
         assert by_axis["tp"] >= 2 * 2 * 2 * hidden  # 2 layers, an all-reduce each for attention and MLP
         assert of_attention == 0
+
+
+def test_an_axis_that_shares_its_group_with_another_is_told_apart(ranks: Ranks) -> None:
+    """Without data parallelism, fsdp has the ranks of the ring, and may have its group."""
+    config = config_of({"ring": 4}, zero=3)
+    for by_axis, of_attention, sizes in ranks.run(4, sent_in_a_step, config):
+        assert by_axis["ring"] == of_attention > 0
+        shard = sum(sizes.values())
+        assert by_axis["fsdp"] >= (4 * (2 * shard - sizes["head"]) + shard) * 3

@@ -29,10 +29,10 @@ SHARDED = ("dp_shard", "ring", "ulysses")
 """Axes over which parameters are sharded."""
 
 _FLATTENED = {
-    "sequence": ("ring", "ulysses"),
     "fsdp": SHARDED,
-    "data": ("dp_replicate", "dp_shard"),
     "replicas": ("dp_replicate", *SHARDED),
+    "sequence": ("ring", "ulysses"),
+    "data": ("dp_replicate", "dp_shard"),
     "losses": ("pp", "dp_replicate", *SHARDED),
 }
 

@@ -27,6 +27,8 @@ from torch.utils._pytree import tree_leaves
 
 from seqmesh.parallel.dims import ParallelMesh
 
+_EXCHANGING = ("dp_shard", "ring", "ulysses")
+"""Axes of a sequence and its shards: they send all-to-alls of attention, and nothing else by themselves."""
 _NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 
 
@@ -35,8 +37,8 @@ class CountTraffic(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.by_group: Counter[str] = Counter()
-        """Bytes by the group's name in PyTorch."""
+        self.by_group: Counter[tuple[str, bool]] = Counter()
+        """Bytes by the group's name in PyTorch, all-to-alls (True) apart from all else."""
 
     def __enter__(self) -> "CountTraffic":
         super().__enter__()
@@ -57,19 +59,33 @@ class CountTraffic(TorchDispatchMode):
         if kind is None:
             return
         group = next(found for found in map(_group_of, args) if found is not None)
-        self.add(group, round(_SENT[kind](args, func.namespace == "c10d", group)))
+        nbytes = round(_SENT[kind](args, func.namespace == "c10d", group))
+        self.by_group[group.group_name, kind == "alltoall"] += nbytes
 
-    def add(self, group: Any, nbytes: int) -> None:
-        """Count bytes that were sent in a process group in another way."""
-        self.by_group[group.group_name] += nbytes
+    def add_message(self, group: Any, nbytes: int) -> None:
+        """Count a message that PyTorch does not dispatch."""
+        self.by_group[group.group_name, False] += nbytes
+
+    @property
+    def total(self) -> int:
+        """Bytes in all groups."""
+        return sum(self.by_group.values())
 
     def by_axis(self, mesh: ParallelMesh) -> dict[str, int]:
-        """Bytes by axis, or flattened axis, of a mesh; what other groups sent is "other". No zeros."""
-        names = {group.group_name: name for name in mesh.axes if (group := mesh.group(name)) is not None}
+        """Bytes by axis, or flattened axis, of a mesh; what other groups sent is "other". No zeros.
+
+        Axes may have one group. All-to-alls are then those of ring or ulysses, all else is not.
+        """
         found: Counter[str] = Counter()
-        for group_name, sent in self.by_group.items():
-            found[names.get(group_name, "other")] += sent
+        for (group_name, is_exchange), sent in self.by_group.items():
+            axes = mesh.axes if is_exchange else sorted(mesh.axes, key=lambda axis: axis in _EXCHANGING)
+            names = (axis for axis in axes if _name_of(mesh.group(axis)) == group_name)
+            found[next(names, "other")] += sent
         return {axis: sent for axis, sent in found.items() if sent}
+
+
+def _name_of(group: Any) -> str | None:
+    return None if group is None else group.group_name
 
 
 def _kind_of(func: Any) -> str | None:

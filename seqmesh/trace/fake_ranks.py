@@ -108,7 +108,7 @@ def _exchange_nothing(messages: Sequence[dist.P2POp], **_: Any) -> list[_Message
     for message in messages:
         if message.op is dist.isend:
             for counter in counters:
-                counter.add(message.group, message.tensor.nbytes)
+                counter.add_message(message.group, message.tensor.nbytes)
     return [_Message(message) for message in messages]
 
 

@@ -25,17 +25,27 @@ Source: torch.distributed._tools.mem_tracker has the same idea.
 """
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
+from seqmesh.parallel.traffic import CountTraffic
 from seqmesh.parallel.zero1 import ShardedStates
 from seqmesh.trace.allocations import AllocationLog, TracedMemory
 from seqmesh.trace.fake_ranks import fake_ranks, fake_weights
 from seqmesh.train.config import Config
 from seqmesh.train.data import VOCAB_SIZE, Corpus
 from seqmesh.train.trainer import Trainer
+
+
+class TracedStep(NamedTuple):
+    """What one rank holds and sends in a step."""
+
+    memory: TracedMemory
+    sent: dict[str, int]
+    """Bytes by axis of the mesh: exchanges of attention by the schedule, all others as they are called."""
 
 
 def trace_recipe(
@@ -45,7 +55,18 @@ def trace_recipe(
     documents: Sequence[int] | None = None,
     stage: int = 0,
 ) -> TracedMemory:
-    """Peak memory of one rank in a step of a run, whatever its mesh, ZeRO stage, savers and precision.
+    """Peak memory of one rank: `trace_step` without what it sends."""
+    return trace_step(config, vocabulary=vocabulary, documents=documents, stage=stage).memory
+
+
+def trace_step(
+    config: Config,
+    *,
+    vocabulary: int = VOCAB_SIZE,
+    documents: Sequence[int] | None = None,
+    stage: int = 0,
+) -> TracedStep:
+    """Memory and traffic of one rank in a step of a run, whatever its mesh, ZeRO stage, savers and precision.
 
     Args:
         config: the run; its text is not read.
@@ -58,7 +79,7 @@ def trace_recipe(
             that already has a process group.
     """
     corpus = text_of(config, documents)
-    log = AllocationLog()
+    log, sent = AllocationLog(), CountTraffic()
     with (
         fake_ranks(config, stage) as mesh,
         fake_weights(),
@@ -67,10 +88,14 @@ def trace_recipe(
         log,
     ):
         trainer = Trainer(config, corpus, mesh, peak_flops_per_s=1.0, vocabulary=vocabulary)
-        return _second_step(trainer, log)
+        memory = _second_step(trainer, log, sent)
+        # An operator that a selective checkpoint keeps is not run by fake tensors, and sends nothing.
+        of_attention = trainer.scheduled_traffic(trainer.next_batches())
+        traffic = {**sent.by_axis(mesh), **of_attention}
+    return TracedStep(memory, {axis: bytes_sent for axis, bytes_sent in traffic.items() if bytes_sent})
 
 
-def _second_step(trainer: Trainer, log: AllocationLog) -> TracedMemory:
+def _second_step(trainer: Trainer, log: AllocationLog, sent: CountTraffic) -> TracedMemory:
     """Run two steps and sum up the second: AdamW makes its states in the first."""
     weights = list(trainer.model.parameters())
     buffers = (buffer for part in trainer.model.parts for buffer in part.buffers())
@@ -80,7 +105,8 @@ def _second_step(trainer: Trainer, log: AllocationLog) -> TracedMemory:
     inner = optimizer.inner if isinstance(optimizer, ShardedStates) else optimizer
     log.mark(tree_leaves(list(inner.state.values())), "optimizer")
     log.start_step(weights)
-    trainer.step()
+    with sent:
+        trainer.step()
     log.mark((weight.grad for weight in weights), "gradients")
     return log.summary()
 

@@ -143,6 +143,11 @@ class Trainer:
             {"params": vectors, "weight_decay": 0.0},
         ]
 
+    def next_batches(self) -> tuple[LocalBatch, ...]:
+        """This rank's tokens of the step after the last, which that step is then without."""
+        count = self.config.micro_batches * self.config.mesh.data_parallel
+        return self._local_batches(list(islice(self.stream, count)))
+
     def step(self) -> StepMetrics:
         """One optimiser step. A collective over all ranks."""
         start = time.perf_counter()
@@ -161,7 +166,7 @@ class Trainer:
             loss_share=share.item(),
             grad_norm=grad_norm,
             bytes_sent=counted.bytes_sent,
-            bytes_scheduled=self._scheduled_bytes(batches),
+            bytes_scheduled=sum(self.scheduled_traffic(batches).values()),
             weight_checksum=weight_checksum(self.model.parameters()),
         )
         facts = gather_facts(mine, self.mesh.dims.world)
@@ -177,11 +182,11 @@ class Trainer:
         packed = [assemble(self.corpus, pieces) for pieces in mine]
         return shard_micro_batches(packed, self.mesh, layout=self.config.mesh.placement)
 
-    def _scheduled_bytes(self, batches: Sequence[LocalBatch]) -> int:
-        """Bytes that this rank sends in a step, all its layers, forward and backward, as schedules say."""
+    def scheduled_traffic(self, batches: Sequence[LocalBatch]) -> dict[str, int]:
+        """Bytes that attention sends from this rank in a step, all layers, forward and backward, by axis."""
         model, tp = self.config.model, self.mesh.dims.tp
         layers = sum(len(part.anatomy.own_layers) for part in self.model.parts)
-        total = 0
+        total = {"ulysses": 0, "ring": 0}
         for batch in batches:
             of_a_layer = batch.schedule.traffic(
                 batch=1,
@@ -190,7 +195,8 @@ class Trainer:
                 head_dim=model.head_dim,
                 dtype=self.model.plan.param_dtype or torch.float32,
             )
-            total += layers * (of_a_layer.forward_bytes + of_a_layer.backward_bytes)
+            total["ulysses"] += layers * (of_a_layer.heads_forward + of_a_layer.heads_backward)
+            total["ring"] += layers * (of_a_layer.rows_forward + of_a_layer.rows_backward)
         return total
 
     def _metrics(

@@ -193,6 +193,7 @@ def _add_bench(app: "typer.Typer") -> None:
 
     _add_gpu_rank(bench)
     _add_gpu_step(bench)
+    _add_train_step(bench)
     _add_overlap(bench)
 
 
@@ -242,6 +243,22 @@ def _add_gpu_step(bench: "typer.Typer") -> None:
         from seqmesh.bench.gpu_step import run_gpu_step
 
         return run_gpu_step(recipe, device, gpu, steps, json)
+
+
+def _add_train_step(bench: "typer.Typer") -> None:
+    import typer
+
+    small = typer.Option("--quick", help="Small sizes: seconds instead of minutes; times are not judged.")
+    file = typer.Option("--json", help="Also write every figure to this file.")
+
+    @bench.command("train-step")
+    def train_step_command(
+        quick: Annotated[bool, small] = False, json: Annotated[Path | None, file] = None
+    ) -> int:
+        """Time a training step against a plain PyTorch loop, and count a rank's memory on 1 to 8 ranks."""
+        from seqmesh.bench.train_step import run_train_step
+
+        return run_train_step(quick, json)
 
 
 def _add_overlap(bench: "typer.Typer") -> None:

@@ -35,7 +35,7 @@ ALLOWED: dict[str, list[str]] = {
     "train": ["engine", "integrations", "masks", "parallel", "processes", "provenance"],
     "trace": ["parallel", "train"],
     "bench": [
-        *(*PURE, "seqmesh", "engine", "train", "processes", "provenance"),
+        *(*PURE, "seqmesh", "engine", "parallel", "train", "processes", "provenance"),
         *("picture", "planner.inputs", "planner.cost", "planner.trainer", "trace"),
     ],
     "verify": [

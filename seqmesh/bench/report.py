@@ -58,7 +58,7 @@ def run_bench(quick: bool, json_path: Path | None) -> int:
             highlight=False,
             markup=False,
         )
-    console.print(_table(figures))
+    console.print(table(figures))
     if json_path is not None:
         document = {**about, "quick": quick, "figures": [asdict(figure) for figure in figures]}
         json_path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
@@ -97,7 +97,8 @@ def header() -> dict[str, str]:
     }
 
 
-def _table(figures: Iterable[Figure]) -> Table:
+def table(figures: Iterable[Figure]) -> Table:
+    """A row for each figure, under its section."""
     table = Table("what", "measured", "target", "", show_edge=False, pad_edge=False, header_style="")
     verdicts = {None: "", True: "ok", False: "[bold]missed[/bold]"}
     section = None

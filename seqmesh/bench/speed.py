@@ -158,7 +158,8 @@ def _timed(workers: Workers, request: Any) -> tuple[float, float]:
     return wall, sum(timing.cpu_s for timing in timings)
 
 
-def _clocked(run: Callable[[], Any]) -> Timing:
+def clocked(run: Callable[[], Any]) -> Timing:
+    """Run it on this worker's clocks."""
     cpu = time.process_time()
     start = time.monotonic()
     run()
@@ -179,7 +180,7 @@ def _single_process(timed: TimedAttention) -> Callable[[None], Timing]:
 
     def handle(_: None) -> Timing:
         q.grad = k.grad = v.grad = None
-        return _clocked(run)
+        return clocked(run)
 
     return handle
 
@@ -200,6 +201,6 @@ def _one_rank(timed: TimedAttention, meshes: Sequence[Degrees]) -> Callable[[Deg
         schedule = schedules[degrees]
         q.grad = k.grad = v.grad = None
         dist.barrier()  # requests reach the ranks one after the other
-        return _clocked(lambda: attention(q, k, v, schedule).backward(grad))
+        return clocked(lambda: attention(q, k, v, schedule).backward(grad))
 
     return handle

@@ -22,6 +22,7 @@ from torch.utils._python_dispatch import _disable_current_modes
 from seqmesh.parallel import ParallelDims, ParallelMesh, ParallelModel, batch, parallelize
 from seqmesh.train import model, setup
 from seqmesh.train.config import Config
+from seqmesh.train.data import TokenIds
 
 
 @contextmanager
@@ -71,7 +72,7 @@ def _votes_like_mine(mine: Any, mesh: ParallelMesh) -> list[Any]:
     return [mine] * (mesh.dims.dp_replicate * mesh.dims.dp_shard)
 
 
-def _build_from_whole(config: Config, mesh: ParallelMesh, vocabulary: int) -> ParallelModel:
+def _build_from_whole(config: Config, mesh: ParallelMesh, vocabulary: TokenIds) -> ParallelModel:
     """As setup.build, but for the way in which weights come; whole ones take no memory if they are fake."""
     return parallelize(model.build(config, vocabulary), mesh, setup.plan_of(config.train))
 

@@ -28,6 +28,7 @@ Source: torch.distributed._tools.mem_tracker has the same idea.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
@@ -39,7 +40,7 @@ from seqmesh.planner.trainer.allocations import AllocationLog, TracedMemory
 from seqmesh.planner.trainer.fake_ranks import fake_ranks
 from seqmesh.planner.trainer.memory import check_trainable
 from seqmesh.train.config import Config, DataConfig, MeshConfig, ModelConfig
-from seqmesh.train.data import VOCAB_SIZE, Corpus
+from seqmesh.train.data import BYTES, VOCAB_SIZE, Corpus
 from seqmesh.train.trainer import Trainer
 
 
@@ -74,7 +75,7 @@ def trace_recipe(
 
     Args:
         config: the run; its text is not read.
-        vocabulary: token ids of the model.
+        vocabulary: token ids of the text, and of the model if the recipe names no number.
         documents: tokens of the documents in every packed sequence, which the trainer shuffles; default: one.
 
     Raises:
@@ -82,7 +83,7 @@ def trace_recipe(
             sequence, or a process that already has a process group.
     """
     seq_len = config.data.seq_len
-    corpus = _corpus(seq_len, [seq_len] if documents is None else documents)
+    corpus = _corpus(seq_len, [seq_len] if documents is None else documents, vocabulary)
     log = AllocationLog()
     with (
         fake_ranks(config) as mesh,
@@ -90,7 +91,7 @@ def trace_recipe(
         FakeTensorMode(allow_non_fake_inputs=True),
         log,
     ):
-        trainer = Trainer(config, corpus, mesh, peak_flops_per_s=1.0, vocabulary=vocabulary)
+        trainer = Trainer(config, corpus, mesh, peak_flops_per_s=1.0)
         return _second_step(trainer, log)
 
 
@@ -109,7 +110,7 @@ def _second_step(trainer: Trainer, log: AllocationLog) -> TracedMemory:
     return log.summary()
 
 
-def _corpus(seq_len: int, lengths: Sequence[int]) -> Corpus:
+def _corpus(seq_len: int, lengths: Sequence[int], vocabulary: int) -> Corpus:
     """A text whose documents have these lengths in tokens."""
     if sum(lengths) != seq_len or min(lengths) < 2:
         raise ValueError(
@@ -117,7 +118,11 @@ def _corpus(seq_len: int, lengths: Sequence[int]) -> Corpus:
             f" for seq_len={seq_len}; fill it exactly"
         )
     # The end of a document is a token too.
-    return Corpus(source="traced", documents=tuple(bytes(length - 1) for length in lengths))
+    return Corpus(
+        source="traced",
+        documents=tuple(bytes(length - 1) for length in lengths),
+        vocabulary=replace(BYTES, size=vocabulary),
+    )
 
 
 def _config(shape: ModelShape, seq_len: int, ulysses: int, ring: int) -> Config:

@@ -63,7 +63,9 @@ def embedding_rows(config: Config, vocabulary: TokenIds) -> int:
     """
     asked = config.model.vocabulary
     if 0 < asked < vocabulary.size:
-        whose = f"of data.tokenizer={config.data.tokenizer!r}" if config.data.tokenizer else "byte tokens"
+        whose = (
+            f"tokens of data.tokenizer={config.data.tokenizer!r}" if config.data.tokenizer else "byte tokens"
+        )
         raise ValueError(
             f"model.vocabulary={asked} for {whose}, of which there are {vocabulary.size}; use at least so"
             " many, or 0"

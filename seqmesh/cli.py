@@ -191,10 +191,26 @@ def _add_bench(app: "typer.Typer") -> None:
 
         return run_bench(quick, json)
 
+    _add_balance(bench)
     _add_gpu_rank(bench)
     _add_gpu_step(bench)
     _add_train_step(bench)
     _add_overlap(bench)
+
+
+def _add_balance(bench: "typer.Typer") -> None:
+    import typer
+
+    file = typer.Option("--json", help="Also write every figure to this file.")
+
+    @bench.command("balance")
+    def balance_command(json: Annotated[Path | None, file] = None) -> int:
+        """Count how long data-parallel ranks wait for the busiest one, with sequences in turn,
+        evened, and in one pool.
+        """
+        from seqmesh.bench.report import measure_balance, run_figures
+
+        return run_figures(measure_balance(), quick=False, json_path=json)
 
 
 def _add_gpu_rank(bench: "typer.Typer") -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from ranks import Ranks
 
-from seqmesh.bench import schedules
+from seqmesh.bench import dealing, schedules
 from seqmesh.bench.costs import Case, bytes_cases, bytes_of, memory_cases, memory_of
 from seqmesh.bench.figures import Spread
 from seqmesh.bench.report import run_bench
@@ -64,6 +64,37 @@ def test_balanced_documents_are_balanced_where_zigzag_is_not() -> None:
     assert area.values["balanced_area_ratio"] <= 1.05 < area.values["zigzag_area_ratio"]
 
 
+def test_a_step_waits_for_the_busiest_of_each_column_or_of_the_whole() -> None:
+    by_hand = dealing.waiting([9.0, 1.0, 2.0, 8.0], [[(0,), (2,)], [(1,), (3,)]])
+    assert by_hand == (17 / 10, 11 / 10)
+    evened = dealing.waiting([9.0, 1.0, 2.0, 8.0], [[(0,), (1,)], [(3,), (2,)]])
+    assert evened == (11 / 10, 10 / 10)
+
+
+def test_evened_sequences_wait_less_than_those_in_turn_and_a_pool_hardly_at_all() -> None:
+    tail = schedules.Tail(mu=5, sigma=1.5, seeds=1)
+    columns, end = dealing.measure_dealing([dealing.Steps(tail=tail, seq_len=4096, ranks=8, steps=2)])
+    assert columns.ok
+    assert end.ok
+    assert 1 <= columns.values["evened"] < columns.values["in_turn"]
+    assert 1 <= end.values["evened"] <= columns.values["evened"]
+    work, busiest, total = dealing.measure_pool([schedules.Tail(mu=8, sigma=1.5, seeds=1)])
+    assert work.ok
+    assert work.values["pool"] < 1.01 < work.values["groups"]
+    assert 0 < busiest.values["rows_ratio"] < total.values["rows_ratio"]
+
+
+def test_a_models_flops_are_those_of_the_trainer() -> None:
+    from seqmesh.planner.inputs.models import load_model
+    from seqmesh.train.config import ModelConfig
+    from seqmesh.train.model import step_flops
+
+    shape = load_model(dealing.MODEL)
+    model = ModelConfig(hidden=shape.hidden, layers=shape.layers, heads=shape.heads, kv_heads=shape.kv_heads)
+    expected = step_flops(matmul_parameters=shape.matmul_parameters, tokens=1000, model=model, area=77_000)
+    assert dealing.Flops()(1000, 77_000) == expected
+
+
 def test_a_spread_is_the_median_with_its_range() -> None:
     spread = Spread.of([3.0, 1.0, 2.0])
     assert spread.text(1, " s") == "2.0 s (1.0-3.0)"
@@ -91,7 +122,7 @@ sys.exit(run_bench(True, pathlib.Path(sys.argv[1])))
     figures = written["figures"]
     assert written["torch"]
     assert written["machine"]
-    assert len({figure["section"] for figure in figures}) == 7
+    assert len({figure["section"] for figure in figures}) == 8
     for figure in figures:
         assert figure["section"][:40] in done.stdout
         if figure["exact"]:

@@ -20,7 +20,7 @@ from seqmesh.planner.inputs.point import Point
 from seqmesh.planner.inputs.shape import ModelShape
 from seqmesh.planner.one_attention import attention_model
 from seqmesh.train.config import Config, DataConfig, MeshConfig
-from seqmesh.train.data import Corpus, micro_batches
+from seqmesh.train.data import Corpus, sequences
 from seqmesh.train.setup import dims_of
 from seqmesh.train.trainer import Trainer
 
@@ -108,7 +108,7 @@ def test_predicted_bytes_of_a_step_equal_those_of_a_real_training_step(
         intermediate=m.intermediate,
         vocabulary=384,
     )
-    pieces = next(micro_batches(CORPUS, seq_len=1024, sequences=1, seed=CONFIG.train.seed))
+    pieces = next(sequences(CORPUS, seq_len=1024, seed=CONFIG.train.seed))
     documents = tuple(piece.stop - piece.start for piece in pieces)
     cluster = Cluster(gpu=load_gpu("a800-sxm"), nodes=1, gpus_per_node=mesh[0] * mesh[1])
     job = Job(

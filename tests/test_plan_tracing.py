@@ -7,6 +7,7 @@ scalars, and what unequal heads save in copies.
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -24,7 +25,7 @@ from seqmesh.planner.trainer.memory import Moment, trainer_memory, trainer_momen
 from seqmesh.planner.trainer.tracing import trace_training_step
 from seqmesh.trace.allocations import KINDS, TracedMemory
 from seqmesh.train.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
-from seqmesh.train.data import Corpus
+from seqmesh.train.data import BYTES, Corpus
 from seqmesh.train.setup import plan_of
 from seqmesh.train.trainer import Trainer
 
@@ -76,8 +77,9 @@ def trainer(model: ModelShape, seq_len: int, mesh: ParallelMesh) -> Trainer:
         model=sizes,
         data=DataConfig(seq_len=seq_len),
     )
-    corpus = Corpus(source="zeros", documents=(bytes(seq_len - 1),))
-    return Trainer(config, corpus, mesh, peak_flops_per_s=1.0, vocabulary=model.vocabulary)
+    text = replace(BYTES, size=model.vocabulary)
+    corpus = Corpus(source="zeros", documents=(bytes(seq_len - 1),), vocabulary=text)
+    return Trainer(config, corpus, mesh, peak_flops_per_s=1.0)
 
 
 def allocated(model: ModelShape, seq_len: int, ulysses: int, ring: int) -> int:

@@ -12,7 +12,7 @@ from ranks import Ranks
 from seqmesh.train import step_folders
 from seqmesh.train.checkpoint import Progress
 from seqmesh.train.config import Config
-from seqmesh.train.data import micro_batches
+from seqmesh.train.data import sequences
 from seqmesh.train.recipe import dump
 from seqmesh.train.resume import check_same_training
 
@@ -92,13 +92,9 @@ def test_eight_ranks_go_on_with_what_one_began_and_one_with_what_eight_began(
 
 @pytest.mark.parametrize("skip", [0, 1, 15, 16, 17, 40])
 def test_skipped_sequences_are_those_that_would_have_come(skip: int) -> None:
-    """Also across epochs and in the middle of a micro-batch of another size."""
-    ones = micro_batches(TEXT, seq_len=101, sequences=1, seed=3)
-    whole = [pieces for (*pieces,) in islice(ones, 60)]
-    three = micro_batches(TEXT, seq_len=101, sequences=3, seed=3, skip=skip)
-    for number, pieces in enumerate(islice(three, 5)):
-        first = skip + 3 * number
-        assert list(pieces) == [piece for one in whole[first : first + 3] for piece in one]
+    """Also across epochs, of which each has 16."""
+    whole = list(islice(sequences(TEXT, seq_len=101, seed=3), 60))
+    assert list(islice(sequences(TEXT, seq_len=101, seed=3, skip=skip), 15)) == whole[skip : skip + 15]
 
 
 def test_the_newest_checkpoints_stay(tmp_path: Path) -> None:

@@ -33,7 +33,7 @@ from seqmesh.trace.fake_ranks import fake_ranks, weights_of_noise
 from seqmesh.trace.tracing import text_of
 from seqmesh.train import device as devices
 from seqmesh.train.config import Config, DataConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
-from seqmesh.train.model import vocabulary_of
+from seqmesh.train.data import VOCAB_SIZE
 from seqmesh.train.recipe import load
 from seqmesh.train.trainer import Trainer
 
@@ -131,6 +131,11 @@ def _config(recipe: str | None, device: str) -> Config:
     return replace(config, run=run, train=replace(config.train, compare_steps=0))
 
 
+def _token_ids(config: Config) -> int:
+    """Of the model; its text is zeros."""
+    return config.model.vocabulary or VOCAB_SIZE
+
+
 def _cluster(config: Config, gpu: str) -> Cluster | None:
     """Nodes of 8 of the named GPU, or of the one that is here; None if the planner does not know it."""
     name = gpu or _known_as(torch.cuda.get_device_name() if config.run.device == "cuda" else "")
@@ -153,7 +158,7 @@ def measure(config: Config, cluster: Cluster | None, steps: int) -> RankStep:
     world = config.mesh.world
     peak, source = _peak(config, cluster)
     with fake_ranks(config) as mesh, weights_of_noise(), _forked_random():
-        trainer = Trainer(config, text_of(config), mesh, peak_flops_per_s=peak * world)
+        trainer = Trainer(config, text_of(config, _token_ids(config)), mesh, peak_flops_per_s=peak * world)
         trainer.step()
         taken = []
         for _ in range(steps):
@@ -164,7 +169,7 @@ def measure(config: Config, cluster: Cluster | None, steps: int) -> RankStep:
             taken.append(time.perf_counter() - start)
     seconds = median(taken)
     scale = metrics.seconds / seconds  # its MFU is of the last step
-    priced = None if cluster is None else of_recipe(config, cluster, vocabulary=vocabulary_of(config))
+    priced = None if cluster is None else of_recipe(config, cluster, vocabulary=_token_ids(config))
     estimate = None if priced is None else CostModel(priced.job).estimate(priced.point)
     return RankStep(
         ranks=world,

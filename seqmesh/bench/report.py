@@ -1,6 +1,7 @@
 """The benchmark: every figure in one run, printed as a table next to its target, and as JSON if asked.
 
     seqmesh bench [--quick] [--json FILE]
+    seqmesh bench balance [--json FILE]      its exact part about data-parallel ranks alone
 
 The header says hardware, versions, commit and command, without which a number means nothing. Times are ratios
 of two sides that were measured in turns; bytes, memory and loads are exact. `--quick` is the same program on
@@ -16,7 +17,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
-from seqmesh.bench import costs, host, schedules, speed, trees
+from seqmesh.bench import costs, dealing, host, schedules, speed, trees
 from seqmesh.bench.figures import Figure
 from seqmesh.provenance import commit, machine, this_command
 
@@ -41,6 +42,15 @@ def run_bench(quick: bool, json_path: Path | None) -> int:
     Raises:
         ValueError: json_path cannot be written; before anything is measured.
     """
+    return run_figures(measure(quick), quick, json_path)
+
+
+def run_figures(measured: Iterable[Figure], quick: bool, json_path: Path | None) -> int:
+    """Print figures as they are measured, as `run_bench` does.
+
+    Raises:
+        ValueError: json_path cannot be written; before anything is measured.
+    """
     if json_path is not None:
         check_writable(json_path)
     console = Console()
@@ -50,7 +60,7 @@ def run_bench(quick: bool, json_path: Path | None) -> int:
     for name, value in about.items():
         console.print(f"{name:<8} {value}", highlight=False, markup=False)
     figures: list[Figure] = []
-    for figure in measure(quick):
+    for figure in measured:
         figures.append(figure)
         console.print(
             f"measured {len(figures)}: {figure.what}",
@@ -75,6 +85,7 @@ def measure(quick: bool) -> Iterator[Figure]:
             costs.measure(costs.memory_cases(512, QUICK_MESHES), costs.bytes_cases(1024, QUICK_MESHES)),
             schedules.measure_times(schedules.BATCHES[:1]),
             schedules.measure_load([replace(tail, seeds=1) for tail in schedules.TAILS[:1]]),
+            dealing.measure_dealing([replace(case, steps=1) for case in dealing.CASES[:2]]),
         )
     return chain(
         speed.measure(speed.TimedAttention()),
@@ -83,7 +94,13 @@ def measure(quick: bool) -> Iterator[Figure]:
         costs.measure(costs.memory_cases(512, MESHES), costs.bytes_cases(1024, MESHES)),
         schedules.measure_times(),
         schedules.measure_load(),
+        measure_balance(),
     )
+
+
+def measure_balance() -> Iterator[Figure]:
+    """How evenly data-parallel ranks are loaded: exact, in seconds."""
+    return chain(dealing.measure_dealing(), dealing.measure_pool())
 
 
 def header() -> dict[str, str]:

@@ -29,6 +29,7 @@ from seqmesh.parallel.load import fill_with_noise
 from seqmesh.parallel.traffic import CountTraffic
 from seqmesh.train import model, setup
 from seqmesh.train.config import Config
+from seqmesh.train.data import TokenIds
 
 
 @contextmanager
@@ -112,7 +113,7 @@ def _exchange_nothing(messages: Sequence[dist.P2POp], **_: Any) -> list[_Message
     return [_Message(message) for message in messages]
 
 
-def _build_from_whole(config: Config, mesh: ParallelMesh, vocabulary: int) -> ParallelModel:
+def _build_from_whole(config: Config, mesh: ParallelMesh, vocabulary: TokenIds) -> ParallelModel:
     """As setup.build, but for the way in which weights come; whole ones take no memory if they are fake."""
     return parallelize(model.build(config, vocabulary), mesh, setup.plan_of(config.train))
 

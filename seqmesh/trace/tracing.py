@@ -25,6 +25,7 @@ Source: torch.distributed._tools.mem_tracker has the same idea.
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -36,7 +37,7 @@ from seqmesh.parallel.zero1 import ShardedStates
 from seqmesh.trace.allocations import AllocationLog, TracedMemory
 from seqmesh.trace.fake_ranks import fake_ranks, fake_weights
 from seqmesh.train.config import Config
-from seqmesh.train.data import VOCAB_SIZE, Corpus
+from seqmesh.train.data import BYTES, VOCAB_SIZE, Corpus
 from seqmesh.train.trainer import Trainer
 
 
@@ -70,7 +71,7 @@ def trace_step(
 
     Args:
         config: the run; its text is not read.
-        vocabulary: token ids of the model.
+        vocabulary: token ids of the text, and of the model if the recipe names no number.
         documents: tokens of the documents in every packed sequence, which the trainer shuffles; default: one.
         stage: of a pipeline, whose first rank is traced: 0 for the one that holds most micro-batches.
 
@@ -78,7 +79,7 @@ def trace_step(
         ValueError: a mesh that the trainer cannot run, documents that do not fill the sequence, or a process
             that already has a process group.
     """
-    corpus = text_of(config, documents)
+    corpus = text_of(config, vocabulary, documents)
     log, sent = AllocationLog(), CountTraffic()
     with (
         fake_ranks(config, stage) as mesh,
@@ -87,7 +88,7 @@ def trace_step(
         FakeTensorMode(allow_non_fake_inputs=True),
         log,
     ):
-        trainer = Trainer(config, corpus, mesh, peak_flops_per_s=1.0, vocabulary=vocabulary)
+        trainer = Trainer(config, corpus, mesh, peak_flops_per_s=1.0)
         memory = _second_step(trainer, log, sent)
         # An operator that a selective checkpoint keeps is not run by fake tensors, and sends nothing.
         of_attention = trainer.scheduled_traffic(trainer.next_batches())
@@ -111,7 +112,7 @@ def _second_step(trainer: Trainer, log: AllocationLog, sent: CountTraffic) -> Tr
     return log.summary()
 
 
-def text_of(config: Config, lengths: Sequence[int] | None = None) -> Corpus:
+def text_of(config: Config, vocabulary: int = VOCAB_SIZE, lengths: Sequence[int] | None = None) -> Corpus:
     """A text whose documents have these lengths in tokens, which fill a sequence; default: one document."""
     seq_len = config.data.seq_len
     lengths = [seq_len] if lengths is None else lengths
@@ -121,4 +122,8 @@ def text_of(config: Config, lengths: Sequence[int] | None = None) -> Corpus:
             f" for seq_len={seq_len}; fill it exactly"
         )
     # The end of a document is a token too.
-    return Corpus(source="traced", documents=tuple(bytes(length - 1) for length in lengths))
+    return Corpus(
+        source="traced",
+        documents=tuple(bytes(length - 1) for length in lengths),
+        vocabulary=replace(BYTES, size=vocabulary),
+    )

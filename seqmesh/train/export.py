@@ -6,12 +6,14 @@ No rank is started: shards of any mesh are put together as they are read.
 """
 
 import tomllib
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from seqmesh.train import setup, step_folders
 from seqmesh.train.checkpoint import Checkpoint
+from seqmesh.train.data import copy_in, tokenizer_of
 from seqmesh.train.loop import save
 from seqmesh.train.recipe import config_of
 
@@ -31,6 +33,10 @@ def export(run: Path, out: Path | None = None) -> Path:
     """
     checkpoint = Checkpoint(step_folders.newest(run))
     config = config_of(tomllib.loads(checkpoint.progress.recipe), f"{checkpoint.folder}: ")
+    if config.data.tokenizer:
+        # The run's own copy: the recipe's folder may be gone, or lie on another machine.
+        own = str(copy_in(run))
+        config = replace(config, data=replace(config.data, tokenizer=own))
     shapes = setup.check(config)
     checkpoint.check_model(shapes)
     checkpoint.check_files()
@@ -41,7 +47,8 @@ def export(run: Path, out: Path | None = None) -> Path:
             raise ValueError(f"{str(out)!r} is not empty; choose a new folder, or remove it")
         weights = {f"model.{name}": torch.empty(shape) for name, shape in shapes.items()}
         checkpoint.read_into(weights)
-        save(config, {name.removeprefix("model."): weight for name, weight in weights.items()}, out)
+        named = {name.removeprefix("model."): weight for name, weight in weights.items()}
+        save(config, named, out, tokenizer_of(config.data.tokenizer))
     except OSError as error:
         raise ValueError(f"cannot write {str(out)!r}: {error.strerror}; choose another folder") from None
     return out

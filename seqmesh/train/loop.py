@@ -15,7 +15,6 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
-from transformers import ByT5Tokenizer
 
 from seqmesh.parallel import ParallelDims
 from seqmesh.parallel.gather import whole_weights
@@ -24,7 +23,7 @@ from seqmesh.train import model as models
 from seqmesh.train import setup
 from seqmesh.train.checkpoint import Checkpoint
 from seqmesh.train.config import Config, MeshConfig
-from seqmesh.train.data import Corpus
+from seqmesh.train.data import Corpus, Tokenizer, tokenizer_of
 from seqmesh.train.events import Compared, Event, Started, StepMetrics, Stopped, Trained
 from seqmesh.train.facts import gather
 from seqmesh.train.stop import StopRequest
@@ -67,7 +66,7 @@ def train(
     if world > 1:
         dist.destroy_process_group()  # nobody waits, with whatever timeout, for rank 0's comparison
     if is_first and stopped is None:
-        save(config, weights, folder / "checkpoint")
+        save(config, weights, folder / "checkpoint", tokenizer_of(config.data.tokenizer))
         emit(Trained(peak_memory_bytes=tuple(int(peak) for peak in memory)))
         if beginning:
             emit(compare_on_one_rank(config, corpus, beginning))
@@ -144,12 +143,12 @@ def _measure_peak(config: Config, rounds: int = 6) -> float:
     return best
 
 
-def save(config: Config, weights: dict[str, torch.Tensor], folder: Path) -> None:
+def save(config: Config, weights: dict[str, torch.Tensor], folder: Path, tokenizer: Tokenizer) -> None:
     """A checkpoint that plain transformers loads: how the model was made parallel is not part of it."""
     with torch.device("meta"):
-        model = models.build(config)
+        model = models.build(config, tokenizer.vocabulary)
     model.save_pretrained(folder, state_dict=weights)
-    ByT5Tokenizer(extra_ids=0).save_pretrained(folder)
+    tokenizer.save(folder)
 
 
 def compare_on_one_rank(config: Config, corpus: Corpus, beginning: Sequence[StepMetrics]) -> Compared:

@@ -16,19 +16,19 @@ from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTr
 
 from seqmesh.integrations.refusals import check_pluggable
 from seqmesh.train.config import Config, ModelConfig
-from seqmesh.train.data import EOS_ID, VOCAB_SIZE
+from seqmesh.train.data import TokenIds, tokenizer_of
 
 
-def build(config: Config, vocabulary: int | None = None) -> PreTrainedModel:
+def build(config: Config, vocabulary: TokenIds | None = None) -> PreTrainedModel:
     """The model with random fp32 weights from the run's seed, the same wherever it is made.
 
     Args:
         config: the run.
-        vocabulary: token ids; default: the recipe's, or those of byte tokens.
+        vocabulary: of the text; default: that of the recipe's tokenizer.
 
     Raises:
         ValueError: an architecture that transformers does not know, that has other dimensions, or that cannot
-            be plugged in.
+            be plugged in; too small a vocabulary; no tokenizer.
     """
     model = config.model
     if model.architecture not in CONFIG_MAPPING:
@@ -36,10 +36,11 @@ def build(config: Config, vocabulary: int | None = None) -> PreTrainedModel:
             f"model.architecture={model.architecture!r} is not a model type of transformers;"
             " use llama, mistral, qwen2, ..."
         )
-    size = vocabulary or vocabulary_of(config)
+    known = vocabulary or tokenizer_of(config.data.tokenizer).vocabulary
+    rows = embedding_rows(config, known)
     torch.manual_seed(config.train.seed)
     try:
-        given = _transformers_config(model, config.data.seq_len, size)
+        given = _transformers_config(model, config.data.seq_len, rows, known)
         built = AutoModelForCausalLM.from_config(given, dtype=torch.float32)
     # Each configuration class of transformers has checks, and exceptions, of its own.
     except Exception as error:
@@ -54,22 +55,27 @@ def build(config: Config, vocabulary: int | None = None) -> PreTrainedModel:
     return built
 
 
-def vocabulary_of(config: Config) -> int:
-    """Token ids of the recipe.
+def embedding_rows(config: Config, vocabulary: TokenIds) -> int:
+    """Token ids of the model: the recipe's, or those of the text.
 
     Raises:
-        ValueError: fewer than the data's tokens.
+        ValueError: fewer than the text's.
     """
     asked = config.model.vocabulary
-    if 0 < asked < VOCAB_SIZE:
+    if 0 < asked < vocabulary.size:
+        whose = (
+            f"tokens of data.tokenizer={config.data.tokenizer!r}" if config.data.tokenizer else "byte tokens"
+        )
         raise ValueError(
-            f"model.vocabulary={asked} for byte tokens, of which there are {VOCAB_SIZE}; use at least so"
+            f"model.vocabulary={asked} for {whose}, of which there are {vocabulary.size}; use at least so"
             " many, or 0"
         )
-    return asked or VOCAB_SIZE
+    return asked or vocabulary.size
 
 
-def _transformers_config(model: ModelConfig, seq_len: int, vocabulary: int) -> PreTrainedConfig:
+def _transformers_config(
+    model: ModelConfig, seq_len: int, rows: int, vocabulary: TokenIds
+) -> PreTrainedConfig:
     """The recipe's sizes in transformers' names, without a sliding window where the architecture has one.
 
     A batch has one schedule, of whole documents, for all layers.
@@ -86,13 +92,13 @@ def _transformers_config(model: ModelConfig, seq_len: int, vocabulary: int) -> P
         num_key_value_heads=model.kv_heads,
         head_dim=model.head_dim,
         intermediate_size=model.intermediate,
-        vocab_size=vocabulary,
+        vocab_size=rows,
         max_position_embeddings=seq_len,
         rope_parameters={"rope_type": "default", "rope_theta": model.rope_theta},
         tie_word_embeddings=model.tie_embeddings,
         bos_token_id=None,
-        eos_token_id=EOS_ID,
-        pad_token_id=0,
+        eos_token_id=vocabulary.end,
+        pad_token_id=vocabulary.padding,
     )
 
 
@@ -130,7 +136,7 @@ def _check_sizes(built: PreTrainedModel, model: ModelConfig) -> None:
         )
 
 
-def count_parameters(config: Config, vocabulary: int | None = None) -> tuple[int, int]:
+def count_parameters(config: Config, vocabulary: TokenIds | None = None) -> tuple[int, int]:
     """All parameters of the whole model, and the weights of its linear layers, output embedding included."""
     with torch.device("meta"):
         model = build(config, vocabulary)

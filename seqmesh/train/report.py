@@ -170,7 +170,7 @@ class Reporter:
         text = describe(self.config, report, self.train_seconds, self.folder)
         origin = f"command    {self.command}\ncommit     {commit()}"
         (self.folder / "report.txt").write_text(f"{text}\n{origin}\n", encoding="utf-8")
-        draw_loss(self.steps, report, self.folder / "loss.png")
+        draw_loss(self.steps, report, self.folder / "loss.png", self.corpus.vocabulary.unit)
         print("\n" + text, flush=True)
         return report
 
@@ -323,8 +323,8 @@ def _bytes(count: float) -> str:
     return f"{count:.3g} GB"
 
 
-def draw_loss(steps: Sequence[StepMetrics], report: Report, path: Path) -> None:
-    """The loss curve as a picture."""
+def draw_loss(steps: Sequence[StepMetrics], report: Report, path: Path, unit: str = "byte") -> None:
+    """The loss curve as a picture, in nats per `unit`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -337,7 +337,7 @@ def draw_loss(steps: Sequence[StepMetrics], report: Report, path: Path) -> None:
     axes.plot(tokens, _smooth(losses), color="tab:blue", linewidth=2, label="running mean")
     axes.set(
         xlabel="tokens seen (millions)",
-        ylabel="loss (nats per byte)",
+        ylabel=f"loss (nats per {unit})",
         title=f"{report.text}: {report.first_loss:.2f} → {report.last_loss:.2f}",
     )
     axes.set_xlim(left=0)

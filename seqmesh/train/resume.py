@@ -19,8 +19,8 @@ _MAY_DIFFER = frozenset(
     }
 )
 """Keys of [train] that do not change what is trained but by rounding."""
-_PATH = ("data", "path")
-"""Compared by what is read there."""
+_WHERE = frozenset({"path", "field", "tokenizer", "cache"})
+"""Keys of [data] that say where tokens come from: compared by the tokens."""
 
 
 def check_same_training(config: Config, corpus: Corpus, saved: Progress) -> None:
@@ -32,13 +32,13 @@ def check_same_training(config: Config, corpus: Corpus, saved: Progress) -> None
     now, before = tomllib.loads(dump(config)), tomllib.loads(saved.recipe)
     for section in ("model", "data", "train"):
         for key, value in now[section].items():
-            if key in _MAY_DIFFER or (section, key) == _PATH:
+            if key in _MAY_DIFFER or (section == "data" and key in _WHERE):
                 continue
             _check_equal(f"{section}.{key}", value, before[section].get(key), config.run.resume)
     if corpus.fingerprint != saved.text:
         raise ValueError(
             f"data.path={config.data.path!r} has another text than run.resume={config.run.resume!r} was"
-            " trained on; point data.path at that text"
+            " trained on, or data.tokenizer makes other tokens of it; use that text and that tokenizer"
         )
     if saved.step >= config.train.steps:
         raise ValueError(

@@ -21,7 +21,7 @@ from seqmesh.train import device as devices
 from seqmesh.train import setup, step_folders
 from seqmesh.train.checkpoint import Checkpoint
 from seqmesh.train.config import Config
-from seqmesh.train.data import Corpus, micro_batches, read
+from seqmesh.train.data import Corpus, check_enough, copy_in, read, tokenizer_of
 from seqmesh.train.events import StepMetrics, Stopped
 from seqmesh.train.launch import RankFailedError, agree, agree_on, run_local
 from seqmesh.train.loop import train
@@ -89,8 +89,9 @@ def _prepare(config: Config) -> _Prepared:
     """Everything that can be wrong without a rank, checked."""
     devices.check(config.run.device)
     shapes = setup.check(config)
-    corpus = read(config.data.path)
-    micro_batches(corpus, seq_len=config.data.seq_len, sequences=config.micro_batch, seed=config.train.seed)
+    data = config.data
+    corpus = read(data.path, field=data.field, tokenizer=data.tokenizer, cache=data.cache)
+    check_enough(corpus, data.seq_len)
     if not config.run.resume:
         return _Prepared(corpus=corpus, checkpoint=None)
     checkpoint = Checkpoint(step_folders.newest(_expanded(config.run.resume, "--resume")))
@@ -122,6 +123,8 @@ def _make_folder(config: Config) -> Path:
         # Without what another run from this recipe should not take over.
         recipe = replace(config, run=replace(config.run, folder="", resume=""))
         (folder / "config.toml").write_text(dump(recipe), encoding="utf-8")
+        if config.data.tokenizer:
+            tokenizer_of(config.data.tokenizer).save(copy_in(folder))
     except OSError as error:
         raise ValueError(
             f"cannot make run.folder={str(folder)!r}: {error.strerror}; choose another with --folder"

@@ -20,6 +20,7 @@ from seqmesh.parallel import (
 )
 from seqmesh.train import model as models
 from seqmesh.train.config import Config, MeshConfig, TrainConfig
+from seqmesh.train.data import TokenIds
 
 MLP_ROWS = 4096
 """Tokens of an MLP's tile."""
@@ -44,7 +45,7 @@ def plan_of(train: TrainConfig) -> ParallelPlan:
     )
 
 
-def build(config: Config, mesh: ParallelMesh, vocabulary: int | None = None) -> ParallelModel:
+def build(config: Config, mesh: ParallelMesh, vocabulary: TokenIds | None = None) -> ParallelModel:
     """This rank's part of the model, with the weights of the run's seed. A collective over all ranks."""
     plan = plan_of(config.train)
     whole = partial(models.build, config, vocabulary)

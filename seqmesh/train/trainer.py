@@ -1,7 +1,8 @@
 """A training step of one rank. Start reading here; loop.py takes the steps.
 
-    micro-batches of a step, as pieces of documents     data.py: the same on every rank
-      -> those of this data-parallel rank, packed       (1, s); labels are shifted before anything is sharded
+    sequences of a step, as pieces of documents         data/packing.py: the same on every rank
+      -> those of this data-parallel rank               data/evening.py: work that is even over ranks
+      -> its micro-batches, read and packed             (1, s); labels are shifted before anything is sharded
       -> this rank's tokens (1, n) and schedules        shard_micro_batches: one count of labels for all ranks
       -> sum of losses / labels of all ranks            ParallelModel.gradients: the model's own code, made
       -> gradients, summed over ranks                   parallel from outside, whatever the mesh
@@ -27,7 +28,7 @@ from seqmesh.train import model as models
 from seqmesh.train import setup, step_folders
 from seqmesh.train.checkpoint import Checkpoint, Progress, load_checkpoint, save_checkpoint
 from seqmesh.train.config import Config, TrainConfig
-from seqmesh.train.data import Corpus, Piece, assemble, micro_batches
+from seqmesh.train.data import Corpus, Piece, area_of, assemble, deal, sequences
 from seqmesh.train.events import StepMetrics
 from seqmesh.train.facts import RankFacts, check_agreement, gather_facts, weight_checksum
 from seqmesh.train.recipe import dump
@@ -55,8 +56,7 @@ class _StepText(NamedTuple):
     def of(pieces: Sequence[Piece]) -> "_StepText":
         """Each piece is a document of its own, whose last token predicts nothing."""
         lengths = [piece.stop - piece.start for piece in pieces]
-        pairs = sum(length * (length + 1) // 2 for length in lengths)
-        return _StepText(len(lengths), sum(lengths) - len(lengths), pairs)
+        return _StepText(len(lengths), sum(lengths) - len(lengths), area_of(pieces))
 
 
 class Trainer:
@@ -68,8 +68,6 @@ class Trainer:
         corpus: Corpus,
         mesh: ParallelMesh,
         peak_flops_per_s: float,
-        *,
-        vocabulary: int | None = None,
     ) -> None:
         """Build them; nothing is computed yet. A collective over all ranks.
 
@@ -78,14 +76,13 @@ class Trainer:
             corpus: its text.
             mesh: of all parallelisms; its degrees are the recipe's.
             peak_flops_per_s: of all ranks together, which MFU is a share of.
-            vocabulary: token ids of the model; default: the recipe's.
         """
         self.config = config
         self.corpus = corpus
         self.mesh = mesh
         self.peak_flops_per_s = peak_flops_per_s
-        self.parameters, self.matmul_parameters = models.count_parameters(config, vocabulary)
-        self.model = setup.build(config, mesh, vocabulary)
+        self.parameters, self.matmul_parameters = models.count_parameters(config, corpus.vocabulary)
+        self.model = setup.build(config, mesh, corpus.vocabulary)
         self.optimizer = self.model.optimizer(
             partial(torch.optim.AdamW, lr=config.train.lr, betas=(0.9, 0.95)), self._parameter_groups()
         )
@@ -98,10 +95,9 @@ class Trainer:
         """Let the next step be the one after `steps`, with its text."""
         data = self.config.data
         self.steps_done = steps
-        self.stream = micro_batches(
+        self.stream = sequences(
             self.corpus,
             seq_len=data.seq_len,
-            sequences=self.config.micro_batch,
             seed=self.config.train.seed,
             skip=steps * data.sequences,
         )
@@ -145,14 +141,13 @@ class Trainer:
 
     def next_batches(self) -> tuple[LocalBatch, ...]:
         """This rank's tokens of the step after the last, which that step is then without."""
-        count = self.config.micro_batches * self.config.mesh.data_parallel
-        return self._local_batches(list(islice(self.stream, count)))
+        return self._local_batches(list(islice(self.stream, self.config.data.sequences)))
 
     def step(self) -> StepMetrics:
         """One optimiser step. A collective over all ranks."""
         start = time.perf_counter()
-        pieces = list(islice(self.stream, self.config.micro_batches * self.config.mesh.data_parallel))
-        batches = self._local_batches(pieces)
+        packed = list(islice(self.stream, self.config.data.sequences))
+        batches = self._local_batches(packed)
         lr = learning_rate(self.steps_done, self.config.train)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
@@ -172,14 +167,16 @@ class Trainer:
         facts = gather_facts(mine, self.mesh.dims.world)
         check_agreement(facts, self.steps_done + 1, self._holders)
         self.steps_done += 1
-        text = _StepText.of([piece for one in pieces for piece in one])
+        text = _StepText.of([piece for sequence in packed for piece in sequence])
         layout = batches[0].schedule.layout.name
         return self._metrics(text, layout, facts, lr, time.perf_counter() - start)
 
     def _local_batches(self, step: Sequence[tuple[Piece, ...]]) -> tuple[LocalBatch, ...]:
-        """This rank's tokens of its micro-batches: data-parallel ranks take them in turns."""
-        mine = step[self.mesh.rank("data") :: self.config.mesh.data_parallel]
-        packed = [assemble(self.corpus, pieces) for pieces in mine]
+        """This rank's tokens of its micro-batches. What other data-parallel ranks compute is not read."""
+        ranks = self.config.mesh.data_parallel
+        dealt = deal([area_of(sequence) for sequence in step], ranks, self.config.micro_batches)
+        mine = dealt[self.mesh.rank("data")]
+        packed = [assemble(self.corpus, [piece for one in batch for piece in step[one]]) for batch in mine]
         return shard_micro_batches(packed, self.mesh, layout=self.config.mesh.placement)
 
     def scheduled_traffic(self, batches: Sequence[LocalBatch]) -> dict[str, int]:

@@ -7,7 +7,7 @@
     what the trainer has no key for, or        "# - head_dim=256: ..."
     refuses beside the rest
 
-The text is bytes. Nothing is left out silently: a `_Setting`
+The text is bytes, unless data.tokenizer is added. Nothing is left out silently: a `_Setting`
 that differs from the point says so.
 """
 

@@ -177,6 +177,12 @@ def test_labels_are_the_next_token_of_the_same_document_and_positions_restart():
     assert batch.label_count == 10 - 3
 
 
+def test_the_area_that_ranks_are_evened_by_is_that_of_the_mask():
+    text = corpus(b"ab", b"cdefghi", b"j" * 30)
+    for pieces in islice(data.sequences(text, seq_len=20, seed=0), 4):
+        assert data.area_of(pieces) == data.assemble(text, pieces).mask.area
+
+
 def test_several_sequences_are_one_row_whose_documents_end_at_every_sequence():
     (batch,) = first_batches(corpus(b"x" * 99), 1, seq_len=20, sequences=3)
     assert [(b.q_start, b.q_stop) for b in batch.mask.bands] == [(0, 20), (20, 40), (40, 60)]

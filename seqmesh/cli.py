@@ -131,12 +131,16 @@ def _add_train(app: "typer.Typer") -> None:
         " A key's section can be left out; --data PATH is short for --data.path PATH."
     )
 
+    dry = typer.Option("--dry-run", help="Say what a rank would hold and send; no rank starts.")
+
     @app.command("train", context_settings={"ignore_unknown_options": True}, epilog=about)
-    def train_command(given: Annotated[list[str] | None, arguments] = None) -> int:
+    def train_command(
+        given: Annotated[list[str] | None, arguments] = None, dry_run: Annotated[bool, dry] = False
+    ) -> int:
         """Train a model on local ranks, or as one of torchrun's.
         Without a recipe, the one of recipes/stdlib.toml.
         """
-        return train(given or [])
+        return train(given or [], dry_run=dry_run)
 
 
 def _add_export(app: "typer.Typer") -> None:
@@ -318,7 +322,7 @@ def _add_capabilities(app: "typer.Typer") -> None:
         return 0
 
 
-def train(arguments: Sequence[str]) -> int:
+def train(arguments: Sequence[str], *, dry_run: bool = False) -> int:
     """`seqmesh train`: the exit code. Input is checked here and in session.py, before a rank starts."""
     from seqmesh.train.recipe import load, split_arguments
 
@@ -326,12 +330,16 @@ def train(arguments: Sequence[str]) -> int:
     config = load(recipe, overrides)
 
     # Only now: these load torch and transformers.
+    from seqmesh.foresee import FORESIGHT
     from seqmesh.train import session
     from seqmesh.train.launch import RankFailedError
     from seqmesh.train.stop import StoppedError
 
+    if dry_run:
+        print(session.dry_run(config, FORESIGHT))
+        return 0
     try:
-        report = session.run(config, session.place_from(os.environ, config))
+        report = session.run(config, session.place_from(os.environ, config), FORESIGHT)
     except RankFailedError as error:
         return _fail(str(error), FAILED)
     except StoppedError as stopped:

@@ -10,7 +10,8 @@ import torch.distributed as dist
 
 from seqmesh import cli
 from seqmesh.bench import gpu_step
-from seqmesh.bench.gpu_step import LLAMA3_8B_208K, TINY, _cluster, _known_as, measure
+from seqmesh.bench.gpu_step import LLAMA3_8B_208K, TINY, _cluster, measure
+from seqmesh.foresee import known_as
 from seqmesh.planner.cost.step import CostModel
 from seqmesh.planner.inputs.hardware import Cluster, load_gpu
 from seqmesh.planner.trainer.of_recipe import nodes_for, of_recipe
@@ -81,7 +82,7 @@ def test_what_cannot_be_timed_is_refused_in_one_line(
 @pytest.mark.fast
 def test_a_gpu_is_known_by_its_name_in_pytorch() -> None:
     names = ["NVIDIA H100 80GB HBM3", "NVIDIA H200", "NVIDIA A100-SXM4-80GB", "NVIDIA A800-SXM4-80GB", "T4"]
-    assert [_known_as(name) for name in names] == ["h100-sxm", "h200-sxm", "a100-sxm", "a800-sxm", ""]
+    assert [known_as(name) for name in names] == ["h100-sxm", "h200-sxm", "a100-sxm", "a800-sxm", ""]
 
 
 @pytest.mark.fast

@@ -36,7 +36,7 @@ ALLOWED: dict[str, list[str]] = {
     "trace": ["parallel", "train"],
     "bench": [
         *(*PURE, "seqmesh", "engine", "parallel", "train", "processes", "provenance"),
-        *("picture", "planner.inputs", "planner.cost", "planner.trainer", "trace"),
+        *("picture", "planner.inputs", "planner.cost", "planner.trainer", "trace", "foresee"),
     ],
     "verify": [
         *("masks", "layouts", "notation", "engine"),
@@ -48,11 +48,12 @@ ALLOWED: dict[str, list[str]] = {
     "planner": ["planner.inputs", "planner.cost"],
     "planner.paper": ["planner.inputs", "planner.cost", "planner"],
     "planner.output": ["planner.inputs", "planner.cost", "planner", "train"],
+    "foresee": ["planner.inputs", "planner.cost", "planner.trainer", "trace", "train"],
     "planner.command": [
         *("planner", "planner.inputs", "planner.cost"),
         *("planner.trainer", "planner.paper", "planner.output"),
     ],
-    "cli": ["seqmesh", "train", "trace", "bench", "planner.command", "picture", "verify", "kernel_table"],
+    "cli": ["seqmesh", "train", "foresee", "bench", "planner.command", "picture", "verify", "kernel_table"],
     "seqmesh": ["masks", "layouts", "engine", "kernel_table"],
 }
 """Part of the package -> the parts that it may import, besides itself.

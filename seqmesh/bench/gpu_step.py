@@ -25,10 +25,11 @@ import torch
 from rich.console import Console
 
 from seqmesh.bench.report import WIDTH, check_writable, header
+from seqmesh.foresee import cluster_for, known_as
 from seqmesh.planner.cost.estimate import COMPUTE
 from seqmesh.planner.cost.step import CostModel
-from seqmesh.planner.inputs.hardware import Cluster, known_gpus, load_gpu
-from seqmesh.planner.trainer.of_recipe import nodes_for, of_recipe
+from seqmesh.planner.inputs.hardware import Cluster
+from seqmesh.planner.trainer.of_recipe import of_recipe
 from seqmesh.trace.fake_ranks import fake_ranks, weights_of_noise
 from seqmesh.trace.tracing import text_of
 from seqmesh.train import device as devices
@@ -137,20 +138,9 @@ def _token_ids(config: Config) -> int:
 
 
 def _cluster(config: Config, gpu: str) -> Cluster | None:
-    """Nodes of 8 of the named GPU, or of the one that is here; None if the planner does not know it."""
-    name = gpu or _known_as(torch.cuda.get_device_name() if config.run.device == "cuda" else "")
-    if not name:
-        return None
-    return nodes_for(Cluster(gpu=load_gpu(name), nodes=1, gpus_per_node=8), config.mesh.world)
-
-
-def _known_as(device_name: str) -> str:
-    """The planner's name of a GPU by PyTorch's, "NVIDIA H200" say; "" if it has none.
-
-    Of two builds of one chip, the first that the planner lists: --gpu says which it is.
-    """
-    words = device_name.lower().replace("-", " ").split()
-    return next((name for name in known_gpus() if name.split("-")[0] in words), "")
+    """Nodes of the named GPU, or of the one that is here; None if the planner does not know it."""
+    name = gpu or known_as(torch.cuda.get_device_name() if config.run.device == "cuda" else "")
+    return cluster_for(config.mesh.world, name) if name else None
 
 
 def measure(config: Config, cluster: Cluster | None, steps: int) -> RankStep:

@@ -50,7 +50,7 @@ class CountTraffic(TorchDispatchMode):
         super().__exit__(kind, error, trace)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace in _NAMESPACES:
+        if is_collective(func):
             self._count(func, args)
         return func(*args, **(kwargs or {}))
 
@@ -82,6 +82,11 @@ class CountTraffic(TorchDispatchMode):
             names = (axis for axis in axes if _name_of(mesh.group(axis)) == group_name)
             found[next(names, "other")] += sent
         return {axis: sent for axis, sent in found.items() if sent}
+
+
+def is_collective(func: Any) -> bool:
+    """Whether an operator is a collective, or waits for one."""
+    return func.namespace in _NAMESPACES
 
 
 def _name_of(group: Any) -> str | None:

@@ -7,6 +7,7 @@ import os
 import resource
 import sys
 import time
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -43,6 +44,36 @@ def peak_memory_bytes(device: Device) -> int:
         return torch.cuda.max_memory_allocated()
     unit = 1 if sys.platform == "darwin" else 1024  # what getrusage counts in: bytes there, KiB on Linux
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def memory_bytes(device: Device) -> int:
+    """What this process has now: its resident set on CPU, what tensors take on a GPU."""
+    if device == "cuda":
+        return torch.cuda.memory_allocated()
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:  # no Linux
+        return peak_memory_bytes(device)
+    return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def available_bytes(device: Device, ranks_here: int) -> int:
+    """What this rank can use: what its GPU has free, or its share of what the machine has."""
+    if device == "cuda":
+        free, _ = torch.cuda.mem_get_info()
+        return int(free)
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+        kib = next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable:"))
+        there = kib * 1024
+    except (OSError, StopIteration):  # no Linux
+        there = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return there // ranks_here
+
+
+def name_of(device: Device) -> str:
+    """As PyTorch calls it."""
+    return torch.cuda.get_device_name() if device == "cuda" else "cpu"
 
 
 def measure_matmul_flops_per_s(

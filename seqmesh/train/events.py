@@ -11,7 +11,11 @@ class Started:
     matmul_parameters: int
     """Weights that multiply activations: without the input embedding and the norms."""
     peak_flops_per_s: float
-    """fp32 matmul FLOP/s of all ranks together, measured on all of them at the same time."""
+    """Matmul FLOP/s of all ranks together, measured on all of them at the same time."""
+    device_name: str
+    """Of rank 0's device, as PyTorch calls it; "cpu"."""
+    available_bytes: int
+    """What each rank can use, on the one that can use least: of its GPU, or its share of the machine."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,6 +53,12 @@ class StepMetrics:
     """What the schedules say, all ranks."""
     bytes_agree: bool
     """Whether counted and scheduled bytes are equal on every rank."""
+    sent: dict[str, int]
+    """Bytes sent to other ranks by axis of the mesh, whoever sends them, all ranks."""
+    data_seconds: float
+    """Reading and sharding text and making schedules, mean over ranks."""
+    waiting_seconds: float
+    """In collectives, for their messages and for slower ranks, mean over ranks. On GPUs the host's alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +66,11 @@ class Trained:
     """After the last step: the checkpoint is written."""
 
     peak_memory_bytes: tuple[int, ...]
-    """Resident set high-water mark of each rank, libraries included."""
+    """High-water mark of each rank: its resident set, libraries included, or what tensors took on its GPU."""
+    grown_memory_bytes: int
+    """The same of the rank that grew most, less what it had before it made its model."""
+    held_bytes: dict[str, int]
+    """Parameters, gradients and optimiser states of the rank that has most of each."""
 
 
 @dataclass(frozen=True, kw_only=True)

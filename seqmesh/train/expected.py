@@ -1,7 +1,13 @@
-"""What a step is expected to hold and to send, known before a rank starts. seqmesh/trace works it out."""
+"""What a step is expected to hold, to send and to take. train/ shows it; who works it out is handed in.
+
+Foresight.expect     before a rank starts     memory and bytes, traced            seqmesh/trace
+Foresight.predict    at the end               seconds and memory, priced          seqmesh/planner
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
+from typing import NamedTuple
 
 from seqmesh.train.config import Config
 
@@ -23,5 +29,24 @@ class Expected:
     """Why it could not be worked out; empty if it was."""
 
 
-Expect = Callable[[Config, int], Expected]
-"""From a recipe and the number of its model's token ids."""
+class Predicted(NamedTuple):
+    """What the planner says of a run."""
+
+    seconds: float
+    """Of a step."""
+    mfu_mask: float
+    memory_bytes: int
+    machine: str
+    """What it was priced for."""
+    priced_otherwise: tuple[str, ...]
+    """Keys whose values it does not price, and what it takes in their place."""
+
+
+class Foresight(NamedTuple):
+    """Both, for who starts a run."""
+
+    expect: Callable[[Config, int], Expected]
+    """From a recipe and the number of its model's token ids."""
+    predict: Callable[[Config, int, str, Path | None], Predicted | None]
+    """From these, PyTorch's name of the device, and a profile of the machine; None for a machine that it does
+    not know."""

@@ -42,15 +42,16 @@ def weight_checksum(parameters: Iterable[nn.Parameter]) -> float:
 
 def gather_facts(mine: RankFacts, ranks: int) -> list[RankFacts]:
     """The facts of every rank, by rank. A collective."""
-    return [RankFacts._make(numbers) for numbers in _gather_numbers(mine, ranks)]
+    return [RankFacts._make(numbers) for numbers in gather_numbers(mine, ranks)]
 
 
 def gather(number: float, ranks: int) -> list[float]:
     """One number of every rank, by rank. A collective."""
-    return [found for (found,) in _gather_numbers((number,), ranks)]
+    return [found for (found,) in gather_numbers((number,), ranks)]
 
 
-def _gather_numbers(mine: Sequence[float], ranks: int) -> list[list[float]]:
+def gather_numbers(mine: Sequence[float], ranks: int) -> list[list[float]]:
+    """As many numbers of every rank, by rank. A collective."""
     numbers = torch.tensor(mine, dtype=torch.float64)
     if ranks == 1:
         return [numbers.tolist()]

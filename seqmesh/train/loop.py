@@ -24,8 +24,9 @@ from seqmesh.train import setup
 from seqmesh.train.checkpoint import Checkpoint
 from seqmesh.train.config import Config, MeshConfig
 from seqmesh.train.data import Corpus, Tokenizer, tokenizer_of
-from seqmesh.train.events import Compared, Event, Started, StepMetrics, Stopped, Trained
+from seqmesh.train.events import Compared, Event, Started, StepMetrics, Stopped
 from seqmesh.train.facts import gather
+from seqmesh.train.memory_use import memory_used
 from seqmesh.train.stop import StopRequest
 from seqmesh.train.trainer import Trainer
 
@@ -57,9 +58,11 @@ def train(
     world, device = config.mesh.world, config.run.device
     devices.claim(device, dist.get_rank() if world > 1 else 0)
     mesh = setup.dims_of(config.mesh).build(device, timedelta(seconds=config.run.timeout_s))
-    trainer = Trainer(config, corpus, mesh, _measure_peak(config))
+    peak = _measure_peak(config)
+    before = devices.memory_bytes(device)
+    trainer = Trainer(config, corpus, mesh, peak)
     beginning, stopped = _take_steps(trainer, folder, emit, stop, checkpoint)
-    memory = gather(devices.peak_memory_bytes(device), world)
+    memory = memory_used(trainer, before)
     weights = whole_weights(trainer.model) if stopped is None else {}
     is_first = mesh.number == 0
     del trainer
@@ -67,7 +70,7 @@ def train(
         dist.destroy_process_group()  # nobody waits, with whatever timeout, for rank 0's comparison
     if is_first and stopped is None:
         save(config, weights, folder / "checkpoint", tokenizer_of(config.data.tokenizer))
-        emit(Trained(peak_memory_bytes=tuple(int(peak) for peak in memory)))
+        emit(memory)
         if beginning:
             emit(compare_on_one_rank(config, corpus, beginning))
     return stopped
@@ -87,8 +90,9 @@ def _take_steps(
     every = trainer.config.run.checkpoint_every
     world = trainer.mesh.dims.world
     first_rank = trainer.mesh.number == 0
+    started = _started(trainer)
     if first_rank:
-        emit(_started(trainer))
+        emit(started)
     beginning: list[StepMetrics] = []
     deadline = time.monotonic() + 60 * config.minutes if config.minutes else math.inf
     asked = 0
@@ -114,7 +118,13 @@ def _take_steps(
 
 
 def _started(trainer: Trainer) -> Started:
+    """What is known before the first step. A collective."""
+    device, world = trainer.config.run.device, trainer.mesh.dims.world
+    ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    available = min(gather(devices.available_bytes(device, ranks_here), world))
     return Started(
+        device_name=devices.name_of(device),
+        available_bytes=int(available),
         parameters=trainer.parameters,
         matmul_parameters=trainer.matmul_parameters,
         peak_flops_per_s=trainer.peak_flops_per_s,

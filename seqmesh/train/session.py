@@ -18,16 +18,21 @@ from transformers.utils import logging as transformers_logging
 from seqmesh.processes import Place, connect, one_line
 from seqmesh.provenance import this_command
 from seqmesh.train import device as devices
+from seqmesh.train import model as models
 from seqmesh.train import setup, step_folders
 from seqmesh.train.checkpoint import Checkpoint
 from seqmesh.train.config import Config
 from seqmesh.train.data import Corpus, check_enough, copy_in, read, tokenizer_of
 from seqmesh.train.events import StepMetrics, Stopped
+from seqmesh.train.expected import Expected, Foresight
 from seqmesh.train.launch import RankFailedError, agree, agree_on, run_local
 from seqmesh.train.loop import train
+from seqmesh.train.metrics_log import read_metrics
 from seqmesh.train.recipe import dump
-from seqmesh.train.report import Report, Reporter, read_metrics
+from seqmesh.train.report import Report
+from seqmesh.train.reporter import Reporter, token_ids
 from seqmesh.train.resume import check_same_training
+from seqmesh.train.start import describe_start
 from seqmesh.train.stop import StoppedError, StopRequest
 
 
@@ -52,8 +57,13 @@ def place_from(environment: Mapping[str, str], config: Config) -> Place | None:
     return Place(rank=rank, world=world, rendezvous="env://")
 
 
-def run(config: Config, place: Place | None) -> Report | None:
+def run(config: Config, place: Place | None, foresight: Foresight | None = None) -> Report | None:
     """Train, and report in the process that observes: the parent of local ranks, or rank 0.
+
+    Args:
+        config: the run.
+        place: this rank's, if a launcher started it.
+        foresight: says what a step will hold, send and take; default: nobody does.
 
     Returns:
         The report; None on the other ranks.
@@ -66,8 +76,8 @@ def run(config: Config, place: Place | None) -> Report | None:
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
     if place is None:
-        return _run_local(config)
-    return _run_joined(config, place)
+        return _run_local(config, foresight)
+    return _run_joined(config, place, foresight)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,6 +87,8 @@ class _Prepared:
     corpus: Corpus
     checkpoint: Checkpoint | None
     """What it is resumed from."""
+    expected: Expected | None = None
+    """Of a step, in the process that observes."""
 
     def earlier(self) -> list[StepMetrics]:
         """The steps taken before."""
@@ -98,6 +110,29 @@ def _prepare(config: Config) -> _Prepared:
     check_same_training(config, corpus, checkpoint.progress)
     checkpoint.check_model(shapes)
     return _Prepared(corpus=corpus, checkpoint=checkpoint)
+
+
+def _expecting(config: Config, prepared: _Prepared, foresight: Foresight | None) -> _Prepared:
+    """Trace a step, where that is asked for. Takes seconds, and is over before a rank starts or joins."""
+    if foresight is None or not config.run.trace:
+        return prepared
+    return replace(prepared, expected=foresight.expect(config, token_ids(config, prepared.corpus)))
+
+
+def dry_run(config: Config, foresight: Foresight) -> str:
+    """What a run would say at its start: nothing is made, and no rank or device is needed.
+
+    Raises:
+        ValueError: input that cannot be run, in one line; a step that cannot be traced.
+    """
+    transformers_logging.set_verbosity_error()
+    on_any_machine = replace(config, run=replace(config.run, device="cpu"))
+    corpus = _prepare(on_any_machine).corpus
+    expected = foresight.expect(config, token_ids(config, corpus))
+    if expected.unknown:
+        raise ValueError(f"a step of it cannot be traced: {expected.unknown}; report this as a bug")
+    parameters, _ = models.count_parameters(config, corpus.vocabulary)
+    return "\n".join(describe_start(config, parameters, expected))
 
 
 def _expanded(folder: str, option: str) -> Path:
@@ -157,8 +192,8 @@ def _told_by_rank_0(folder: Path, world: int) -> Path:
     return Path(told[0])
 
 
-def _run_local(config: Config) -> Report:
-    prepared = _prepare(config)
+def _run_local(config: Config, foresight: Foresight | None) -> Report:
+    prepared = _expecting(config, _prepare(config), foresight)
     earlier = prepared.earlier()
     folder = _make_folder(config)
     logs = folder / "logs"
@@ -172,7 +207,9 @@ def _run_local(config: Config) -> Report:
         if place.rank == 0 and stopped is not None:
             emit(stopped)
 
-    with Reporter(config, prepared.corpus, folder, this_command(), earlier) as reporter:
+    with Reporter(
+        config, prepared.corpus, folder, this_command(), earlier, prepared.expected, foresight
+    ) as reporter:
         try:
             run_local(work, config.mesh.world, config.run.timeout_s, reporter.handle, logs, stop)
         except KeyboardInterrupt:
@@ -207,13 +244,14 @@ def _join(place: Place, timeout_s: float) -> None:
         ) from None
 
 
-def _run_joined(config: Config, place: Place) -> Report | None:
+def _run_joined(config: Config, place: Place, foresight: Foresight | None) -> Report | None:
     prepared: _Prepared | None = None
     folder = Path()
     mistake: str | None = None
     try:
         prepared = _prepare(config)
         if place.rank == 0:
+            prepared = _expecting(config, prepared, foresight)
             folder = _make_folder(config)
     except (ValueError, OSError) as error:
         mistake = one_line(error)  # told to all ranks below, once they are connected
@@ -224,7 +262,7 @@ def _run_joined(config: Config, place: Place) -> Report | None:
         assert prepared is not None
         _agree_on_run(config, prepared)
         told = _told_by_rank_0(folder, place.world)
-        return _train_joined(config, prepared, told if place.rank else folder, place)
+        return _train_joined(config, prepared, told if place.rank else folder, place, foresight)
     except ValueError:
         if dist.is_initialized():
             # or its threads may abort the process as it exits, which would hide the exit code
@@ -234,7 +272,9 @@ def _run_joined(config: Config, place: Place) -> Report | None:
         raise RankFailedError(f"rank {place.rank} failed: {one_line(error)}") from error
 
 
-def _train_joined(config: Config, prepared: _Prepared, folder: Path, place: Place) -> Report | None:
+def _train_joined(
+    config: Config, prepared: _Prepared, folder: Path, place: Place, foresight: Foresight | None
+) -> Report | None:
     """Train as one of torchrun's ranks, of which rank 0 reports.
 
     Raises:
@@ -248,7 +288,10 @@ def _train_joined(config: Config, prepared: _Prepared, folder: Path, place: Plac
             if stopped is not None:
                 raise StoppedError(stopped.signal, "")
             return None
-        with Reporter(config, corpus, folder, this_command(), prepared.earlier()) as reporter:
+        reporter = Reporter(
+            config, corpus, folder, this_command(), prepared.earlier(), prepared.expected, foresight
+        )
+        with reporter:
             stopped = train(config, corpus, folder, reporter.handle, stop, checkpoint)
         if stopped is not None:
             raise _stopped(stopped, folder)

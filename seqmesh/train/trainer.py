@@ -14,7 +14,8 @@ The same class with one rank on every axis: that is how a run checks its own fir
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -22,15 +23,15 @@ from typing import NamedTuple
 
 import torch
 
-from seqmesh.engine.exchange import CountBytes
 from seqmesh.parallel import LocalBatch, ParallelDims, ParallelMesh, shard_micro_batches
 from seqmesh.train import model as models
 from seqmesh.train import setup, step_folders
 from seqmesh.train.checkpoint import Checkpoint, Progress, load_checkpoint, save_checkpoint
 from seqmesh.train.config import Config, TrainConfig
+from seqmesh.train.costs import RankCosts, WatchCosts, all_sent, mean_seconds
 from seqmesh.train.data import Corpus, Piece, area_of, assemble, deal, sequences
 from seqmesh.train.events import StepMetrics
-from seqmesh.train.facts import RankFacts, check_agreement, gather_facts, weight_checksum
+from seqmesh.train.facts import RankFacts, check_agreement, gather_facts, gather_numbers, weight_checksum
 from seqmesh.train.recipe import dump
 
 
@@ -148,28 +149,39 @@ class Trainer:
         start = time.perf_counter()
         packed = list(islice(self.stream, self.config.data.sequences))
         batches = self._local_batches(packed)
+        data_seconds = time.perf_counter() - start
         lr = learning_rate(self.steps_done, self.config.train)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        # Only what attention sends is counted: schedules know nothing of what weights and gradients need.
-        with CountBytes() as counted:
+        with self._watched() as watch:
             share = self.model.gradients(batches)
-        grad_norm = self.model.clip(self.config.train.clip)
-        self.optimizer.step()
+            grad_norm = self.model.clip(self.config.train.clip)
+            self.optimizer.step()
+        sent = watch.by_known_axis(self.mesh)
         mine = RankFacts(
             loss_share=share.item(),
             grad_norm=grad_norm,
-            bytes_sent=counted.bytes_sent,
+            # Schedules know nothing of what weights and gradients need.
+            bytes_sent=sent["ulysses"] + sent["ring"],
             bytes_scheduled=sum(self.scheduled_traffic(batches).values()),
             weight_checksum=weight_checksum(self.model.parameters()),
         )
         facts = gather_facts(mine, self.mesh.dims.world)
+        costs = RankCosts(data_seconds, watch.waiting_seconds, sent)
+        everyone = [RankCosts.of(row) for row in gather_numbers(costs.numbers(), self.mesh.dims.world)]
         check_agreement(facts, self.steps_done + 1, self._holders)
         self.steps_done += 1
         text = _StepText.of([piece for sequence in packed for piece in sequence])
         layout = batches[0].schedule.layout.name
-        return self._metrics(text, layout, facts, lr, time.perf_counter() - start)
+        return self._metrics(text, layout, facts, everyone, lr, time.perf_counter() - start)
+
+    @contextmanager
+    def _watched(self) -> Iterator[WatchCosts]:
+        """Counts what is sent; of one rank nothing is, and watching every operator costs some per cent."""
+        watch = WatchCosts()
+        with watch if self.mesh.dims.world > 1 else nullcontext():
+            yield watch
 
     def _local_batches(self, step: Sequence[tuple[Piece, ...]]) -> tuple[LocalBatch, ...]:
         """This rank's tokens of its micro-batches. What other data-parallel ranks compute is not read."""
@@ -197,11 +209,18 @@ class Trainer:
         return total
 
     def _metrics(
-        self, text: _StepText, layout: str, facts: Sequence[RankFacts], lr: float, seconds: float
+        self,
+        text: _StepText,
+        layout: str,
+        facts: Sequence[RankFacts],
+        costs: Sequence[RankCosts],
+        lr: float,
+        seconds: float,
     ) -> StepMetrics:
         data = self.config.data
         flops = self._flops(text.area)
         flops_noncausal = self._flops(data.sequences * data.seq_len**2)
+        data_seconds, waiting_seconds = mean_seconds(costs)
         return StepMetrics(
             step=self.steps_done,
             # ranks of tp have the same share
@@ -221,6 +240,9 @@ class Trainer:
             bytes_sent=int(sum(rank.bytes_sent for rank in facts)),
             bytes_scheduled=int(sum(rank.bytes_scheduled for rank in facts)),
             bytes_agree=all(rank.bytes_sent == rank.bytes_scheduled for rank in facts),
+            sent=all_sent(costs),
+            data_seconds=data_seconds,
+            waiting_seconds=waiting_seconds,
         )
 
     def _flops(self, area: int) -> float:

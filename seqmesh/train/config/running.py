@@ -21,6 +21,12 @@ class RunConfig:
     """CPU threads of each rank."""
     device: Literal["cpu", "cuda"] = "cpu"
     """Where ranks compute: on CPU over gloo, or each on a GPU over NCCL."""
+    trace: bool = True
+    """Whether a step is traced before the start, in seconds: what memory a rank needs, and what it sends."""
+    profile: str = ""
+    """A profile of this machine (seqmesh bench --profile), for the plan beside the report."""
+    tensorboard: bool = False
+    """Whether metrics are written for TensorBoard too."""
     checkpoint_every: int = 0
     """Steps from one checkpoint to the next; 0: only at the end and when the run is stopped."""
     keep: int = 2
@@ -37,7 +43,7 @@ class RunConfig:
             self.timeout_s <= LONGEST_TIMEOUT_S,
             f"run.timeout_s={self.timeout_s}: use at most {LONGEST_TIMEOUT_S:.0f} seconds",
         )
-        for name in ("folder", "resume"):
+        for name in ("folder", "resume", "profile"):
             path = getattr(self, name)
             require(
                 "\0" not in path,

@@ -25,12 +25,16 @@ from seqmesh.engine.exchange import CountBytes
 from seqmesh.parallel import LocalBatch, ParallelDims, ParallelMesh, shard_micro_batches
 from seqmesh.train import model as models
 from seqmesh.train import setup, step_folders
-from seqmesh.train.checkpoint import Checkpoint, Progress, load_checkpoint, save_checkpoint
+from seqmesh.train.bits import joined, weight_bits
+from seqmesh.train.check import BitCheck, Computed
+from seqmesh.train.checkpoint import Checkpoint, Progress, load_checkpoint
 from seqmesh.train.config import Config, TrainConfig
 from seqmesh.train.data import Corpus, Piece, assemble, micro_batches
 from seqmesh.train.events import StepMetrics
-from seqmesh.train.facts import RankFacts, check_agreement, gather_facts, weight_checksum
+from seqmesh.train.facts import RankFacts, check_agreement, gather_facts, weight_sum
 from seqmesh.train.recipe import dump
+from seqmesh.train.saving import Saver
+from seqmesh.train.whereabouts import Note, nowhere
 
 
 def learning_rate(step: int, train: TrainConfig) -> float:
@@ -70,6 +74,7 @@ class Trainer:
         peak_flops_per_s: float,
         *,
         vocabulary: int | None = None,
+        note: Note = nowhere,
     ) -> None:
         """Build them; nothing is computed yet. A collective over all ranks.
 
@@ -79,7 +84,9 @@ class Trainer:
             mesh: of all parallelisms; its degrees are the recipe's.
             peak_flops_per_s: of all ranks together, which MFU is a share of.
             vocabulary: token ids of the model; default: the recipe's.
+            note: is told of every stage that this rank comes to.
         """
+        self._note = note
         self.config = config
         self.corpus = corpus
         self.mesh = mesh
@@ -90,9 +97,11 @@ class Trainer:
             partial(torch.optim.AdamW, lr=config.train.lr, betas=(0.9, 0.95)), self._parameter_groups()
         )
         self._holders = holders(mesh.dims, config.train.zero)
+        self._check = BitCheck(self.model, mesh) if config.run.check_every else None
+        self.saver = Saver(self.model, self.optimizer)
         self._begin_after(0)
         self.saved: Path | None = None
-        """The checkpoint that holds what this is now; None if no step has been saved or loaded."""
+        """The checkpoint that holds, or will hold, what this is now; None before one is saved or loaded."""
 
     def _begin_after(self, steps: int) -> None:
         """Let the next step be the one after `steps`, with its text."""
@@ -107,13 +116,17 @@ class Trainer:
         )
 
     def save(self, run: Path) -> None:
-        """Save a checkpoint in a run's folder, unless it is there. A collective over all ranks.
+        """Begin a checkpoint in a run's folder, unless it is there. A collective over all ranks.
+
+        It is complete when `saver` has finished.
 
         Raises:
-            ValueError: on all ranks alike, it cannot be written.
+            ValueError: on all ranks alike, it cannot be written, or the one before could not be.
         """
-        if self.saved == step_folders.folder_of(run, self.steps_done).resolve():
+        folder = step_folders.folder_of(run, self.steps_done).resolve()
+        if self.saved == folder:
             return
+        self._note(self.steps_done, "checkpoint")
         progress = Progress(
             step=self.steps_done,
             sequences=self.steps_done * self.config.data.sequences,
@@ -121,8 +134,8 @@ class Trainer:
             text=self.corpus.fingerprint,
             world=self.mesh.dims.world,
         )
-        saved = save_checkpoint(run, self.model, self.optimizer, progress, self.config.run.keep)
-        self.saved = saved.resolve()
+        self.saver.begin(run, progress, self.config.run.keep)
+        self.saved = folder
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on where a checkpoint was saved. A collective over all ranks.
@@ -131,6 +144,8 @@ class Trainer:
             ValueError: on all ranks alike, a file of it that is damaged.
         """
         load_checkpoint(checkpoint, self.model, self.optimizer)
+        if self._check is not None:
+            self._check.updated(weight_bits(self.model.parameters()))
         self._begin_after(checkpoint.progress.step)
         self.saved = checkpoint.folder.resolve()
 
@@ -146,23 +161,29 @@ class Trainer:
     def step(self) -> StepMetrics:
         """One optimiser step. A collective over all ranks."""
         start = time.perf_counter()
+        self._at("data")
         pieces = list(islice(self.stream, self.config.micro_batches * self.config.mesh.data_parallel))
         batches = self._local_batches(pieces)
         lr = learning_rate(self.steps_done, self.config.train)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
-        # Only what attention sends is counted: schedules know nothing of what weights and gradients need.
-        with CountBytes() as counted:
-            share = self.model.gradients(batches)
+        self._at("forward and backward")
+        share, bytes_sent = self._gradients(batches)
+        self._at("clip")
         grad_norm = self.model.clip(self.config.train.clip)
+        self._at("update")
         self.optimizer.step()
+        self._at("facts")
+        bits = weight_bits(self.model.parameters())
+        if self._check is not None:
+            self._check.updated(bits)
         mine = RankFacts(
             loss_share=share.item(),
             grad_norm=grad_norm,
-            bytes_sent=counted.bytes_sent,
+            bytes_sent=bytes_sent,
             bytes_scheduled=self._scheduled_bytes(batches),
-            weight_checksum=weight_checksum(self.model.parameters()),
+            weight_sum=weight_sum(self.model.parameters()),
+            weight_bits=joined(bits),
         )
         facts = gather_facts(mine, self.mesh.dims.world)
         check_agreement(facts, self.steps_done + 1, self._holders)
@@ -170,6 +191,31 @@ class Trainer:
         text = _StepText.of([piece for one in pieces for piece in one])
         layout = batches[0].schedule.layout.name
         return self._metrics(text, layout, facts, lr, time.perf_counter() - start)
+
+    def _at(self, stage: str) -> None:
+        self._note(self.steps_done + 1, stage)
+
+    def _gradients(self, batches: Sequence[LocalBatch]) -> Computed:
+        """Gradients of a step, checked if it is its turn, and this rank's share of the loss."""
+
+        def compute() -> Computed:
+            self.optimizer.zero_grad(set_to_none=True)
+            # Only what attention sends is counted: schedules know nothing of what weights and gradients need.
+            with CountBytes() as counted:
+                share = self.model.gradients(batches)
+            return share, counted.bytes_sent
+
+        if self._check is None:
+            return compute()
+        step = self.steps_done + 1
+        if self._is_checked():
+            return self._check.gradients(step, compute)
+        self._check.weights(step)
+        return compute()
+
+    def _is_checked(self) -> bool:
+        """Whether the coming step is computed twice."""
+        return (self.steps_done + 1) % self.config.run.check_every == 0
 
     def _local_batches(self, step: Sequence[tuple[Piece, ...]]) -> tuple[LocalBatch, ...]:
         """This rank's tokens of its micro-batches: data-parallel ranks take them in turns."""

@@ -128,7 +128,8 @@ def _add_train(app: "typer.Typer") -> None:
     defaults = ", ".join(f"--{key} {to_toml(value)}" for key, value in keys().items())
     about = (
         f"Keys and defaults: {defaults}."
-        " A key's section can be left out; --data PATH is short for --data.path PATH."
+        " A key's section can be left out; --data PATH is short for --data.path PATH,"
+        " --check N for --run.check_every N."
     )
 
     dry = typer.Option("--dry-run", help="Say what a rank would hold and send; no rank starts.")

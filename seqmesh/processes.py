@@ -28,6 +28,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed.rendezvous import rendezvous
 
 STOP_SECONDS = 3.0
 """Between asking a rank to end and killing it."""
@@ -51,6 +53,8 @@ class Place:
     world: int
     rendezvous: str
     """init_method of the process group: file://... or env://."""
+    attempt: int = 0
+    """How often all ranks were started before: they must not find what those left."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -82,20 +86,25 @@ If it raises, a `Failure` is sent and the exit code is 1.
 """
 
 
-def connect(place: Place, timeout_s: float, backend: str | None = None) -> None:
+def connect(place: Place, timeout_s: float, backend: str | None = None) -> Store | None:
     """Set up the default process group, if there is more than one rank.
 
     Its backend is, by default, gloo for tensors on CPU and NCCL for those on CUDA, where there is any. The
     timeout is explicit: a hung rank must not mean half an hour of silence.
+
+    Returns:
+        The store through which ranks found each other; None for a rank alone.
     """
-    if place.world > 1:
-        dist.init_process_group(
-            backend,
-            init_method=place.rendezvous,
-            rank=place.rank,
-            world_size=place.world,
-            timeout=timedelta(seconds=timeout_s),
-        )
+    if place.world == 1:
+        return None
+    timeout = timedelta(seconds=timeout_s)
+    found: Store
+    found, _, _ = next(rendezvous(place.rendezvous, place.rank, place.world, timeout=timeout))
+    found.set_timeout(timeout)
+    # torchrun keeps one store for all its restarts: addresses of ranks that are gone must not be found.
+    store = PrefixStore(f"attempt {place.attempt}", found)
+    dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world, timeout=timeout)
+    return store
 
 
 def start_ranks(ranks: list[LocalRank], body: Body, world: int, rendezvous: str, logs: Path) -> None:

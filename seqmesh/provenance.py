@@ -17,14 +17,13 @@ def machine() -> dict[str, Any]:
         lines = cpuinfo.read_text().splitlines()
         models = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
         cpu = next(models, cpu)
+    return {"cpu": cpu, "cores": os.cpu_count(), "system": platform.platform(), **versions()}
+
+
+def versions() -> dict[str, str]:
+    """Of what a run computes with."""
     packages = {package: version(package) for package in ("seqmesh", "torch", "transformers")}
-    return {
-        "cpu": cpu,
-        "cores": os.cpu_count(),
-        "system": platform.platform(),
-        "python": platform.python_version(),
-        **packages,
-    }
+    return {"python": platform.python_version(), **packages}
 
 
 def commit() -> str | None:

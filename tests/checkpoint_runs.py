@@ -53,6 +53,7 @@ def trainer_of(config: Config) -> Trainer:
 def finished(trainer: Trainer) -> Trained:
     """The steps that are left."""
     steps = [trainer.step() for _ in range(STEPS - trainer.steps_done)]
+    trainer.saver.finish()
     weights = {name: weight.clone() for name, weight in whole_weights(trainer.model).items()}
     return Trained([step.loss for step in steps], [step.grad_norm for step in steps], weights)
 

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 
+from seqmesh.train.bits import joined, weight_bits
 from seqmesh.train.config import Config
-from seqmesh.train.facts import RankFacts, check_agreement, weight_checksum
+from seqmesh.train.facts import RankFacts, check_agreement
 from seqmesh.train.fingerprint import fingerprint
 from seqmesh.train.recipe import dump, load, split_arguments
 from seqmesh.train.trainer import learning_rate
@@ -59,25 +60,32 @@ def test_seeds_that_torch_takes_are_taken(seed: int) -> None:
     assert load(None, [f"--seed={seed}"]).train.seed == seed
 
 
-def facts_with(checksum: float) -> RankFacts:
+def facts_with(bits: int) -> RankFacts:
     return RankFacts(
-        loss_share=1.0, grad_norm=2.0, bytes_sent=0.0, bytes_scheduled=0.0, weight_checksum=checksum
+        loss_share=1.0,
+        grad_norm=2.0,
+        bytes_sent=0.0,
+        bytes_scheduled=0.0,
+        weight_sum=3.0,
+        weight_bits=bits,
     )
 
 
 def test_a_rank_with_other_weights_is_named() -> None:
     """The gradient norm, which was compared before, is the same on every rank whatever its weights are."""
     model = torch.nn.Linear(64, 64)
-    weights = weight_checksum(model.parameters())
+    weights = joined(weight_bits(model.parameters()))
     with torch.no_grad():
         model.weight[3, 5] = torch.nextafter(model.weight[3, 5], torch.tensor(9.0))
-    strayed = weight_checksum(model.parameters())
+    strayed = joined(weight_bits(model.parameters()))
     facts = [facts_with(weights), facts_with(weights), facts_with(strayed)]
     check_agreement(facts[:2], 7, ["all"] * 2)
     check_agreement(facts, 7, ["a shard", "a shard", "another shard"])
-    with pytest.raises(RuntimeError, match=r"rank 2 diverged at step 7: its weights .* rank 0's have"):
+    with pytest.raises(
+        RuntimeError, match=r"rank 2 diverged at step 7: the bits of its weights .* rank 0's to"
+    ):
         check_agreement(facts, 7, ["all"] * 3)
-    with pytest.raises(RuntimeError, match=r"rank 2 diverged .* rank 1's have"):
+    with pytest.raises(RuntimeError, match=r"rank 2 diverged .* rank 1's to"):
         check_agreement(facts, 7, ["a shard", "another shard", "another shard"])
 
 

@@ -1,11 +1,13 @@
 """Checkpoints under faults: ranks killed in a step and in saving, no room, damaged files, another's model."""
 
+import errno
 import json
 import os
 import resource
 import shutil
 import signal
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,8 +17,7 @@ from ranks import Ranks
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
 from train_command import TIMEOUT_S, TINY, command, environment, one_line_error, seqmesh_command
 
-from seqmesh.train import checkpoint as checkpoints
-from seqmesh.train import step_folders
+from seqmesh.train import saving, step_folders
 from seqmesh.train.checkpoint import Checkpoint
 from seqmesh.train.config import Config
 
@@ -31,6 +32,7 @@ def killed(config: Config, run: Path, when: str) -> None:
     for _ in range(SAVED):
         trainer.step()
     trainer.save(run)
+    trainer.saver.finish()
 
     def die(*_: object, **__: object) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
@@ -39,14 +41,31 @@ def killed(config: Config, run: Path, when: str) -> None:
     if is_victim and when == "between backward and update":
         trainer.model.clip = die  # type: ignore[assignment, method-assign]
     trainer.step()
+    blocked = threading.Event()
+    if when == "while training goes on":
+        FileSystemWriter.write_data = lambda *_: blocked.wait()  # type: ignore[assignment, method-assign]
     if is_victim and when == "before it writes":
         FileSystemWriter.write_data = die  # type: ignore[assignment, method-assign]
     if is_victim and when == "after it has written":
-        checkpoints._checksums = die  # type: ignore[assignment]
+        saving.checksums_of = die  # type: ignore[assignment]
     trainer.save(run)
+    if when == "while training goes on":
+        trainer.step()
+        if is_victim:
+            die()
+    trainer.saver.finish()
 
 
-@pytest.mark.parametrize("when", ["between backward and update", "before it writes", "after it has written"])
+WRITTEN = {
+    "between backward and update": None,
+    "while training goes on": 0,
+    "before it writes": 3,
+    "after it has written": 4,
+}
+"""When a rank is killed -> files of ranks that are left of what was being saved."""
+
+
+@pytest.mark.parametrize("when", WRITTEN)
 def test_a_killed_rank_loses_nothing_that_was_complete(ranks: Ranks, when: str, tmp_path: Path) -> None:
     expected = ranks.run(4, undisturbed, MESH, tmp_path / "undisturbed")[0]
     with pytest.raises(RuntimeError, match=r"the process died|rank \d of 4"):
@@ -54,10 +73,7 @@ def test_a_killed_rank_loses_nothing_that_was_complete(ranks: Ranks, when: str, 
     assert [path.name for path in step_folders.complete(tmp_path / "killed")] == [f"step-{SAVED}"]
     left = tmp_path / "killed" / "checkpoints" / f"step-{SAVED + 1}.tmp"
     written = len(list(left.glob("*.distcp"))) if left.exists() else None
-    assert (
-        written
-        == {"between backward and update": None, "before it writes": 3, "after it has written": 4}[when]
-    )
+    assert written == WRITTEN[when]
     assert_same(ranks.run(4, resumed, MESH, tmp_path / "killed")[0], expected)
 
 
@@ -211,3 +227,47 @@ def test_a_folder_that_cannot_be_written_is_one_line(tmp_path: Path) -> None:
     (tmp_path / "checkpoints").write_text("")
     with pytest.raises(ValueError, match=r"^cannot save in [^\n]*: File exists [^\n]*make room there$"):
         trainer_of(BASE).save(tmp_path)
+
+
+def test_what_is_saved_is_what_was_there_when_the_save_began(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """However much later it is written, and twice: the copies are used again."""
+    expected = undisturbed(BASE, tmp_path / "undisturbed")
+    trainer = trainer_of(BASE)
+    trainer.save(tmp_path / "run")
+    for _ in range(SAVED):
+        trainer.step()
+    written = threading.Event()
+    writes = FileSystemWriter.write_data
+
+    def late(*arguments: object) -> object:
+        written.wait()
+        return writes(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", late)
+    trainer.save(tmp_path / "run")
+    assert not trainer.saver.has_written()
+    trainer.step()
+    assert [path.name for path in step_folders.complete(tmp_path / "run")] == ["step-0"]
+    written.set()
+    trainer.saver.finish()
+    assert step_folders.newest(tmp_path / "run").name == f"step-{SAVED}"
+    assert_same(resumed(BASE, tmp_path / "run"), expected)
+
+
+def test_a_save_that_failed_is_told_at_the_next_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    trainer = trainer_of(BASE)
+    trainer.step()
+    trainer.save(tmp_path)
+    trainer.step()
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(FileSystemWriter, "write_data", full)
+    trainer.save(tmp_path)
+    trainer.step()
+    told = r"^cannot save in [^\n]*: No space left on device on rank 0; make room there; step-1 is complete, "
+    with pytest.raises(ValueError, match=told):
+        trainer.save(tmp_path)

@@ -8,7 +8,12 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from ranks import Ranks
 from train_command import TEXT, TIMEOUT_S, TINY, command, environment
+
+from seqmesh.provenance import versions
+from seqmesh.train.launch import agree_on_versions
 
 
 def joined(rank: int, world: int, port: int, cwd: Path, *arguments: str) -> subprocess.Popen[str]:
@@ -84,12 +89,30 @@ def test_launched_ranks_with_another_recipe_or_text_are_named_on_every_rank(
         assert f"rank 1 has another {said} than rank 0; " in error
 
 
+def said_of_versions(mine: list[dict[str, str]]) -> str:
+    """On one rank."""
+    try:
+        agree_on_versions(len(mine), mine[torch.distributed.get_rank()])
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_rank_with_another_version_is_named_on_every_rank(ranks: Ranks) -> None:
+    same = versions()
+    assert same.keys() == {"python", "seqmesh", "torch", "transformers"}
+    assert ranks.run(2, said_of_versions, [same, same]) == ["", ""]
+    said = ranks.run(2, said_of_versions, [same, same | {"torch": "1.0"}])
+    expected = f"rank 1 runs torch 1.0 where rank 0 runs {same['torch']}; install the same versions on every"
+    assert [one.removesuffix(" machine") for one in said] == [expected] * 2
+
+
 def test_a_launched_rank_that_meets_nobody_ends_with_one_line(text: Path) -> None:
     rank = joined(1, 2, free_port(), text.parent, "--ring=1", "--data", str(text), "--timeout_s=1")
     _, error = rank.communicate(timeout=TIMEOUT_S)
     assert rank.returncode == 1
     assert "Traceback" not in error
-    assert error.splitlines()[-1].startswith("seqmesh: error: rank 1 failed: ")
+    assert error.splitlines()[-1].startswith("seqmesh: error: rank 1 failed before the first step: ")
 
 
 def test_a_signal_to_one_launched_rank_stops_all_after_the_same_step(text: Path) -> None:

@@ -82,6 +82,11 @@ class Compared:
     largest_loss_difference: float
     largest_grad_norm_difference: float
 
+    @property
+    def largest_difference(self) -> float:
+        """Of both."""
+        return max(self.largest_loss_difference, self.largest_grad_norm_difference)
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stopped:

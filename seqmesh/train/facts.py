@@ -1,7 +1,7 @@
 """What every rank knows after a step and the others do not, gathered, so that all of them judge it alike.
 
 Nobody sends weights: they stay equal because every rank sums the same gradients and takes the same step. The
-checksum is how a rank whose weights have drifted is found.
+sum of their bits (bits.py) is how a rank whose weights have drifted is found.
 """
 
 import math
@@ -16,7 +16,7 @@ from seqmesh.parallel.shards import local_part
 
 
 class RankFacts(NamedTuple):
-    """One rank's part of a step, as numbers that one fp64 tensor carries: whole ones exactly up to 2^53."""
+    """One rank's part of a step."""
 
     loss_share: float
     """Cross entropies of this rank's tokens over the labels of all ranks: the shares add up to the loss."""
@@ -26,23 +26,28 @@ class RankFacts(NamedTuple):
     """Sent by attention to other ranks, counted at the collectives."""
     bytes_scheduled: float
     """What the rank's schedule says."""
-    weight_checksum: float
-    """`weight_checksum` after the step."""
+    weight_sum: float
+    """`weight_sum` after the step: finite if all weights are."""
+    weight_bits: int
+    """Sum of the bits of the weights after the step, a signed 64-bit number."""
 
 
 @torch.no_grad()
-def weight_checksum(parameters: Iterable[nn.Parameter]) -> float:
-    """Sum over the weights w that a rank holds of w + w^2, in fp64: a change in the last bit of one shows."""
-    total = torch.zeros((), dtype=torch.float64)
-    for parameter in parameters:
-        weight = local_part(parameter).double()
-        total = total + (weight.sum() + weight.square().sum())
-    return float(total)
+def weight_sum(parameters: Iterable[nn.Parameter]) -> float:
+    """The sum of the weights that a rank holds: not a finite number if one of them is not."""
+    sums = [local_part(parameter).sum(dtype=torch.float32) for parameter in parameters]
+    return float(torch.stack(sums).sum()) if sums else 0.0
 
 
 def gather_facts(mine: RankFacts, ranks: int) -> list[RankFacts]:
     """The facts of every rank, by rank. A collective."""
-    return [RankFacts._make(numbers) for numbers in gather_numbers(mine, ranks)]
+    *numbers, bits = mine
+    # As integers of the same bits: no fp64 has 64 bits of a sum.
+    packed = torch.cat([torch.tensor(numbers, dtype=torch.float64).view(torch.int64), torch.tensor([bits])])
+    found = []
+    for one in _gather(packed, ranks):
+        found.append(RankFacts._make([*one[:-1].view(torch.float64).tolist(), int(one[-1])]))
+    return found
 
 
 def gather(number: float, ranks: int) -> list[float]:
@@ -52,12 +57,15 @@ def gather(number: float, ranks: int) -> list[float]:
 
 def gather_numbers(mine: Sequence[float], ranks: int) -> list[list[float]]:
     """As many numbers of every rank, by rank. A collective."""
-    numbers = torch.tensor(mine, dtype=torch.float64)
+    return [one.tolist() for one in _gather(torch.tensor(mine, dtype=torch.float64), ranks)]
+
+
+def _gather(numbers: torch.Tensor, ranks: int) -> list[torch.Tensor]:
     if ranks == 1:
-        return [numbers.tolist()]
+        return [numbers]
     everyone = [torch.empty_like(numbers) for _ in range(ranks)]
     dist.all_gather(everyone, numbers)
-    return [one.tolist() for one in everyone]
+    return everyone
 
 
 def check_agreement(facts: Sequence[RankFacts], step: int, holders: Sequence[Hashable]) -> None:
@@ -77,18 +85,18 @@ def check_agreement(facts: Sequence[RankFacts], step: int, holders: Sequence[Has
     """
     loss = sum(rank.loss_share for rank in facts)
     norm = facts[0].grad_norm
-    checksums = [rank.weight_checksum for rank in facts]
-    if not all(math.isfinite(number) for number in (loss, norm, *checksums)):
+    weights = sum(rank.weight_sum for rank in facts)
+    if not all(math.isfinite(number) for number in (loss, norm, weights)):
         raise FloatingPointError(
-            f"step {step} has loss {loss}, gradient norm {norm} and weight checksum {checksums[0]};"
+            f"step {step} has loss {loss}, gradient norm {norm} and sum of weights {weights};"
             " lower train.lr or lengthen train.warmup"
         )
     first: dict[Hashable, int] = {}
-    for rank, checksum in enumerate(checksums):
+    for rank, one in enumerate(facts):
         other = first.setdefault(holders[rank], rank)
-        if checksum != checksums[other]:
+        if one.weight_bits != facts[other].weight_bits:
             raise RuntimeError(
-                f"rank {rank} diverged at step {step}: its weights have checksum {checksum!r},"
-                f" rank {other}'s have {checksums[other]!r};"
+                f"rank {rank} diverged at step {step}: the bits of its weights add up to"
+                f" {one.weight_bits:#x}, rank {other}'s to {facts[other].weight_bits:#x};"
                 " run all ranks on equal machines and libraries, or report this as a bug"
             )

@@ -32,9 +32,7 @@ from seqmesh.processes import (
 )
 from seqmesh.train.fingerprint import fingerprint
 from seqmesh.train.stop import StopRequest
-
-GRACE_SECONDS = 2.0
-"""After a rank's failure: time for the others to say what they saw, before they are ended."""
+from seqmesh.train.whereabouts import GRACE_SECONDS, Board, least_advanced
 
 LOOK_SECONDS = 0.2
 """How often the parent looks whether it was asked to stop, and whether the ranks take too long to."""
@@ -108,6 +106,26 @@ def agree_on(world: int, **facts: tuple[Iterable[bytes], str]) -> None:
                 raise ValueError(f"rank {rank} has another {name} than rank 0; {remedy}")
 
 
+def agree_on_versions(world: int, mine: dict[str, str]) -> None:
+    """Raise the same ValueError on every rank if a rank runs another version of something than rank 0.
+
+    Args:
+        world: number of ranks.
+        mine: this rank's versions, by name.
+    """
+    if world == 1:
+        return
+    everyone: list[Any] = [None] * world
+    dist.all_gather_object(everyone, mine)
+    for rank, found in enumerate(everyone):
+        for name, version in everyone[0].items():
+            if found.get(name) != version:
+                raise ValueError(
+                    f"rank {rank} runs {name} {found.get(name)} where rank 0 runs {version}; install the same"
+                    " versions on every machine"
+                )
+
+
 def run_local(
     work: Work,
     world: int,
@@ -115,6 +133,7 @@ def run_local(
     on_event: Callable[[Any], None],
     log_folder: Path,
     stop: StopRequest | None = None,
+    board: Board | None = None,
 ) -> None:
     """Run `work` on forked ranks and handle what they send, until all have ended: none outlives this call.
 
@@ -125,6 +144,7 @@ def run_local(
         on_event: called in this process with every event.
         log_folder: stdout and stderr of rank r go to rank<r>.txt there, and tracebacks.
         stop: what `work` looks at, where Ctrl-C and SIGTERM are noted.
+        board: where ranks note where they are.
 
     Raises:
         ValueError: a rank raised one: the user's mistake.
@@ -139,7 +159,7 @@ def run_local(
             start_ranks(ranks, body, world, f"file://{meeting}/store", log_folder)
             watched = [_Watched(local=rank) for rank in ranks]
             _watch(watched, on_event, stop, timeout_s)
-            _raise_failure(watched, timeout_s, log_folder)
+            _raise_failure(watched, timeout_s, log_folder, board)
         finally:
             # What is left by now has failed, or had its time: nothing that it would do at SIGTERM is awaited.
             stop_ranks(ranks, patience_s=0.0)
@@ -231,7 +251,9 @@ class _Patience:
         return now - self._asked > self.seconds
 
 
-def _raise_failure(ranks: Sequence[_Watched], timeout_s: float, log_folder: Path) -> None:
+def _raise_failure(
+    ranks: Sequence[_Watched], timeout_s: float, log_folder: Path, board: Board | None
+) -> None:
     """Name the rank that failed first, if any did.
 
     In this order: killed, wrong input, silent while others timed out, the earliest exception, an exit code.
@@ -240,7 +262,7 @@ def _raise_failure(ranks: Sequence[_Watched], timeout_s: float, log_folder: Path
     if not failed:
         return
     for rank in failed:
-        _raise_if_killed(rank, log_folder)
+        _raise_if_killed(rank, log_folder, board)
     told = [rank for rank in failed if rank.failure is not None]
     if not told:
         number = failed[0].rank
@@ -257,12 +279,20 @@ def _raise_failure(ranks: Sequence[_Watched], timeout_s: float, log_folder: Path
     # gloo reports a rank that hangs only by the time-out of those that wait for it: theirs is no fault.
     silent = [rank.rank for rank in ranks if not rank.failed and rank.local.process.is_alive()]
     if silent and "time" in first.message.lower():
+        number = silent[0] if board is None else least_advanced(silent, board)
         raise RankFailedError(
-            f"rank {silent[0]} did not answer for run.timeout_s={timeout_s:g} seconds;"
+            f"rank {number} did not answer for run.timeout_s={timeout_s:g} seconds{_where(number, board)};"
             " the other ranks were stopped"
         )
     number = told[0].rank
-    raise RankFailedError(f"rank {number} failed: {first.message}; traceback in {_log(log_folder, number)}")
+    raise RankFailedError(
+        f"rank {number} failed{_where(number, board)}: {first.message};"
+        f" traceback in {_log(log_folder, number)}"
+    )
+
+
+def _where(rank: int, board: Board | None) -> str:
+    return "" if board is None else f" {board.of(rank)}"
 
 
 def _failed_at(rank: _Watched) -> tuple[float, int]:
@@ -271,12 +301,13 @@ def _failed_at(rank: _Watched) -> tuple[float, int]:
     return rank.failure.at, rank.rank
 
 
-def _raise_if_killed(rank: _Watched, log_folder: Path) -> None:
+def _raise_if_killed(rank: _Watched, log_folder: Path, board: Board | None) -> None:
     if rank.exit_code is None or rank.exit_code >= 0:
         return
     name = signal.Signals(-rank.exit_code).name
     hint = " (out of memory?)" if name == "SIGKILL" else f"; see {_log(log_folder, rank.rank)}"
-    raise RankFailedError(f"rank {rank.rank} was killed by {name}{hint}; the other ranks were stopped")
+    where = _where(rank.rank, board)
+    raise RankFailedError(f"rank {rank.rank} was killed by {name}{hint}{where}; the other ranks were stopped")
 
 
 def _log(folder: Path, rank: int) -> Path:

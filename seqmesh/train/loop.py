@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from datetime import timedelta
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -25,10 +26,11 @@ from seqmesh.train.checkpoint import Checkpoint
 from seqmesh.train.config import Config, MeshConfig
 from seqmesh.train.data import Corpus, Tokenizer, tokenizer_of
 from seqmesh.train.events import Compared, Event, Started, StepMetrics, Stopped
-from seqmesh.train.facts import gather
+from seqmesh.train.facts import gather, gather_numbers
 from seqmesh.train.memory_use import memory_used
 from seqmesh.train.stop import StopRequest
 from seqmesh.train.trainer import Trainer
+from seqmesh.train.whereabouts import Note, nowhere
 
 Emit = Callable[[Event], None]
 
@@ -40,6 +42,7 @@ def train(
     emit: Emit,
     stop: StopRequest,
     checkpoint: Checkpoint | None = None,
+    note: Note = nowhere,
 ) -> Stopped | None:
     """A whole run of one rank. The default process group, which several ranks have, is ended here.
 
@@ -50,30 +53,37 @@ def train(
         emit: called on rank 0 with every event.
         stop: may be asked for at any time; the run ends after a step, with a checkpoint.
         checkpoint: to go on from; default: from the start.
+        note: is told of every stage that this rank comes to.
 
     Returns:
         What stopped the run, the same on every rank; None at its end.
     """
-    torch.set_num_threads(config.run.threads)
-    world, device = config.mesh.world, config.run.device
-    devices.claim(device, dist.get_rank() if world > 1 else 0)
-    mesh = setup.dims_of(config.mesh).build(device, timedelta(seconds=config.run.timeout_s))
-    peak = _measure_peak(config)
-    before = devices.memory_bytes(device)
-    trainer = Trainer(config, corpus, mesh, peak)
+    trainer = _trainer_of(config, corpus, note)
+    mesh = trainer.mesh
     beginning, stopped = _take_steps(trainer, folder, emit, stop, checkpoint)
-    memory = memory_used(trainer, before)
+    note(trainer.steps_done, "end")
+    memory = memory_used(trainer)
     weights = whole_weights(trainer.model) if stopped is None else {}
-    is_first = mesh.number == 0
+    is_done = mesh.number > 0 or stopped is not None
     del trainer
-    if world > 1:
+    if mesh.dims.world > 1:
         dist.destroy_process_group()  # nobody waits, with whatever timeout, for rank 0's comparison
-    if is_first and stopped is None:
-        save(config, weights, folder / "checkpoint", tokenizer_of(config.data.tokenizer))
-        emit(memory)
-        if beginning:
-            emit(compare_on_one_rank(config, corpus, beginning))
-    return stopped
+    if is_done:
+        return stopped
+    save(config, weights, folder / "checkpoint", tokenizer_of(config.data.tokenizer))
+    emit(memory)
+    if beginning:
+        emit(compare_on_one_rank(config, corpus, beginning))
+    return None
+
+
+def _trainer_of(config: Config, corpus: Corpus, note: Note) -> Trainer:
+    """The trainer, on this rank's threads and device."""
+    torch.set_num_threads(config.run.threads)
+    devices.claim(config.run.device, dist.get_rank() if config.mesh.world > 1 else 0)
+    timeout = timedelta(seconds=config.run.timeout_s)
+    mesh = setup.dims_of(config.mesh).build(config.run.device, timeout)
+    return Trainer(config, corpus, mesh, _measure_peak(config), note=note)
 
 
 def _take_steps(
@@ -88,7 +98,6 @@ def _take_steps(
         trainer.resume(checkpoint)
     config = trainer.config.train
     every = trainer.config.run.checkpoint_every
-    world = trainer.mesh.dims.world
     first_rank = trainer.mesh.number == 0
     started = _started(trainer)
     if first_rank:
@@ -96,11 +105,12 @@ def _take_steps(
     beginning: list[StepMetrics] = []
     deadline = time.monotonic() + 60 * config.minutes if config.minutes else math.inf
     asked = 0
-    while trainer.steps_done < config.steps and _time_is_left(deadline, world):
-        # A signal may reach any of torchrun's ranks, and local ones at different steps: all take part in all
-        # notes, so all stop here or none does.
-        asked = int(max(gather(stop.signal, world)))
-        if asked:
+    while trainer.steps_done < config.steps:
+        notes = _compare_notes(trainer, stop, deadline)
+        asked = notes.asked
+        if notes.all_have_written:
+            trainer.saver.finish()
+        if asked or not notes.time_is_left:
             break
         metrics = trainer.step()
         if first_rank:
@@ -111,6 +121,7 @@ def _take_steps(
             trainer.save(folder)
     if trainer.steps_done:
         trainer.save(folder)
+    trainer.saver.finish()
     # A run that was resumed has not seen them, or not all.
     is_whole = bool(beginning) and beginning[0].step == 1
     stopped = Stopped(step=trainer.steps_done, signal=asked) if asked else None
@@ -131,9 +142,21 @@ def _started(trainer: Trainer) -> Started:
     )
 
 
-def _time_is_left(deadline: float, ranks: int) -> bool:
-    """Rank 0's clock decides for all: a rank that stopped by its own would leave the others waiting."""
-    return bool(gather(time.monotonic() < deadline, ranks)[0])
+class _Notes(NamedTuple):
+    """What ranks tell each other before a step, judged alike by all: they go on together, or none does."""
+
+    asked: int
+    """The signal that asked any of them to stop, which may have reached one alone; 0 if none did."""
+    time_is_left: bool
+    """By rank 0's clock: a rank that stopped by its own would leave the others waiting."""
+    all_have_written: bool
+    """Nobody is still writing the checkpoint that is under way."""
+
+
+def _compare_notes(trainer: Trainer, stop: StopRequest, deadline: float) -> _Notes:
+    mine = (stop.signal, time.monotonic() < deadline, trainer.saver.has_written())
+    asked, time_is_left, written = zip(*gather_numbers(mine, trainer.mesh.dims.world), strict=True)
+    return _Notes(int(max(asked)), bool(time_is_left[0]), all(written))
 
 
 def _measure_peak(config: Config, rounds: int = 6) -> float:
@@ -169,6 +192,7 @@ def compare_on_one_rank(config: Config, corpus: Corpus, beginning: Sequence[Step
     one_rank = replace(
         config,
         mesh=MeshConfig(ring=1, ulysses=1, layout=config.mesh.layout),
+        run=replace(config.run, check_every=0),
         train=replace(
             config.train,
             zero=0,

@@ -11,15 +11,10 @@ from seqmesh.train.trainer import Trainer
 HELD = ("parameters", "gradients", "optimizer")
 
 
-def memory_used(trainer: Trainer, before: int) -> Trained:
-    """Of all ranks. A collective.
-
-    Args:
-        trainer: after its last step.
-        before: what this process had before it made the trainer, in bytes.
-    """
+def memory_used(trainer: Trainer) -> Trained:
+    """Of all ranks, after the last step. A collective."""
     peak = devices.peak_memory_bytes(trainer.config.run.device)
-    mine = [peak, peak - before, *_held_bytes(trainer)]
+    mine = [peak, peak - trainer.memory_before, *_held_bytes(trainer)]
     everyone = gather_numbers(mine, trainer.mesh.dims.world)
     peaks, grown, *held = ([int(number) for number in column] for column in zip(*everyone, strict=True))
     return Trained(

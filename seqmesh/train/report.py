@@ -88,11 +88,9 @@ def summarize(
 ) -> Report:
     """The report of a run's events."""
     last_tenth = steps[-max(1, len(steps) // 10) :]
-    matches = loss_difference = norm_difference = None
+    matches = None
     if compared is not None:
-        loss_difference = compared.largest_loss_difference
-        norm_difference = compared.largest_grad_norm_difference
-        matches = max(loss_difference, norm_difference) <= TOLERANCE[precision]
+        matches = compared.largest_difference <= TOLERANCE[precision]
     return Report(
         text=corpus.source,
         documents=len(corpus.documents),
@@ -101,22 +99,16 @@ def summarize(
         steps=len(steps),
         first_loss=steps[0].loss,
         last_loss=sum(step.loss for step in last_tenth) / len(last_tenth),
-        tokens_per_s=median(step.tokens_per_s for step in steps),
-        step_seconds=median(step.seconds for step in steps),
-        mfu_mask=median(step.mfu_mask for step in steps),
-        mfu_noncausal=median(step.mfu_noncausal for step in steps),
+        **_medians(steps),
         peak_flops_per_s=started.peak_flops_per_s,
         bytes_per_step=sum(step.bytes_sent for step in steps) / len(steps),
         bytes_sent=sum(step.bytes_sent for step in steps),
         bytes_scheduled=sum(step.bytes_scheduled for step in steps),
         bytes_agree=all(step.bytes_agree for step in steps),
         compared_steps=len(compared.losses) if compared is not None else 0,
-        largest_loss_difference=loss_difference,
-        largest_grad_norm_difference=norm_difference,
+        largest_loss_difference=None if compared is None else compared.largest_loss_difference,
+        largest_grad_norm_difference=None if compared is None else compared.largest_grad_norm_difference,
         matches_one_rank=matches,
-        data_seconds=median(step.data_seconds for step in steps),
-        waiting_seconds=median(step.waiting_seconds for step in steps),
-        compute_seconds=median(step.seconds - step.data_seconds - step.waiting_seconds for step in steps),
         sent=_mean_sent(steps),
         peak_memory_bytes=trained.peak_memory_bytes,
         grown_memory_bytes=trained.grown_memory_bytes,
@@ -124,6 +116,19 @@ def summarize(
         expected=expected,
         predicted=predicted,
     )
+
+
+def _medians(steps: Sequence[StepMetrics]) -> dict[str, float]:
+    """Fields of a report that are medians over steps."""
+    return {
+        "tokens_per_s": median(step.tokens_per_s for step in steps),
+        "step_seconds": median(step.seconds for step in steps),
+        "mfu_mask": median(step.mfu_mask for step in steps),
+        "mfu_noncausal": median(step.mfu_noncausal for step in steps),
+        "data_seconds": median(step.data_seconds for step in steps),
+        "waiting_seconds": median(step.waiting_seconds for step in steps),
+        "compute_seconds": median(step.seconds - step.data_seconds - step.waiting_seconds for step in steps),
+    }
 
 
 def _mean_sent(steps: Sequence[StepMetrics]) -> dict[str, float]:

@@ -9,6 +9,7 @@ import signal
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,16 +17,16 @@ import torch.distributed as dist
 from transformers.utils import logging as transformers_logging
 
 from seqmesh.processes import Place, connect, one_line
-from seqmesh.provenance import this_command
+from seqmesh.provenance import this_command, versions
 from seqmesh.train import device as devices
 from seqmesh.train import model as models
 from seqmesh.train import setup, step_folders
 from seqmesh.train.checkpoint import Checkpoint
-from seqmesh.train.config import Config
+from seqmesh.train.config import AUTO, Config
 from seqmesh.train.data import Corpus, check_enough, copy_in, read, tokenizer_of
 from seqmesh.train.events import StepMetrics, Stopped
 from seqmesh.train.expected import Expected, Foresight
-from seqmesh.train.launch import RankFailedError, agree, agree_on, run_local
+from seqmesh.train.launch import RankFailedError, agree, agree_on, agree_on_versions, run_local
 from seqmesh.train.loop import train
 from seqmesh.train.metrics_log import read_metrics
 from seqmesh.train.recipe import dump
@@ -34,6 +35,7 @@ from seqmesh.train.reporter import Reporter, token_ids
 from seqmesh.train.resume import check_same_training
 from seqmesh.train.start import describe_start
 from seqmesh.train.stop import StoppedError, StopRequest
+from seqmesh.train.whereabouts import Board, SharedBoard, StoreBoard, blame
 
 
 def place_from(environment: Mapping[str, str], config: Config) -> Place | None:
@@ -54,7 +56,11 @@ def place_from(environment: Mapping[str, str], config: Config) -> Place | None:
             f" but the launcher started {world};"
             f" start {mesh.world}, or choose degrees whose product is {world}"
         )
-    return Place(rank=rank, world=world, rendezvous="env://")
+    # Each of several machines counts its own restarts; there, a new store for every one keeps attempts apart
+    # (recipes/launch/torchrun.sh).
+    is_one_machine = environment.get("GROUP_WORLD_SIZE") == "1"
+    attempt = int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)) if is_one_machine else 0
+    return Place(rank=rank, world=world, rendezvous="env://", attempt=attempt)
 
 
 def run(config: Config, place: Place | None, foresight: Foresight | None = None) -> Report | None:
@@ -75,9 +81,23 @@ def run(config: Config, place: Place | None, foresight: Foresight | None = None)
     """
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    config, may_be_begun = _resolved(config)
     if place is None:
-        return _run_local(config, foresight)
-    return _run_joined(config, place, foresight)
+        return _run_local(config, may_be_begun, foresight)
+    return _run_joined(config, place, may_be_begun, foresight)
+
+
+def _resolved(config: Config) -> tuple[Config, bool]:
+    """What run.resume="auto" is now: the run's own folder if it has a checkpoint, else nothing.
+
+    Returns:
+        The configuration, and whether the folder may be that of a run which saved nothing.
+    """
+    if config.run.resume != AUTO:
+        return config, False
+    has_saved = bool(step_folders.complete(_expanded(config.run.folder, "--folder")))
+    resume = config.run.folder if has_saved else ""
+    return replace(config, run=replace(config.run, resume=resume)), True
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,6 +109,8 @@ class _Prepared:
     """What it is resumed from."""
     expected: Expected | None = None
     """Of a step, in the process that observes."""
+    foresight: Foresight | None = None
+    """There, too."""
 
     def earlier(self) -> list[StepMetrics]:
         """The steps taken before."""
@@ -114,9 +136,10 @@ def _prepare(config: Config) -> _Prepared:
 
 def _expecting(config: Config, prepared: _Prepared, foresight: Foresight | None) -> _Prepared:
     """Trace a step, where that is asked for. Takes seconds, and is over before a rank starts or joins."""
-    if foresight is None or not config.run.trace:
+    if foresight is None:
         return prepared
-    return replace(prepared, expected=foresight.expect(config, token_ids(config, prepared.corpus)))
+    expected = foresight.expect(config, token_ids(config, prepared.corpus)) if config.run.trace else None
+    return replace(prepared, expected=expected, foresight=foresight)
 
 
 def dry_run(config: Config, foresight: Foresight) -> str:
@@ -144,20 +167,21 @@ def _expanded(folder: str, option: str) -> Path:
         ) from None
 
 
-def _make_folder(config: Config) -> Path:
+def _make_folder(config: Config, may_be_begun: bool) -> Path:
     """The run's folder: new or empty, as results of two runs must not mix, or that of the resumed run."""
+    # Without what another run from this recipe should not take over.
+    recipe = dump(replace(config, run=replace(config.run, folder="", resume="")))
     given = config.run.folder or config.run.resume or f"runs/{time.strftime('%Y%m%d-%H%M%S')}"
     folder = _expanded(given, "--folder")
     try:
         folder.mkdir(parents=True, exist_ok=True)
         is_resumed = config.run.resume and folder.samefile(_expanded(config.run.resume, "--resume"))
-        if any(folder.iterdir()) and not is_resumed:
+        is_begun = may_be_begun and _text_of(folder / "config.toml") == recipe
+        if any(folder.iterdir()) and not (is_resumed or is_begun):
             raise ValueError(
                 f"run.folder={str(folder)!r} is not empty; choose a new folder with --folder, or remove it"
             )
-        # Without what another run from this recipe should not take over.
-        recipe = replace(config, run=replace(config.run, folder="", resume=""))
-        (folder / "config.toml").write_text(dump(recipe), encoding="utf-8")
+        (folder / "config.toml").write_text(recipe, encoding="utf-8")
         if config.data.tokenizer:
             tokenizer_of(config.data.tokenizer).save(copy_in(folder))
     except OSError as error:
@@ -171,8 +195,13 @@ def _make_folder(config: Config) -> Path:
     return folder
 
 
+def _text_of(path: Path) -> str | None:
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
 def _agree_on_run(config: Config, prepared: _Prepared) -> None:
     """Ranks with other recipes or texts would train a model that is nobody's, without an error."""
+    agree_on_versions(config.mesh.world, versions())
     recipe = dump(replace(config, run=replace(config.run, folder="", resume=""))).encode()
     text = prepared.corpus.fingerprint.encode()
     found = b"" if prepared.checkpoint is None else prepared.checkpoint.description
@@ -192,18 +221,20 @@ def _told_by_rank_0(folder: Path, world: int) -> Path:
     return Path(told[0])
 
 
-def _run_local(config: Config, foresight: Foresight | None) -> Report:
+def _run_local(config: Config, may_be_begun: bool, foresight: Foresight | None) -> Report:
     prepared = _expecting(config, _prepare(config), foresight)
     earlier = prepared.earlier()
-    folder = _make_folder(config)
+    folder = _make_folder(config, may_be_begun)
     logs = folder / "logs"
     logs.mkdir(exist_ok=True)
 
     stop = StopRequest()
+    board = SharedBoard(config.mesh.world)
 
     def work(place: Place, emit: Callable[[Any], None]) -> None:
         _agree_on_run(config, prepared)
-        stopped = train(config, prepared.corpus, folder, emit, stop, prepared.checkpoint)
+        note = partial(board.note, place.rank)
+        stopped = train(config, prepared.corpus, folder, emit, stop, prepared.checkpoint, note)
         if place.rank == 0 and stopped is not None:
             emit(stopped)
 
@@ -211,7 +242,7 @@ def _run_local(config: Config, foresight: Foresight | None) -> Report:
         config, prepared.corpus, folder, this_command(), earlier, prepared.expected, foresight
     ) as reporter:
         try:
-            run_local(work, config.mesh.world, config.run.timeout_s, reporter.handle, logs, stop)
+            run_local(work, config.mesh.world, config.run.timeout_s, reporter.handle, logs, stop, board)
         except KeyboardInterrupt:
             raise KeyboardInterrupt(f"after {len(reporter.steps)} steps; {_how_to_go_on(folder)}") from None
         except RankFailedError as error:
@@ -235,16 +266,19 @@ def _stopped(event: Stopped, folder: Path) -> StoppedError:
     return StoppedError(event.signal, f"stopped by {who} after {event.step} steps; {_how_to_go_on(folder)}")
 
 
-def _join(place: Place, timeout_s: float) -> None:
+def _join(place: Place, timeout_s: float) -> Board:
     try:
-        connect(place, timeout_s)
+        store = connect(place, timeout_s)
     except ValueError as error:  # PyTorch's, for missing or malformed MASTER_ADDR and MASTER_PORT
         raise ValueError(
             f"{one_line(error)}; start the ranks with torchrun, or unset RANK and WORLD_SIZE to train locally"
         ) from None
+    return SharedBoard(place.world) if store is None else StoreBoard(store)
 
 
-def _run_joined(config: Config, place: Place, foresight: Foresight | None) -> Report | None:
+def _run_joined(
+    config: Config, place: Place, may_be_begun: bool, foresight: Foresight | None
+) -> Report | None:
     prepared: _Prepared | None = None
     folder = Path()
     mistake: str | None = None
@@ -252,28 +286,31 @@ def _run_joined(config: Config, place: Place, foresight: Foresight | None) -> Re
         prepared = _prepare(config)
         if place.rank == 0:
             prepared = _expecting(config, prepared, foresight)
-            folder = _make_folder(config)
+            folder = _make_folder(config, may_be_begun)
     except (ValueError, OSError) as error:
         mistake = one_line(error)  # told to all ranks below, once they are connected
+    board: Board = SharedBoard(place.world)
     try:
         # Joining comes second: whatever a rank has found wrong, the others wait for it there.
-        _join(place, config.run.timeout_s)
+        board = _join(place, config.run.timeout_s)
         agree(mistake, place.world)
         assert prepared is not None
         _agree_on_run(config, prepared)
         told = _told_by_rank_0(folder, place.world)
-        return _train_joined(config, prepared, told if place.rank else folder, place, foresight)
+        return _train_joined(config, prepared, told if place.rank else folder, place, board)
     except ValueError:
         if dist.is_initialized():
             # or its threads may abort the process as it exits, which would hide the exit code
             dist.destroy_process_group()
         raise
     except (RuntimeError, ArithmeticError) as error:
-        raise RankFailedError(f"rank {place.rank} failed: {one_line(error)}") from error
+        # The launcher terminates the ranks that are left: not before they have said which one is missing.
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        raise RankFailedError(blame(error, place, board)) from error
 
 
 def _train_joined(
-    config: Config, prepared: _Prepared, folder: Path, place: Place, foresight: Foresight | None
+    config: Config, prepared: _Prepared, folder: Path, place: Place, board: Board
 ) -> Report | None:
     """Train as one of torchrun's ranks, of which rank 0 reports.
 
@@ -282,17 +319,18 @@ def _train_joined(
     """
     stop = StopRequest()
     corpus, checkpoint = prepared.corpus, prepared.checkpoint
+    note = partial(board.note, place.rank)
     with stop.listening(signal.SIGINT, signal.SIGTERM):
         if place.rank:
-            stopped = train(config, corpus, folder, lambda _: None, stop, checkpoint)
+            stopped = train(config, corpus, folder, lambda _: None, stop, checkpoint, note)
             if stopped is not None:
                 raise StoppedError(stopped.signal, "")
             return None
         reporter = Reporter(
-            config, corpus, folder, this_command(), prepared.earlier(), prepared.expected, foresight
+            config, corpus, folder, this_command(), prepared.earlier(), prepared.expected, prepared.foresight
         )
         with reporter:
-            stopped = train(config, corpus, folder, reporter.handle, stop, checkpoint)
+            stopped = train(config, corpus, folder, reporter.handle, stop, checkpoint, note)
         if stopped is not None:
             raise _stopped(stopped, folder)
     return reporter.finish()

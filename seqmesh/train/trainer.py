@@ -14,8 +14,8 @@ The same class with one rank on every axis: that is how a run checks its own fir
 
 import math
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -24,15 +24,20 @@ from typing import NamedTuple
 import torch
 
 from seqmesh.parallel import LocalBatch, ParallelDims, ParallelMesh, shard_micro_batches
+from seqmesh.train import device as devices
 from seqmesh.train import model as models
 from seqmesh.train import setup, step_folders
-from seqmesh.train.checkpoint import Checkpoint, Progress, load_checkpoint, save_checkpoint
+from seqmesh.train.bits import joined, weight_bits
+from seqmesh.train.check import BitCheck, Computed
+from seqmesh.train.checkpoint import Checkpoint, Progress, load_checkpoint
 from seqmesh.train.config import Config, TrainConfig
 from seqmesh.train.costs import RankCosts, WatchCosts, all_sent, mean_seconds
 from seqmesh.train.data import Corpus, Piece, area_of, assemble, deal, sequences
 from seqmesh.train.events import StepMetrics
-from seqmesh.train.facts import RankFacts, check_agreement, gather_facts, gather_numbers, weight_checksum
+from seqmesh.train.facts import RankFacts, check_agreement, gather_facts, gather_numbers, weight_sum
 from seqmesh.train.recipe import dump
+from seqmesh.train.saving import Saver
+from seqmesh.train.whereabouts import Note, nowhere
 
 
 def learning_rate(step: int, train: TrainConfig) -> float:
@@ -69,6 +74,8 @@ class Trainer:
         corpus: Corpus,
         mesh: ParallelMesh,
         peak_flops_per_s: float,
+        *,
+        note: Note = nowhere,
     ) -> None:
         """Build them; nothing is computed yet. A collective over all ranks.
 
@@ -77,7 +84,11 @@ class Trainer:
             corpus: its text.
             mesh: of all parallelisms; its degrees are the recipe's.
             peak_flops_per_s: of all ranks together, which MFU is a share of.
+            note: is told of every stage that this rank comes to.
         """
+        self._note = note
+        self.memory_before = devices.memory_bytes(config.run.device)
+        """What this process had before it made its model, in bytes."""
         self.config = config
         self.corpus = corpus
         self.mesh = mesh
@@ -88,9 +99,11 @@ class Trainer:
             partial(torch.optim.AdamW, lr=config.train.lr, betas=(0.9, 0.95)), self._parameter_groups()
         )
         self._holders = holders(mesh.dims, config.train.zero)
+        self._check = BitCheck(self.model, mesh) if config.run.check_every else None
+        self.saver = Saver(self.model, self.optimizer)
         self._begin_after(0)
         self.saved: Path | None = None
-        """The checkpoint that holds what this is now; None if no step has been saved or loaded."""
+        """The checkpoint that holds, or will hold, what this is now; None before one is saved or loaded."""
 
     def _begin_after(self, steps: int) -> None:
         """Let the next step be the one after `steps`, with its text."""
@@ -104,13 +117,17 @@ class Trainer:
         )
 
     def save(self, run: Path) -> None:
-        """Save a checkpoint in a run's folder, unless it is there. A collective over all ranks.
+        """Begin a checkpoint in a run's folder, unless it is there. A collective over all ranks.
+
+        It is complete when `saver` has finished.
 
         Raises:
-            ValueError: on all ranks alike, it cannot be written.
+            ValueError: on all ranks alike, it cannot be written, or the one before could not be.
         """
-        if self.saved == step_folders.folder_of(run, self.steps_done).resolve():
+        folder = step_folders.folder_of(run, self.steps_done).resolve()
+        if self.saved == folder:
             return
+        self._note(self.steps_done, "checkpoint")
         progress = Progress(
             step=self.steps_done,
             sequences=self.steps_done * self.config.data.sequences,
@@ -118,8 +135,8 @@ class Trainer:
             text=self.corpus.fingerprint,
             world=self.mesh.dims.world,
         )
-        saved = save_checkpoint(run, self.model, self.optimizer, progress, self.config.run.keep)
-        self.saved = saved.resolve()
+        self.saver.begin(run, progress, self.config.run.keep)
+        self.saved = folder
 
     def resume(self, checkpoint: Checkpoint) -> None:
         """Go on where a checkpoint was saved. A collective over all ranks.
@@ -128,6 +145,8 @@ class Trainer:
             ValueError: on all ranks alike, a file of it that is damaged.
         """
         load_checkpoint(checkpoint, self.model, self.optimizer)
+        if self._check is not None:
+            self._check.updated(weight_bits(self.model.parameters()))
         self._begin_after(checkpoint.progress.step)
         self.saved = checkpoint.folder.resolve()
 
@@ -147,17 +166,24 @@ class Trainer:
     def step(self) -> StepMetrics:
         """One optimiser step. A collective over all ranks."""
         start = time.perf_counter()
+        self._at("data")
         packed = list(islice(self.stream, self.config.data.sequences))
         batches = self._local_batches(packed)
         data_seconds = time.perf_counter() - start
         lr = learning_rate(self.steps_done, self.config.train)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
-        self.optimizer.zero_grad(set_to_none=True)
-        with self._watched() as watch:
-            share = self.model.gradients(batches)
+        self._at("forward and backward")
+        share, watch = self._gradients(batches)
+        with self._watched_by(watch):
+            self._at("clip")
             grad_norm = self.model.clip(self.config.train.clip)
+            self._at("update")
             self.optimizer.step()
+        self._at("facts")
+        bits = weight_bits(self.model.parameters())
+        if self._check is not None:
+            self._check.updated(bits)
         sent = watch.by_known_axis(self.mesh)
         mine = RankFacts(
             loss_share=share.item(),
@@ -165,7 +191,8 @@ class Trainer:
             # Schedules know nothing of what weights and gradients need.
             bytes_sent=sent["ulysses"] + sent["ring"],
             bytes_scheduled=sum(self.scheduled_traffic(batches).values()),
-            weight_checksum=weight_checksum(self.model.parameters()),
+            weight_sum=weight_sum(self.model.parameters()),
+            weight_bits=joined(bits),
         )
         facts = gather_facts(mine, self.mesh.dims.world)
         costs = RankCosts(data_seconds, watch.waiting_seconds, sent)
@@ -176,12 +203,34 @@ class Trainer:
         layout = batches[0].schedule.layout.name
         return self._metrics(text, layout, facts, everyone, lr, time.perf_counter() - start)
 
-    @contextmanager
-    def _watched(self) -> Iterator[WatchCosts]:
-        """Counts what is sent; of one rank nothing is, and watching every operator costs some per cent."""
-        watch = WatchCosts()
-        with watch if self.mesh.dims.world > 1 else nullcontext():
-            yield watch
+    def _watched_by(self, watch: WatchCosts) -> AbstractContextManager[object]:
+        """Of one rank nothing is sent, and watching every operator costs some per cent."""
+        return watch if self.mesh.dims.world > 1 else nullcontext()
+
+    def _at(self, stage: str) -> None:
+        self._note(self.steps_done + 1, stage)
+
+    def _gradients(self, batches: Sequence[LocalBatch]) -> Computed:
+        """Gradients of a step, checked if it is its turn, and this rank's share of the loss."""
+
+        def compute() -> Computed:
+            self.optimizer.zero_grad(set_to_none=True)
+            watch = WatchCosts()
+            with self._watched_by(watch):
+                share = self.model.gradients(batches)
+            return share, watch
+
+        if self._check is None:
+            return compute()
+        step = self.steps_done + 1
+        if self._is_checked():
+            return self._check.gradients(step, compute)
+        self._check.weights(step)
+        return compute()
+
+    def _is_checked(self) -> bool:
+        """Whether the coming step is computed twice."""
+        return (self.steps_done + 1) % self.config.run.check_every == 0
 
     def _local_batches(self, step: Sequence[tuple[Piece, ...]]) -> tuple[LocalBatch, ...]:
         """This rank's tokens of its micro-batches. What other data-parallel ranks compute is not read."""

@@ -37,28 +37,32 @@ def of_recipe(config: Config, cluster: Cluster, *, vocabulary: int) -> Priced:
     Raises:
         ValueError: a precision that the cluster's GPU has no rate for, or what no job can be.
     """
-    mesh, train, data = config.mesh, config.train, config.data
     missing: list[str] = []
+    point = _point(config, missing)
+    job = Job(
+        model=_shape(config.model, vocabulary),
+        cluster=cluster,
+        seq_len=config.data.seq_len,
+        global_batch=config.data.sequences,
+        layout=config.mesh.placement,
+        numerics=numerics_for(config.train.precision, "fp32"),
+    )
+    return Priced(job, point, tuple(missing))
+
+
+def _point(config: Config, missing: list[str]) -> Point:
+    train, degrees = config.train, config.mesh.degrees
     checkpointing = train.checkpointing
     if checkpointing not in CHECKPOINTING:
         missing.append(f'train.checkpointing="{checkpointing}" as "none"')
         checkpointing = "none"
     if train.pipeline != "1f1b":
         missing.append(f'train.pipeline="{train.pipeline}" as "1f1b"')
-    degrees = mesh.degrees
-    job = Job(
-        model=_shape(config.model, vocabulary),
-        cluster=cluster,
-        seq_len=data.seq_len,
-        global_batch=data.sequences,
-        layout=mesh.placement,
-        numerics=numerics_for(train.precision, "fp32"),
-    )
-    point = Point(
+    return Point(
         tp=degrees["tp"],
         ulysses=degrees["ulysses"],
         ring=degrees["ring"],
-        dp=mesh.data_parallel,
+        dp=config.mesh.data_parallel,
         pp=degrees["pp"],
         zero=train.zero,
         checkpointing=checkpointing,
@@ -67,7 +71,6 @@ def of_recipe(config: Config, cluster: Cluster, *, vocabulary: int) -> Priced:
         tiling="mlp" if train.tiling == "mlp" else "loss",
         micro_batch=config.micro_batch,
     )
-    return Priced(job, point, tuple(missing))
 
 
 def _shape(model: ModelConfig, vocabulary: int) -> ModelShape:

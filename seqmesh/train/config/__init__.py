@@ -10,10 +10,11 @@ from seqmesh.train.config.data import DataConfig
 from seqmesh.train.config.mesh import AXES, MeshConfig
 from seqmesh.train.config.model import ModelConfig
 from seqmesh.train.config.optimisation import TrainConfig
-from seqmesh.train.config.running import LONGEST_TIMEOUT_S, RunConfig
+from seqmesh.train.config.running import AUTO, LONGEST_TIMEOUT_S, RunConfig
 from seqmesh.train.config.whole import Config
 
 __all__ = [
+    "AUTO",
     "AXES",
     "LONGEST_TIMEOUT_S",
     "Config",

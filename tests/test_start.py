@@ -42,6 +42,12 @@ def test_the_mesh_the_step_and_the_memory_are_said_before_the_start() -> None:
     ]
 
 
+def test_what_is_on_the_host_is_said_to_be_counted() -> None:
+    offloading = replace(CONFIG, train=replace(CONFIG.train, offload="optimizer"))
+    last = "           what is kept on the host (train.offload) is counted too"
+    assert describe_start(offloading, 1, EXPECTED)[-1] == last
+
+
 def test_a_long_axis_is_cut_and_one_rank_has_no_table() -> None:
     long = replace(CONFIG, mesh=MeshConfig(ring=16, ulysses=2))
     assert "  ring     16     0 2 4 ... 30  tokens" in describe_start(long, 1, None)
@@ -52,6 +58,7 @@ def test_a_long_axis_is_cut_and_one_rank_has_no_table() -> None:
 def test_too_little_memory_is_said_with_what_to_do() -> None:
     assert describe_available(4 * 2**30, EXPECTED) == "available  4 GiB a rank"
     assert describe_available(4 * 2**30, None) == "available  4 GiB a rank"
+    assert describe_available(3 * 2**30, EXPECTED) == "available  3 GiB a rank"
     assert "2 GiB a rank: LESS than is expected; use more ranks" in describe_available(2**31, EXPECTED)
     unknown = replace(EXPECTED, unknown="a reason")
     assert describe_available(1, unknown) == "available  1 B a rank"

@@ -55,6 +55,8 @@ def describe_start(config: Config, parameters: int, expected: Expected | None) -
     shown += _mesh_table(config, expected)
     if expected is not None:
         shown.append(f"{'memory':<10} {_memory(expected)}")
+        if config.train.offload != "none":
+            shown.append(f"{'':<10} what is kept on the host (train.offload) is counted too")
     return shown
 
 

@@ -36,13 +36,12 @@ _PARTIAL_GRADIENT = "replicated_with_grad_allreduce"
 _KEYS_AND_VALUES = ("k_proj", "v_proj")
 
 
-def plan_of(model: PreTrainedModel, mesh: DeviceMesh) -> Styles:
-    """What transformers shares how over a tp mesh.
+def plan_of(model: PreTrainedModel, degree: int) -> Styles:
+    """What transformers shares how over so many ranks of tp.
 
     Raises:
         ValueError: a model without a plan, or heads that do not divide.
     """
-    degree = mesh.size()
     config = model.config
     _check_heads(type(model).__name__, config.num_attention_heads, config.num_key_value_heads, degree)
     try:

@@ -115,8 +115,8 @@ def _take_steps(
 
 def _started(trainer: Trainer) -> Started:
     return Started(
-        parameters=trainer.parameters,
-        matmul_parameters=trainer.matmul_parameters,
+        parameters=trainer.sizes.parameters,
+        matmul_parameters=trainer.sizes.matmul_parameters,
         peak_flops_per_s=trainer.peak_flops_per_s,
     )
 

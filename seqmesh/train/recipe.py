@@ -5,7 +5,8 @@ Every mistake is one line with its remedy.
     seqmesh train recipe.toml --mesh.ring 4 --train.steps=20 --lr 1e-3 --data book.txt
 
 An override is a full key (`--mesh.ring`) or a field's own name where only one section has it (`--ring`);
-`--data` is short for `--data.path`. Values are TOML values, quotes may be left out.
+`--data` is short for `--data.path`, `--model` for `--model.folder`, `--folder` for `--run.folder`. Values are
+TOML values, quotes may be left out.
 """
 
 import difflib
@@ -21,6 +22,7 @@ from pydantic import TypeAdapter, ValidationError
 from seqmesh.train.config import Config
 
 Sections = dict[str, Any]
+_SHORT = {"data": "data.path", "model": "model.folder", "folder": "run.folder"}
 
 
 def keys() -> dict[str, Any]:
@@ -121,8 +123,8 @@ def _resolve(key: str) -> str:
     known = keys()
     if key in known:
         return key
-    if key == "data":
-        return "data.path"
+    if key in _SHORT:
+        return _SHORT[key]
     meant = [full for full in known if full.split(".")[1] == key]
     if len(meant) == 1:
         return meant[0]

@@ -18,6 +18,7 @@ from transformers.utils import logging as transformers_logging
 from seqmesh.processes import Place, connect, one_line
 from seqmesh.provenance import this_command
 from seqmesh.train import device as devices
+from seqmesh.train import folder as models
 from seqmesh.train import setup, step_folders
 from seqmesh.train.checkpoint import Checkpoint
 from seqmesh.train.config import Config
@@ -27,7 +28,7 @@ from seqmesh.train.launch import RankFailedError, agree, agree_on, run_local
 from seqmesh.train.loop import train
 from seqmesh.train.recipe import dump
 from seqmesh.train.report import Report, Reporter, read_metrics
-from seqmesh.train.resume import check_same_training
+from seqmesh.train.resume import check_same_model, check_same_training
 from seqmesh.train.stop import StoppedError, StopRequest
 
 
@@ -96,6 +97,7 @@ def _prepare(config: Config) -> _Prepared:
         return _Prepared(corpus=corpus, checkpoint=None)
     checkpoint = Checkpoint(step_folders.newest(_expanded(config.run.resume, "--resume")))
     check_same_training(config, corpus, checkpoint.progress)
+    check_same_model(config, step_folders.run_of(checkpoint.folder))
     checkpoint.check_model(shapes)
     return _Prepared(corpus=corpus, checkpoint=checkpoint)
 
@@ -125,6 +127,8 @@ def _make_folder(config: Config) -> Path:
         (folder / "config.toml").write_text(dump(recipe), encoding="utf-8")
         if config.data.tokenizer:
             tokenizer_of(config.data.tokenizer).save(copy_in(folder))
+        if config.model.folder:
+            models.copy(config.model.folder, folder)
     except OSError as error:
         raise ValueError(
             f"cannot make run.folder={str(folder)!r}: {error.strerror}; choose another with --folder"
@@ -140,11 +144,13 @@ def _agree_on_run(config: Config, prepared: _Prepared) -> None:
     """Ranks with other recipes or texts would train a model that is nobody's, without an error."""
     recipe = dump(replace(config, run=replace(config.run, folder="", resume=""))).encode()
     text = prepared.corpus.fingerprint.encode()
+    model = models.described(config.model.folder).encode() if config.model.folder else b""
     found = b"" if prepared.checkpoint is None else prepared.checkpoint.description
     agree_on(
         config.mesh.world,
         configuration=([recipe], "start every rank with the same recipe and options (run.folder apart)"),
         text=([text], f"put the same files at data.path={config.data.path!r} for every rank"),
+        model=([model], f"put the same files at model.folder={config.model.folder!r} for every rank"),
         checkpoint=([found], f"let every rank see the same folder at run.resume={config.run.resume!r}"),
     )
 

@@ -35,8 +35,14 @@ def of_recipe(config: Config, cluster: Cluster, *, vocabulary: int) -> Priced:
         vocabulary: token ids of the model.
 
     Raises:
-        ValueError: a precision that the cluster's GPU has no rate for, or what no job can be.
+        ValueError: a model of a folder, a precision that the cluster's GPU has no rate for, or what no job can
+            be.
     """
+    if config.model.folder:
+        raise ValueError(
+            f"model.folder={config.model.folder!r}: the planner prices a recipe whose model is in its keys;"
+            " use seqmesh plan --model FOLDER"
+        )
     mesh, train, data = config.mesh, config.train, config.data
     missing: list[str] = []
     checkpointing = train.checkpointing
@@ -81,6 +87,7 @@ def _shape(model: ModelConfig, vocabulary: int) -> ModelShape:
         intermediate=model.intermediate,
         vocabulary=vocabulary,
         tied_embeddings=model.tie_embeddings,
+        sliding_window=model.window or None,
         source="a recipe",
     )
 

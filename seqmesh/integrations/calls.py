@@ -53,27 +53,8 @@ def attention_calls(model: PreTrainedModel, layers: Sequence[nn.Module]) -> tupl
     Raises:
         ValueError: a forward that needs the numbers that it computes with.
     """
-    layer_of = {id(part): number for number, layer in enumerate(layers) for part in layer.modules()}
     found: list[AttentionCall] = []
-
-    def attend(
-        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **given: Any
-    ) -> tuple[Tensor, None]:
-        found.append(
-            AttentionCall(
-                layer=layer_of[id(module)],
-                heads=query.shape[1],  # (b, h, n, d), (b, g, n, d), (b, g, n, e)
-                kv_heads=key.shape[1],
-                key_dim=query.shape[3],
-                value_dim=value.shape[3],
-                window=given.get("sliding_window"),
-                chunk=chunk_of(module),
-                dropout=float(given.get("dropout") or 0.0),
-            )
-        )
-        out = query.new_empty(query.shape[0], query.shape[2], query.shape[1], value.shape[3])  # (b, n, h, e)
-        return out, None
-
+    attend = _recording(found, layers)
     ids = torch.zeros(1, _TOKENS, dtype=torch.int64, device="meta")
     # With a mask of all pairs transformers makes none, which would read the positions' numbers.
     pairs = torch.zeros(1, 1, _TOKENS, _TOKENS, device="meta")
@@ -87,6 +68,30 @@ def attention_calls(model: PreTrainedModel, layers: Sequence[nn.Module]) -> tupl
             f"{type(model).__name__} cannot be looked at without its weights ({what}); use another model"
         ) from None
     return tuple(found)
+
+
+def _recording(found: list[AttentionCall], layers: Sequence[nn.Module]) -> Any:
+    """An attention function, as transformers calls it, that notes its calls and computes nothing."""
+    layer_of = {id(part): number for number, layer in enumerate(layers) for part in layer.modules()}
+
+    def attend(
+        module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *_: Any, **given: Any
+    ) -> tuple[Tensor, None]:
+        batch, heads, tokens, key_dim = query.shape
+        call = AttentionCall(
+            layer=layer_of[id(module)],
+            heads=heads,
+            kv_heads=key.shape[1],
+            key_dim=key_dim,
+            value_dim=value.shape[3],
+            window=given.get("sliding_window"),
+            chunk=chunk_of(module),
+            dropout=float(given.get("dropout") or 0.0),
+        )
+        found.append(call)
+        return query.new_empty(batch, tokens, heads, call.value_dim), None  # (b, n, h, e)
+
+    return attend
 
 
 @contextmanager
@@ -111,7 +116,7 @@ def _experts_passed_over(model: PreTrainedModel) -> Iterator[None]:
     """Modules that hold the weights of several experts give back what they get."""
     modules = [module for module in model.modules() if holds_experts(module)]
     for module in modules:
-        module.forward = lambda hidden, *_, **__: hidden  # type: ignore[method-assign]
+        module.forward = lambda hidden, *_, **__: hidden
     try:
         yield
     finally:

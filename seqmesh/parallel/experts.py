@@ -79,7 +79,7 @@ def expert_plan_of(model: PreTrainedModel, degree: int, ranks: int) -> dict[str,
         plan: dict[str, str] = model._resolve_parallel_plans(config)[1]
     except ValueError:
         raise ValueError(
-            f"experts={degree} with {type(model).__name__}, which has no experts that transformers can spread;"
-            " leave it out"
+            f"experts={degree} with {type(model).__name__}, which has no experts that transformers can spread"
+            "; leave it out"
         ) from None
     return plan

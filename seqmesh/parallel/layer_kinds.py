@@ -42,8 +42,8 @@ class LayerKinds:
         ):
             if layers < 0 or (layers > 0) != (limit is not None) or (limit is not None and limit < 1):
                 raise ValueError(
-                    f"{layers} layers with a {name} of {limit} tokens: give a number of at least 1, for layers"
-                    " that have it"
+                    f"{layers} layers with a {name} of {limit} tokens: give a number of at least 1, for"
+                    " layers that have it"
                 )
         if self.full < 0 or self.full + self.sliding + self.chunked < 1:
             raise ValueError(f"{self.full} full layers and no other; a model has at least one layer")

@@ -160,8 +160,8 @@ def _check_stored(homes: dict[str, Path], wanted: dict[str, tuple[int, ...]], fo
             stored = tuple(file.get_slice(name).get_shape())
         if stored != shape:
             raise ValueError(
-                f"{name} of shape {stored} in the folder is of shape {shape} in the model; pass a checkpoint of"
-                " this model"
+                f"{name} of shape {stored} in the folder is of shape {shape} in the model; pass a checkpoint"
+                " of this model"
             )
 
 

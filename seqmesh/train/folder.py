@@ -128,17 +128,20 @@ def _check_convertible(folder: str, path: Path) -> None:
             path, device_map="meta", local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:
-        raise _no_model(folder, error) from None
+        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ValueError(
+            f"the weights of model.folder={folder!r} cannot be read ({what}); restore its files"
+        ) from None
     wrong = sorted(map(str, (*found["missing_keys"], *found["mismatched_keys"])))
     if wrong:
         raise ValueError(
-            f"model.folder={folder!r} lacks {len(wrong)} parameters of the model, or has them in other shapes,"
-            f" such as {wrong[0]}; pass all .safetensors files of this model"
+            f"model.folder={folder!r} lacks {len(wrong)} parameters of the model, or has them in other"
+            f" shapes, such as {wrong[0]}; pass all .safetensors files of this model"
         )
 
 
 def check_trainable(model: PreTrainedModel, sizes: ModelSizes, seq_len: int) -> None:
-    """Refuse a model that would train otherwise on one rank, or not at all, or that a checkpoint loses part of.
+    """Refuse a model that would train otherwise on one rank, or of which a checkpoint would lose a part.
 
     Raises:
         ValueError: what draws random numbers, tables of too few positions, or buffers that are weights.

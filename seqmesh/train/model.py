@@ -134,8 +134,8 @@ def _check_window(model: ModelConfig, config: PreTrainedConfig, sizes: ModelSize
         return
     if model.window and found == {None}:
         raise ValueError(
-            f"model.window={model.window} with model.architecture={model.architecture!r}, whose layers have no"
-            " sliding window; use mistral, qwen2, ..., or model.window=0"
+            f"model.window={model.window} with model.architecture={model.architecture!r}, whose layers have"
+            " no sliding window; use mistral, qwen2, ..., or model.window=0"
         )
     raise ValueError(
         f"model.architecture={model.architecture!r} has sliding windows, or chunks, in some of its layers;"

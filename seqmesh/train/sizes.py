@@ -68,7 +68,7 @@ class ModelSizes:
             experts=max((_experts_of(module) for module in model.modules()), default=0),
             layers=len(anatomy.layers),
             is_tied=anatomy.is_tied,
-            calls=attention_calls(anatomy.base, anatomy.layers),
+            calls=attention_calls(anatomy.base, list(anatomy.layers)),
         )
 
     @cached_property
@@ -148,7 +148,7 @@ def _active_share(model: PreTrainedModel, module: nn.Module) -> float:
     routed = getattr(model.config, "num_experts_per_tok", None)
     if not routed:
         raise ValueError(
-            f"{type(model).__name__} has {experts} experts, and its config no num_experts_per_tok that says how"
-            " many a token is routed to; use another model"
+            f"{type(model).__name__} has {experts} experts, and its config no num_experts_per_tok that says"
+            " how many a token is routed to; use another model"
         )
     return float(routed) / experts

@@ -138,7 +138,7 @@ class Trainer:
         self.saved = checkpoint.folder.resolve()
 
     def _parameter_groups(self) -> list[dict[str, object]]:
-        # Norms and biases (of experts: a row for each) have a scale of their own, which decay would pull to 0.
+        # Norms and biases, those of experts too, have a scale of their own, which decay would pull to 0.
         named = list(self.model.named_parameters())
         is_matrix = [p.ndim >= 2 and not name.endswith("bias") for name, p in named]
         matrices = [p for (_, p), decays in zip(named, is_matrix, strict=True) if decays]
@@ -161,8 +161,9 @@ class Trainer:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.zero_grad(set_to_none=True)
-        # Only what attention sends is counted: schedules know nothing of what weights and gradients need.
-        with CountBytes() as counted:
+        # Only what attention sends is counted: schedules know nothing of weights, gradients and experts.
+        sequence = self.mesh.sequence
+        with CountBytes([name for name in (sequence.ring_group, sequence.ulysses_group) if name]) as counted:
             share = self.model.gradients(batches)
         grad_norm = self.model.clip(self.config.train.clip)
         self.optimizer.step()

@@ -35,14 +35,9 @@ def of_recipe(config: Config, cluster: Cluster, *, vocabulary: int) -> Priced:
         vocabulary: token ids of the model.
 
     Raises:
-        ValueError: a model of a folder, a precision that the cluster's GPU has no rate for, or what no job can
-            be.
+        ValueError: a model of a folder, a precision that the cluster's GPU has no rate for, or what no job
+            can be.
     """
-    if config.model.folder:
-        raise ValueError(
-            f"model.folder={config.model.folder!r}: the planner prices a recipe whose model is in its keys;"
-            " use seqmesh plan --model FOLDER"
-        )
     mesh, train, data = config.mesh, config.train, config.data
     missing: list[str] = []
     checkpointing = train.checkpointing
@@ -77,6 +72,11 @@ def of_recipe(config: Config, cluster: Cluster, *, vocabulary: int) -> Priced:
 
 
 def _shape(model: ModelConfig, vocabulary: int) -> ModelShape:
+    if model.folder:
+        raise ValueError(
+            f"model.folder={model.folder!r}: the planner prices a recipe whose model is in its keys;"
+            " use seqmesh plan --model FOLDER"
+        )
     return ModelShape(
         name=model.architecture,
         layers=model.layers,

@@ -127,8 +127,8 @@ def _check_experts(config: Config) -> None:
     )
     require(
         train.balance == 0 or mesh.pp == 1,
-        f"train.balance={train.balance} with mesh.pp={mesh.pp}: that loss needs the routers of all layers, and"
-        " a stage has some; use mesh.pp=1, or train.balance=0",
+        f"train.balance={train.balance} with mesh.pp={mesh.pp}: that loss needs the routers of all layers,"
+        " and a stage has some; use mesh.pp=1, or train.balance=0",
     )
 
 

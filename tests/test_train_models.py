@@ -196,7 +196,7 @@ REFUSED: list[tuple[str, dict[str, Any], dict[str, Any], str]] = [
         "qwen3",
         {"pp": 2, "micro_batch": 1},
         {"tie_word_embeddings": True},
-        "tie_word_embeddings=True of model",
+        "tie_word_embeddings=True of",
     ),
     ("gemma2", {"pp": 2, "micro_batch": 1}, {}, "changes hidden states outside its layers"),
     ("gpt_oss", {"tp": 2}, {}, "tp=2"),
@@ -232,9 +232,7 @@ def test_folders_without_a_model_and_weights_that_lack_some_are_refused(tmp_path
         setup.check(config_of(str(tmp_path / "less")))
     save_config("qwen3", tmp_path / "other")
     (tmp_path / "other" / "pytorch_model.bin").write_bytes(b"")
-    with pytest.raises(
-        ValueError, match=r"has pytorch_model.bin, and weights are read from \.safetensors alone"
-    ):
+    with pytest.raises(ValueError, match=r"has pytorch_model.bin, and weights are read from"):
         setup.check(config_of(str(tmp_path / "other")))
 
 

@@ -53,8 +53,8 @@ def plan_of(model: PreTrainedModel, degree: int) -> Styles:
     packed = [path for path, style in plan.items() if style.startswith(_PACKED)]
     if packed:
         raise ValueError(
-            f"tp={degree} with {type(model).__name__}: {packed[0]} has two matrices in one, and a rank's shard"
-            " of it is not a range of rows, as loading and saving take it to be; use tp=1"
+            f"tp={degree} with {type(model).__name__}: {packed[0]} has two matrices in one, and a rank's"
+            " shard of it is not a range of rows, as loading and saving take it to be; use tp=1"
         )
     return plan
 

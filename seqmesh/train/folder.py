@@ -116,8 +116,8 @@ def _check_no_other_weights(path: Path) -> None:
     )
     if others:
         raise ValueError(
-            f"model.folder={str(path)!r} has {others[0]}, and weights are read from .safetensors alone; load it"
-            " by from_pretrained and save it by save_pretrained, or remove it to start from random weights"
+            f"model.folder={str(path)!r} has {others[0]}, and weights are read from .safetensors alone; load"
+            " it by from_pretrained and save it by save_pretrained, or remove it to start from random weights"
         )
 
 

@@ -6,6 +6,7 @@
 `missing` names what the planner prices in another way.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -14,7 +15,7 @@ from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.numerics import numerics_for
 from seqmesh.planner.inputs.point import CHECKPOINTING, Point
 from seqmesh.planner.inputs.shape import ModelShape
-from seqmesh.train.config import Config, ModelConfig
+from seqmesh.train.config import Config, ModelConfig, TrainConfig
 
 
 class Priced(NamedTuple):
@@ -39,13 +40,6 @@ def of_recipe(config: Config, cluster: Cluster, *, vocabulary: int) -> Priced:
             can be.
     """
     mesh, train, data = config.mesh, config.train, config.data
-    missing: list[str] = []
-    checkpointing = train.checkpointing
-    if checkpointing not in CHECKPOINTING:
-        missing.append(f'train.checkpointing="{checkpointing}" as "none"')
-        checkpointing = "none"
-    if train.pipeline != "1f1b":
-        missing.append(f'train.pipeline="{train.pipeline}" as "1f1b"')
     degrees = mesh.degrees
     job = Job(
         model=_shape(config.model, vocabulary),
@@ -62,13 +56,20 @@ def of_recipe(config: Config, cluster: Cluster, *, vocabulary: int) -> Priced:
         dp=mesh.data_parallel,
         pp=degrees["pp"],
         zero=train.zero,
-        checkpointing=checkpointing,
+        checkpointing=train.checkpointing if train.checkpointing in CHECKPOINTING else "none",
         offload=train.offload,
         # The trainer's loss is always tiled.
         tiling="mlp" if train.tiling == "mlp" else "loss",
         micro_batch=config.micro_batch,
     )
-    return Priced(job, point, tuple(missing))
+    return Priced(job, point, tuple(_missing(train)))
+
+
+def _missing(train: TrainConfig) -> Iterator[str]:
+    if train.checkpointing not in CHECKPOINTING:
+        yield f'train.checkpointing="{train.checkpointing}" as "none"'
+    if train.pipeline != "1f1b":
+        yield f'train.pipeline="{train.pipeline}" as "1f1b"'
 
 
 def _shape(model: ModelConfig, vocabulary: int) -> ModelShape:

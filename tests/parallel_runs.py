@@ -19,6 +19,7 @@ from transformers.utils import logging
 
 from seqmesh import masks
 from seqmesh.parallel import (
+    LayerKinds,
     ParallelDims,
     ParallelModel,
     ParallelPlan,
@@ -137,7 +138,7 @@ def micro_batch(step: int, number: int) -> TokenBatch:
 
 def train(model: ParallelModel, run: Run) -> Outcome:
     """`STEPS` steps on one rank of a mesh."""
-    window = WINDOW if run.kind in MIXED else None
+    kinds = LayerKinds(full=1, sliding=1, window=WINDOW) if run.kind in MIXED else LayerKinds(full=1)
     rank = model.mesh.rank("data")
     numbers = range(rank * run.micro_batches, (rank + 1) * run.micro_batches)
     optimizer = model.optimizer(ADAMW)
@@ -147,7 +148,7 @@ def train(model: ParallelModel, run: Run) -> Outcome:
             [micro_batch(step, number) for number in numbers],
             model.mesh,
             layout=run.layout,
-            sliding_window=window,
+            layers=kinds,
         )
         losses.append(model.total_loss(model.gradients(batches)))
         if step == 0:

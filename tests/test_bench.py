@@ -86,13 +86,21 @@ def test_evened_sequences_wait_less_than_those_in_turn_and_a_pool_hardly_at_all(
 
 def test_a_models_flops_are_those_of_the_trainer() -> None:
     from seqmesh.planner.inputs.models import load_model
-    from seqmesh.train.config import ModelConfig
-    from seqmesh.train.model import step_flops
+    from seqmesh.train.config import Config, ModelConfig
+    from seqmesh.train.model import sizes_of
 
     shape = load_model(dealing.MODEL)
-    model = ModelConfig(hidden=shape.hidden, layers=shape.layers, heads=shape.heads, kv_heads=shape.kv_heads)
-    expected = step_flops(matmul_parameters=shape.matmul_parameters, tokens=1000, model=model, area=77_000)
-    assert dealing.Flops()(1000, 77_000) == expected
+    model = ModelConfig(
+        hidden=shape.hidden,
+        layers=shape.layers,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        intermediate=shape.intermediate,
+        vocabulary=shape.vocabulary,
+    )
+    sizes = sizes_of(Config(model=model))
+    expected = sizes.step_flops(1000, sizes.attention_work([500, 300, 200]))
+    assert dealing.Flops()(1000, 500 * 501 // 2 + 300 * 301 // 2 + 200 * 201 // 2) == expected
 
 
 def test_a_spread_is_the_median_with_its_range() -> None:

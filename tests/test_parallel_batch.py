@@ -8,7 +8,7 @@ from ranks import Ranks
 from torch import Tensor
 
 from seqmesh import masks
-from seqmesh.parallel import ParallelDims, TokenBatch, pack, shard_batch, shard_micro_batches
+from seqmesh.parallel import LayerKinds, ParallelDims, TokenBatch, pack, shard_batch, shard_micro_batches
 
 IDS = torch.tensor([[5, 6, 7, 0, 0], [1, 2, 3, 4, 9]])
 
@@ -131,7 +131,9 @@ def test_what_no_step_can_have_is_refused_everywhere(ranks: Ranks, case: str, me
 
 
 def test_layers_that_slide_get_a_schedule_over_the_same_layout() -> None:
-    local = shard_batch(document(20, 0), ParallelDims().build(), sliding_window=4)
+    local = shard_batch(
+        document(20, 0), ParallelDims().build(), layers=LayerKinds(full=1, sliding=1, window=4)
+    )
     assert local.sliding_schedule is not None
     assert local.sliding_schedule.layout == local.schedule.layout
     assert local.sliding_schedule.mask == masks.sliding_window(20, 4)

@@ -24,7 +24,7 @@ from seqmesh.planner.trainer import memory as formula
 from seqmesh.planner.trainer.memory import Moment, trainer_memory, trainer_moments
 from seqmesh.planner.trainer.tracing import trace_training_step
 from seqmesh.trace.allocations import KINDS, TracedMemory
-from seqmesh.train.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
+from seqmesh.train.config import Config, DataConfig, MeshConfig, ModelConfig
 from seqmesh.train.data import BYTES, Corpus
 from seqmesh.train.setup import plan_of
 from seqmesh.train.trainer import Trainer
@@ -235,7 +235,7 @@ def test_models_and_batches_that_the_trainer_cannot_have_are_refused() -> None:
 
 
 def test_the_formula_tiles_the_loss_as_the_code_does() -> None:
-    assert formula.LOSS_ROWS == HeadRule().chunk_rows == plan_of(TrainConfig()).loss_rows
+    assert formula.LOSS_ROWS == HeadRule().chunk_rows == plan_of(Config()).loss_rows
 
 
 def test_the_formula_needs_no_torch() -> None:

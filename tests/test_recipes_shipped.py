@@ -8,7 +8,7 @@ import pytest
 from train_command import ROOT, seqmesh_command
 
 from seqmesh.train import setup
-from seqmesh.train.model import count_parameters
+from seqmesh.train.model import sizes_of
 from seqmesh.train.recipe import load
 
 RECIPES = sorted((ROOT / "recipes").rglob("*.toml"))
@@ -20,10 +20,10 @@ def test_a_shipped_recipe_can_be_read_and_its_model_made_parallel(recipe: Path) 
     config = load(str(recipe))
     setup.check(config)
     assert setup.dims_of(config.mesh).world == config.mesh.world
-    setup.plan_of(config.train)
+    setup.plan_of(config)
     if config.run.device == "cuda":
         assert config.mesh.world in (8, 16)
-        parameters, _ = count_parameters(config)
+        parameters = sizes_of(config).parameters
         assert parameters == pytest.approx(8.1e9, rel=0.02)
 
 

@@ -17,7 +17,7 @@ Legend: n local rows, N rows of the ulysses group, b batch, g K/V heads, d head 
 Source: the paper's SP-Ulysses and SP-Ring communication.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from types import TracebackType
 from typing import Any, NamedTuple
 
@@ -216,8 +216,10 @@ class CountBytes(TorchDispatchMode):
     is not counted.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, groups: Collection[str] | None = None) -> None:
+        """Count those of process groups of these names; default: of all."""
         super().__init__()
+        self._groups = groups
         self.bytes_sent = 0
 
     def __enter__(self) -> "CountBytes":
@@ -231,10 +233,10 @@ class CountBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops._c10d_functional.all_to_all_single.default:
-            send, _, send_sizes, group = args
-            # A message to oneself is a copy: it crosses no link.
-            stays = send_sizes[_resolve_process_group(group).rank()]
-            self.bytes_sent += (
-                (sum(send_sizes) - stays) * send.element_size() * (send.numel() // max(1, send.shape[0]))
-            )
+            send, _, send_sizes, name = args
+            group = _resolve_process_group(name)
+            if self._groups is None or group.group_name in self._groups:
+                # A message to oneself is a copy: it crosses no link.
+                rows = sum(send_sizes) - send_sizes[group.rank()]
+                self.bytes_sent += rows * send.element_size() * (send.numel() // max(1, send.shape[0]))
         return func(*args, **(kwargs or {}))

@@ -9,6 +9,7 @@ The model's code knows nothing of it: each parallelism is applied from outside, 
 from seqmesh.parallel.batch import LocalBatch, shard_batch, shard_micro_batches
 from seqmesh.parallel.clip import clip_gradients
 from seqmesh.parallel.dims import ParallelDims, ParallelMesh
+from seqmesh.parallel.layer_kinds import LayerKinds
 from seqmesh.parallel.load import load_folder, load_from_rank_0
 from seqmesh.parallel.loss import HeadRule, hidden_loss
 from seqmesh.parallel.model import ParallelModel, loss
@@ -19,6 +20,7 @@ from seqmesh.parallel.plan import ParallelPlan
 __all__ = [
     "IGNORED_LABEL",
     "HeadRule",
+    "LayerKinds",
     "LocalBatch",
     "PackedTokens",
     "ParallelDims",

@@ -1,7 +1,7 @@
 """Where the parts of a Hugging Face causal LM are, found by what they are and not by the model's class.
 
 model
-  base            the model without its head (base_model_prefix)
+  base            the model without its head (base_model_prefix, or `model`)
     embedding       get_input_embeddings()
     layers          the ModuleList with num_hidden_layers modules
     rest            what else has parameters: the last norm
@@ -36,8 +36,13 @@ class Anatomy:
 
     @property
     def own_layers(self) -> list[nn.Module]:
-        """The layers that are here: identities, in the place of other stages' layers, have no parameters."""
-        return [layer for layer in self.layers if any(True for _ in layer.parameters())]
+        """The layers that are here."""
+        return [self.layers[number] for number in self.own_numbers]
+
+    @property
+    def own_numbers(self) -> list[int]:
+        """Their numbers: identities, in the place of other stages' layers, have no parameters."""
+        return [number for number, layer in enumerate(self.layers) if any(True for _ in layer.parameters())]
 
     @staticmethod
     def of(model: PreTrainedModel) -> "Anatomy":
@@ -46,7 +51,7 @@ class Anatomy:
         Raises:
             ValueError: a model without an output embedding, or whose layers are not in one list.
         """
-        base = model.base_model
+        base = base_of(model)
         embedding = model.get_input_embeddings()
         head = model.get_output_embeddings()
         name = type(model).__name__
@@ -77,6 +82,14 @@ class Anatomy:
             head=head,
             is_tied=hasattr(head, "weight") and head.weight is getattr(embedding, "weight", None),
         )
+
+
+def base_of(model: PreTrainedModel) -> PreTrainedModel:
+    """The model without its head; the model itself if that is not found."""
+    base: PreTrainedModel = model.base_model
+    if base is model:  # Llama 4 names another prefix than its attribute
+        base = getattr(model, "model", model)
+    return base
 
 
 def head_rule(model: PreTrainedModel, chunk_rows: int) -> HeadRule:

@@ -21,10 +21,12 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from seqmesh import masks
+from seqmesh import layouts
 from seqmesh.engine.sharding import Schedule
+from seqmesh.integrations.calls import LayerCall
 from seqmesh.layouts import Layout
 from seqmesh.parallel.dims import ParallelMesh
+from seqmesh.parallel.layer_kinds import KindMasks, LayerKinds
 from seqmesh.parallel.packing import PackedTokens, TokenBatch, pack
 
 
@@ -39,12 +41,24 @@ class LocalBatch:
     position_ids: Tensor
     """(1, n) int64: place in the document."""
     schedule: Schedule
+    """Of layers that see whole documents; of the first other kind if none does."""
     sliding_schedule: Schedule | None
     """Of layers with a sliding window, over the same layout."""
+    chunked_schedule: Schedule | None
+    """Of layers that see chunks, over the same layout."""
     label_count: int
     """Labels of all ranks and micro-batches of the step."""
     batch_count: int
     """Micro-batches of all data-parallel ranks in the step."""
+
+    def schedule_of(self, call: LayerCall) -> Schedule:
+        """The schedule of a layer that calls attention so."""
+        if call.chunk is not None:
+            found = self.chunked_schedule
+        else:
+            found = self.schedule if call.window is None else self.sliding_schedule
+        assert found is not None
+        return found
 
 
 class _Sharded(NamedTuple):
@@ -53,6 +67,11 @@ class _Sharded(NamedTuple):
     packed: PackedTokens
     schedule: Schedule
     sliding: Schedule | None
+    chunked: Schedule | None
+
+
+WHOLE_DOCUMENTS = LayerKinds(full=1)
+"""All layers see all of a document."""
 
 
 class _Vote(NamedTuple):
@@ -68,10 +87,10 @@ def shard_batch(
     mesh: ParallelMesh,
     *,
     layout: str | Layout = "auto",
-    sliding_window: int | None = None,
+    layers: LayerKinds = WHOLE_DOCUMENTS,
 ) -> LocalBatch:
     """`shard_micro_batches` of a step with one micro-batch."""
-    (local,) = shard_micro_batches([batch], mesh, layout=layout, sliding_window=sliding_window)
+    (local,) = shard_micro_batches([batch], mesh, layout=layout, layers=layers)
     return local
 
 
@@ -80,7 +99,7 @@ def shard_micro_batches(
     mesh: ParallelMesh,
     *,
     layout: str | Layout = "auto",
-    sliding_window: int | None = None,
+    layers: LayerKinds = WHOLE_DOCUMENTS,
 ) -> tuple[LocalBatch, ...]:
     """This rank's tokens of all micro-batches of a step. A collective over data-parallel ranks.
 
@@ -88,7 +107,7 @@ def shard_micro_batches(
         batches: the micro-batches of this data-parallel rank, of any lengths.
         mesh: of all parallelisms.
         layout: as of `Schedule.build`.
-        sliding_window: of the model's layers that slide, if it has some.
+        layers: what the model's layers see of a document; the layout is chosen for all of them.
 
     Raises:
         ValueError: on all ranks alike: a micro-batch that cannot be packed or that leaves a rank without a
@@ -98,7 +117,7 @@ def shard_micro_batches(
     sharded: list[_Sharded] = []
     for number, batch in enumerate(batches):
         try:
-            sharded.append(_shard(batch, mesh, layout, sliding_window))
+            sharded.append(_shard(batch, mesh, layout, layers))
         except ValueError as error:
             problem = f"micro-batch {number}: {error}"
             break
@@ -110,22 +129,36 @@ def shard_micro_batches(
 
 
 def _shard(
-    batch: TokenBatch | PackedTokens, mesh: ParallelMesh, layout: str | Layout, window: int | None
+    batch: TokenBatch | PackedTokens, mesh: ParallelMesh, layout: str | Layout, layers: LayerKinds
 ) -> _Sharded:
     packed = pack(batch) if isinstance(batch, TokenBatch) else batch
-    schedule = Schedule.build(packed.mask, mesh.sequence, layout)
-    fewest = min(schedule.layout.counts) // mesh.sequence.ulysses
+    kinds = layers.masks_of(packed)
+    shared = _layout_for(kinds, layers, mesh.sequence.ring, layout)
+    fewest = min(shared.counts) // mesh.sequence.ulysses
     if fewest == 0:
         # A model cannot run on no rows: some layers of transformers index the first one.
         raise ValueError(
             f"{packed.mask.q_len} tokens on ring={mesh.sequence.ring} x ulysses={mesh.sequence.ulysses}"
             " leave a rank without any; put more sequences into a micro-batch"
         )
-    sliding = None
-    if window is not None:
-        banded = packed.mask & masks.sliding_window(packed.mask.q_len, window)
-        sliding = Schedule.build(banded, mesh.sequence, schedule.layout)
-    return _Sharded(packed, schedule, sliding)
+    full, sliding, chunked = (
+        None if mask is None else Schedule.build(mask, mesh.sequence, shared)
+        for mask in (kinds.full, kinds.sliding, kinds.chunked)
+    )
+    schedule = full or sliding or chunked
+    assert schedule is not None
+    return _Sharded(packed, schedule, sliding, chunked)
+
+
+def _layout_for(kinds: KindMasks, layers: LayerKinds, ring: int, layout: str | Layout) -> Layout:
+    """The one layout of all kinds of layers."""
+    if isinstance(layout, Layout):
+        return layout
+    found = kinds.present()
+    if len(found) > 1 and layout in ("auto", "balanced"):
+        choose = layouts.auto if layout == "auto" else layouts.balanced
+        return choose(found, ring, weights=layers.counts())
+    return layouts.named(layout, found[0], found[0].q_len, ring)
 
 
 def _local(one: _Sharded, total: _Vote, device: str) -> LocalBatch:
@@ -138,6 +171,7 @@ def _local(one: _Sharded, total: _Vote, device: str) -> LocalBatch:
         position_ids=shard(one.packed.position_ids),
         schedule=one.schedule,
         sliding_schedule=one.sliding,
+        chunked_schedule=one.chunked,
         label_count=total.labels,
         batch_count=total.micro_batches,
     )

@@ -49,20 +49,13 @@ def share_experts(model: PreTrainedModel, mesh: ParallelMesh, degree: int) -> Sh
         ValueError: a model without experts, or a degree that does not divide ranks or experts.
     """
     fsdp = mesh.flattened["fsdp"]
-    name = type(model).__name__
     if fsdp.size() % degree:
         raise ValueError(
             f"experts={degree} over dp_shard x ring x ulysses = {fsdp.size()} ranks; use a degree that"
             " divides them"
         )
     views = fsdp._unflatten(0, (fsdp.size() // degree, degree), ("efsdp", "ep"))
-    try:
-        config = DistributedConfig(ep_size=degree, fsdp_size=fsdp.size())
-        plan = model._resolve_parallel_plans(config)[1]
-    except ValueError:
-        raise ValueError(
-            f"experts={degree} with {name}, which has no experts that transformers can spread; leave it out"
-        ) from None
+    plan = expert_plan_of(model, degree, fsdp.size())
     here = dict(model.named_modules())
     parts = [path for path, style in plan.items() if style == _EXPERTS and path in here]
     here_too = here.keys() | {path for path, _ in model.named_parameters()}
@@ -73,3 +66,20 @@ def share_experts(model: PreTrainedModel, mesh: ParallelMesh, degree: int) -> Sh
         assert mesh.device_mesh is not None
         shards = DeviceMesh._concatenate([mesh.device_mesh["dp_replicate"], shards])
     return SharedExperts(modules=[here[path] for path in parts], mesh=shards)
+
+
+def expert_plan_of(model: PreTrainedModel, degree: int, ranks: int) -> dict[str, str]:
+    """What transformers spreads how over `degree` of the ranks of fsdp.
+
+    Raises:
+        ValueError: a model without experts.
+    """
+    try:
+        config = DistributedConfig(ep_size=degree, fsdp_size=ranks)
+        plan: dict[str, str] = model._resolve_parallel_plans(config)[1]
+    except ValueError:
+        raise ValueError(
+            f"experts={degree} with {type(model).__name__}, which has no experts that transformers can spread"
+            "; leave it out"
+        ) from None
+    return plan

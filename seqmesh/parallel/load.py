@@ -39,27 +39,25 @@ def load_folder(model: ParallelModel, folder: Path | str) -> None:
     Raises:
         ValueError: no such files, or a parameter that they do not have.
     """
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise ValueError(
-            f"{str(folder)!r} has no .safetensors files; pass a folder that save_pretrained wrote"
-        )
-    homes = _homes(files)
-    missing = sorted({name for name, _ in model.named_parameters()} - homes.keys())
-    if missing:
-        raise ValueError(
-            f"{str(folder)!r} lacks {len(missing)} parameters of the model, such as {missing[0]!r}; pass a"
-            " checkpoint of this model whose names need no conversion: load it by from_pretrained and save it"
-            " by save_pretrained"
-        )
+    homes = _homes(Path(folder))
+    stored = dict(_stored_of(model))
+    _check_stored(homes, {name: tuple(tensor.shape) for name, tensor in stored.items()}, folder)
     _allocate(model)
-    for name, parameter in model.named_parameters():
+    for name, tensor in _stored_of(model):
         with safe_open(homes[name], framework="pt") as file:
-            stored = file.get_slice(name)
-            _check_shape(name, tuple(stored.get_shape()), tuple(parameter.shape))
-            _copy(stored, parameter)
+            _copy(file.get_slice(name), tensor)
     for part in model.parts:
         _compute_buffers(part.hf)
+
+
+def stored_names(folder: Path | str) -> set[str]:
+    """Names of all tensors in the .safetensors files of a folder."""
+    return set(_homes(Path(folder)))
+
+
+def check_folder(model: PreTrainedModel, folder: Path | str) -> None:
+    """Raise what `load_folder` would raise, given the model on any device. Reads names and shapes alone."""
+    _check_stored(_homes(Path(folder)), {name: tuple(x.shape) for name, x in _stored(model)}, folder)
 
 
 @torch.no_grad()
@@ -121,8 +119,13 @@ def _sent_from_rank_0(
         yield name, sent
 
 
-def _homes(files: list[Path]) -> dict[str, Path]:
+def _homes(folder: Path) -> dict[str, Path]:
     """The file of every tensor."""
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ValueError(
+            f"{str(folder)!r} has no .safetensors files; pass a folder that save_pretrained wrote"
+        )
     homes = {}
     for path in files:
         with safe_open(path, framework="pt") as file:
@@ -130,12 +133,36 @@ def _homes(files: list[Path]) -> dict[str, Path]:
     return homes
 
 
-def _check_shape(name: str, stored: tuple[int, ...], wanted: tuple[int, ...]) -> None:
-    if stored != wanted:
+def _stored(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    """What a checkpoint holds of a model: parameters, and buffers that are weights."""
+    yield from model.named_parameters()
+    kept = model.state_dict().keys()
+    for name, buffer in model.named_buffers():
+        if name in kept:
+            yield name, buffer
+
+
+def _stored_of(model: ParallelModel) -> Iterator[tuple[str, Tensor]]:
+    for part in model.parts:
+        yield from _stored(part.hf)
+
+
+def _check_stored(homes: dict[str, Path], wanted: dict[str, tuple[int, ...]], folder: Path | str) -> None:
+    missing = sorted(wanted.keys() - homes.keys())
+    if missing:
         raise ValueError(
-            f"{name} of shape {stored} in the folder is of shape {wanted} in the model; pass a checkpoint of"
-            " this model"
+            f"{str(folder)!r} lacks {len(missing)} parameters of the model, such as {missing[0]!r}; pass a"
+            " checkpoint of this model whose names need no conversion: load it by from_pretrained and save it"
+            " by save_pretrained"
         )
+    for name, shape in wanted.items():
+        with safe_open(homes[name], framework="pt") as file:
+            stored = tuple(file.get_slice(name).get_shape())
+        if stored != shape:
+            raise ValueError(
+                f"{name} of shape {stored} in the folder is of shape {shape} in the model; pass a checkpoint"
+                " of this model"
+            )
 
 
 def _copy(source: Any, into: Tensor) -> None:

@@ -42,7 +42,7 @@ def parallelize(
     plan = plan or ParallelPlan()
     _check(mesh, plan)
     model.train()
-    styles = plan_of(model, mesh.tp) if mesh.dims.tp > 1 else {}
+    styles = plan_of(model, mesh.dims.tp) if mesh.dims.tp > 1 else {}
     _check_heads(model, mesh)
     if mesh.dims.pp == 1:
         parts: tuple[ModelPart, ...] = (ModelPart(model, loss_rows=plan.loss_rows),)

@@ -47,11 +47,13 @@ class ModelPart(nn.Module):
     def forward(self, x: Tensor, *, batch: LocalBatch) -> Tensor:
         """Token ids (1, n) or hidden states (1, n, H) -> hidden states, or its share of the loss ()."""
         inputs: dict[str, Any] = {"input_ids" if self.is_first else "inputs_embeds": x}
-        if batch.sliding_schedule is not None:
-            inputs["sliding_schedule"] = batch.sliding_schedule
+        for name in ("sliding_schedule", "chunked_schedule"):
+            given = getattr(batch, name)
+            if given is not None:
+                inputs[name] = given
         if self.balance is not None:
             self.balance.start()
-        out = self.hf.base_model(**inputs, position_ids=batch.position_ids, schedule=batch.schedule)
+        out = self.anatomy.base(**inputs, position_ids=batch.position_ids, schedule=batch.schedule)
         hidden = cast(Tensor, out.last_hidden_state)
         if self.rule is None:
             return hidden

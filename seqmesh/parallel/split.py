@@ -37,6 +37,22 @@ def split(
     Raises:
         ValueError: fewer layers than stages, tied embeddings, or a model whose stages would differ from it.
     """
+    check_stages(model, count)
+    anatomy = Anatomy.of(model)
+    cut = split_evenly(len(anatomy.layers), count)
+    return tuple(
+        ModelPart(
+            _only(model, range(cut[stage], cut[stage + 1]), is_first=stage == 0, is_last=stage == count - 1),
+            is_first=stage == 0,
+            is_last=stage == count - 1,
+            loss_rows=loss_rows,
+        )
+        for stage in stages
+    )
+
+
+def check_stages(model: PreTrainedModel, count: int) -> None:
+    """Raise what `split` would raise."""
     anatomy = Anatomy.of(model)
     name = type(model).__name__
     if len(anatomy.layers) < count:
@@ -49,16 +65,6 @@ def split(
             " tie_word_embeddings=False"
         )
     _check_only_layers_change_hidden_states(model)
-    cut = split_evenly(len(anatomy.layers), count)
-    return tuple(
-        ModelPart(
-            _only(model, range(cut[stage], cut[stage + 1]), is_first=stage == 0, is_last=stage == count - 1),
-            is_first=stage == 0,
-            is_last=stage == count - 1,
-            loss_rows=loss_rows,
-        )
-        for stage in stages
-    )
 
 
 def _only(model: PreTrainedModel, layers: range, *, is_first: bool, is_last: bool) -> PreTrainedModel:

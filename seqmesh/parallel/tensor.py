@@ -33,22 +33,29 @@ from seqmesh.parallel.split import PassThrough
 
 _PARTIAL_GRADIENT = "replicated_with_grad_allreduce"
 """transformers' style for whole weights whose gradient is a sum over ranks."""
+_PACKED = "packed_"
+"""How styles begin that shard each of two matrices which are one parameter (gate and up of experts)."""
 _KEYS_AND_VALUES = ("k_proj", "v_proj")
 
 
-def plan_of(model: PreTrainedModel, mesh: DeviceMesh) -> Styles:
-    """What transformers shares how over a tp mesh.
+def plan_of(model: PreTrainedModel, degree: int) -> Styles:
+    """What transformers shares how over so many ranks of tp.
 
     Raises:
-        ValueError: a model without a plan, or heads that do not divide.
+        ValueError: a model without a plan, heads that do not divide, or two matrices in one parameter.
     """
-    degree = mesh.size()
     config = model.config
     _check_heads(type(model).__name__, config.num_attention_heads, config.num_key_value_heads, degree)
     try:
         plan: Styles = model._resolve_parallel_plans(DistributedConfig(tp_size=degree))[0]
     except ValueError as error:
         raise ValueError(f"tp={degree}: {error}") from None
+    packed = [path for path, style in plan.items() if style.startswith(_PACKED)]
+    if packed:
+        raise ValueError(
+            f"tp={degree} with {type(model).__name__}: {packed[0]} has two matrices in one, and a rank's"
+            " shard of it is not a range of rows, as loading and saving take it to be; use tp=1"
+        )
     return plan
 
 

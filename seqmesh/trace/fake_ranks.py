@@ -115,7 +115,7 @@ def _exchange_nothing(messages: Sequence[dist.P2POp], **_: Any) -> list[_Message
 
 def _build_from_whole(config: Config, mesh: ParallelMesh, vocabulary: TokenIds) -> ParallelModel:
     """As setup.build, but for the way in which weights come; whole ones take no memory if they are fake."""
-    return parallelize(model.build(config, vocabulary), mesh, setup.plan_of(config.train))
+    return parallelize(model.build(config, vocabulary), mesh, setup.plan_of(config))
 
 
 def _fill_with_noise(made: ParallelModel, _: Callable[[], Any]) -> None:

@@ -9,7 +9,8 @@ class Started:
 
     parameters: int
     matmul_parameters: int
-    """Weights that multiply activations: without the input embedding and the norms."""
+    """Weights that multiply a token's activations: without the input embedding, norms, and experts that a
+    token is not routed to."""
     peak_flops_per_s: float
     """Matmul FLOP/s of all ranks together, measured on all of them at the same time."""
     device_name: str
@@ -25,7 +26,8 @@ class StepMetrics:
     step: int
     """From 1."""
     loss: float
-    """Mean cross entropy in nats over all valid tokens of all ranks."""
+    """Mean cross entropy in nats over all valid tokens of all ranks; with train.balance, so many times the
+    balance loss is added."""
     grad_norm: float
     """Before clipping."""
     lr: float
@@ -35,7 +37,7 @@ class StepMetrics:
     """Tokens that predict something: the loss's denominator."""
     documents: int
     area: int
-    """Allowed (query, key) pairs."""
+    """Allowed (query, key) pairs of a layer; the mean over layers, rounded, where windows differ."""
     layout: str
     flops: float
     """Model FLOPs with the exact mask area, forward and backward."""

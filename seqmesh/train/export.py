@@ -14,6 +14,7 @@ import torch
 from seqmesh.train import setup, step_folders
 from seqmesh.train.checkpoint import Checkpoint
 from seqmesh.train.data import copy_in, tokenizer_of
+from seqmesh.train.folder import copy_in as model_in
 from seqmesh.train.loop import save
 from seqmesh.train.recipe import config_of
 
@@ -37,6 +38,9 @@ def export(run: Path, out: Path | None = None) -> Path:
         # The run's own copy: the recipe's folder may be gone, or lie on another machine.
         own = str(copy_in(run))
         config = replace(config, data=replace(config.data, tokenizer=own))
+    if config.model.folder:
+        own_model = str(model_in(run))
+        config = replace(config, model=replace(config.model, folder=own_model))
     shapes = setup.check(config)
     checkpoint.check_model(shapes)
     checkpoint.check_files()

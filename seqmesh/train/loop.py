@@ -136,8 +136,8 @@ def _started(trainer: Trainer) -> Started:
     return Started(
         device_name=devices.name_of(device),
         available_bytes=int(available),
-        parameters=trainer.parameters,
-        matmul_parameters=trainer.matmul_parameters,
+        parameters=trainer.sizes.parameters,
+        matmul_parameters=trainer.sizes.matmul_parameters,
         peak_flops_per_s=trainer.peak_flops_per_s,
     )
 

@@ -1,22 +1,14 @@
-"""The model of a run and its arithmetic: building it, and its FLOPs.
-
-MFU = model FLOPs / (seconds x peak). Model FLOPs of a step, forward + backward (backward = 2 x forward):
-
-    6 x matmul weights x tokens  +  12 x layers x area x heads x head_dim
-
-where area is the number of allowed (query, key) pairs, exactly.
-
-(2 FLOPs per weight and token forward; QK^T and PV are 2 x 2 x head_dim FLOPs per pair and head forward.) The
-PaLM convention takes seq_len^2 pairs instead; we report both and say which is which.
-"""
+"""The model of a run, as transformers has it: from the keys of a recipe, or from a folder (folder.py)."""
 
 import torch
-from torch import nn
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from seqmesh.integrations.layers import FULL
 from seqmesh.integrations.refusals import check_pluggable
+from seqmesh.train import folder as folders
 from seqmesh.train.config import Config, ModelConfig
 from seqmesh.train.data import TokenIds, tokenizer_of
+from seqmesh.train.sizes import ModelSizes
 
 
 def build(config: Config, vocabulary: TokenIds | None = None) -> PreTrainedModel:
@@ -28,19 +20,43 @@ def build(config: Config, vocabulary: TokenIds | None = None) -> PreTrainedModel
 
     Raises:
         ValueError: an architecture that transformers does not know, that has other dimensions, or that cannot
-            be plugged in; too small a vocabulary; no tokenizer.
+            be plugged in; a folder without a model; too small a vocabulary; no tokenizer.
     """
+    known = vocabulary or tokenizer_of(config.data.tokenizer).vocabulary
+    if config.model.folder:
+        built = folders.build_random(config.model.folder, config.train.seed)
+        _check_rows(config, built.config.vocab_size, known)
+    else:
+        built = _from_keys(config, known)
+    check_pluggable(built)
+    return built
+
+
+def sizes_of(config: Config, vocabulary: TokenIds | None = None) -> ModelSizes:
+    """What the model's layers compute, without memory for it.
+
+    Raises:
+        ValueError: what `build` raises; layers of the keys' architecture that do not see what the keys say.
+    """
+    with torch.device("meta"):
+        model = build(config, vocabulary)
+    sizes = ModelSizes.of(model)
+    if not config.model.folder:
+        _check_window(config.model, model.config, sizes)
+    return sizes
+
+
+def _from_keys(config: Config, vocabulary: TokenIds) -> PreTrainedModel:
     model = config.model
     if model.architecture not in CONFIG_MAPPING:
         raise ValueError(
             f"model.architecture={model.architecture!r} is not a model type of transformers;"
             " use llama, mistral, qwen2, ..."
         )
-    known = vocabulary or tokenizer_of(config.data.tokenizer).vocabulary
-    rows = embedding_rows(config, known)
+    rows = embedding_rows(config, vocabulary)
     torch.manual_seed(config.train.seed)
     try:
-        given = _transformers_config(model, config.data.seq_len, rows, known)
+        given = _transformers_config(model, config.data.seq_len, rows, vocabulary)
         built = AutoModelForCausalLM.from_config(given, dtype=torch.float32)
     # Each configuration class of transformers has checks, and exceptions, of its own.
     except Exception as error:
@@ -50,42 +66,49 @@ def build(config: Config, vocabulary: TokenIds | None = None) -> PreTrainedModel
             " use llama, mistral, qwen2, ..."
         ) from None
     check_pluggable(built)
-    _check_layers_see_whole_documents(built, model)
     _check_sizes(built, model)
     return built
 
 
 def embedding_rows(config: Config, vocabulary: TokenIds) -> int:
-    """Token ids of the model: the recipe's, or those of the text.
+    """Token ids of a model from scratch: the recipe's, or those of the text.
 
     Raises:
         ValueError: fewer than the text's.
     """
-    asked = config.model.vocabulary
-    if 0 < asked < vocabulary.size:
-        whose = (
-            f"tokens of data.tokenizer={config.data.tokenizer!r}" if config.data.tokenizer else "byte tokens"
-        )
+    rows = config.model.vocabulary or vocabulary.size
+    _check_rows(config, rows, vocabulary)
+    return rows
+
+
+def _check_rows(config: Config, rows: int, vocabulary: TokenIds) -> None:
+    if rows >= vocabulary.size:
+        return
+    whose = f"tokens of data.tokenizer={config.data.tokenizer!r}" if config.data.tokenizer else "byte tokens"
+    if config.model.folder:
         raise ValueError(
-            f"model.vocabulary={asked} for {whose}, of which there are {vocabulary.size}; use at least so"
-            " many, or 0"
+            f"vocab_size={rows} of model.folder={config.model.folder!r} for {whose}, of which there are"
+            f" {vocabulary.size}; use the model's own tokenizer as data.tokenizer"
         )
-    return asked or vocabulary.size
+    raise ValueError(
+        f"model.vocabulary={rows} for {whose}, of which there are {vocabulary.size}; use at least so"
+        " many, or 0"
+    )
 
 
 def _transformers_config(
     model: ModelConfig, seq_len: int, rows: int, vocabulary: TokenIds
 ) -> PreTrainedConfig:
-    """The recipe's sizes in transformers' names, without a sliding window where the architecture has one.
-
-    A batch has one schedule, of whole documents, for all layers.
-    """
-    no_window: dict[str, None] = {}
-    if hasattr(CONFIG_MAPPING[model.architecture](), "sliding_window"):
-        no_window = {"sliding_window": None}
+    """The recipe's sizes in transformers' names, with its window, or none, where the architecture has one."""
+    default = CONFIG_MAPPING[model.architecture]()
+    window: dict[str, int | bool | None] = {}
+    if hasattr(default, "sliding_window"):
+        window["sliding_window"] = model.window or None
+    if hasattr(default, "use_sliding_window"):  # Qwen: in the layers after the first max_window_layers
+        window |= {"use_sliding_window": model.window > 0, "max_window_layers": 0}
     return AutoConfig.for_model(
         model.architecture,
-        **no_window,
+        **window,
         hidden_size=model.hidden,
         num_hidden_layers=model.layers,
         num_attention_heads=model.heads,
@@ -102,16 +125,22 @@ def _transformers_config(
     )
 
 
-def _check_layers_see_whole_documents(built: PreTrainedModel, model: ModelConfig) -> None:
-    """Layers that slide (gemma2, olmo3, ...) would be refused at the first long document: too late."""
-    windows = [getattr(module, "sliding_window", None) for module in built.modules()]
-    layer_types = set(getattr(built.config, "layer_types", None) or ())
-    if any(window is not None for window in windows) or layer_types - {"full_attention"}:
+def _check_window(model: ModelConfig, config: PreTrainedConfig, sizes: ModelSizes) -> None:
+    """An architecture may leave out the window, or have it in some layers only, or chunks."""
+    found = {call.chunk or call.window for call in sizes.calls}
+    types = set(getattr(config, "layer_types", None) or ())
+    # Layers of a sliding type without a window are no model that anyone else would load.
+    if found == {model.window or None} and (model.window or types <= {FULL}):
+        return
+    if model.window and found == {None}:
         raise ValueError(
-            f"model.architecture={model.architecture!r} has layers that do not attend to whole documents"
-            " (sliding windows);"
-            " use llama, mistral, qwen2, ..., whose layers all can"
+            f"model.window={model.window} with model.architecture={model.architecture!r}, whose layers have"
+            " no sliding window; use mistral, qwen2, ..., or model.window=0"
         )
+    raise ValueError(
+        f"model.architecture={model.architecture!r} has sliding windows, or chunks, in some of its layers;"
+        " give a folder with its config.json as model.folder, or use llama, mistral, qwen2, ..."
+    )
 
 
 def _check_sizes(built: PreTrainedModel, model: ModelConfig) -> None:
@@ -134,18 +163,3 @@ def _check_sizes(built: PreTrainedModel, model: ModelConfig) -> None:
             " with the dimensions of [model];"
             " use llama, mistral, qwen2, ..."
         )
-
-
-def count_parameters(config: Config, vocabulary: TokenIds | None = None) -> tuple[int, int]:
-    """All parameters of the whole model, and the weights of its linear layers, output embedding included."""
-    with torch.device("meta"):
-        model = build(config, vocabulary)
-    matmul = sum(layer.weight.numel() for layer in model.modules() if isinstance(layer, nn.Linear))
-    return sum(parameter.numel() for parameter in model.parameters()), matmul
-
-
-def step_flops(*, matmul_parameters: int, tokens: int, model: ModelConfig, area: int) -> float:
-    """FLOPs of one forward and backward, see the top of the file."""
-    of_matmuls = 6.0 * matmul_parameters * tokens
-    of_attention = 12.0 * model.layers * area * model.heads * model.head_dim
-    return of_matmuls + of_attention

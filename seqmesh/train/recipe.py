@@ -5,8 +5,8 @@ Every mistake is one line with its remedy.
     seqmesh train recipe.toml --mesh.ring 4 --train.steps=20 --lr 1e-3 --data book.txt
 
 An override is a full key (`--mesh.ring`) or a field's own name where only one section has it (`--ring`);
-`--data` is short for `--data.path`, `--check` for `--run.check_every`. Values are TOML values, quotes may be
-left out.
+`--data` is short for `--data.path`, `--check` for `--run.check_every`, `--model` for `--model.folder`,
+`--folder` for `--run.folder`. Values are TOML values, quotes may be left out.
 """
 
 import difflib
@@ -22,8 +22,12 @@ from pydantic import TypeAdapter, ValidationError
 from seqmesh.train.config import Config
 
 Sections = dict[str, Any]
-
-_SHORT = {"data": "data.path", "check": "run.check_every"}
+_SHORT = {
+    "data": "data.path",
+    "model": "model.folder",
+    "folder": "run.folder",
+    "check": "run.check_every",
+}
 """Overrides with a name of their own."""
 
 

@@ -142,8 +142,7 @@ def describe(config: Config, report: Report, seconds: float, folder: Path) -> st
     hardware = machine()
     peaks = ", ".join(f"{peak / 2**20:.0f}" for peak in report.peak_memory_bytes)
     lines = {
-        "model": f"{model.architecture}, {report.parameters / 1e6:.2f} M parameters,"
-        f" {config.train.precision}",
+        "model": f"{model.name}, {report.parameters / 1e6:.2f} M parameters, {config.train.precision}",
         "ranks": f"{mesh.world}: {_degrees(mesh)}, {config.run.threads} thread(s) each",
         "memory of": f"zero {config.train.zero}, checkpointing {config.train.checkpointing},"
         f" offload {config.train.offload}, {config.micro_batches} micro-batch(es) a step",

@@ -5,12 +5,14 @@ micro-batches. Those change a training by rounding, everything else makes it ano
 """
 
 import tomllib
+from pathlib import Path
 from typing import Any
 
 from seqmesh.train.checkpoint import Progress
 from seqmesh.train.config import Config
 from seqmesh.train.data import Corpus
-from seqmesh.train.recipe import dump, to_toml
+from seqmesh.train.folder import copy_in, is_same_model
+from seqmesh.train.recipe import config_of, dump, to_toml
 
 _MAY_DIFFER = frozenset(
     {
@@ -20,7 +22,7 @@ _MAY_DIFFER = frozenset(
 )
 """Keys of [train] that do not change what is trained but by rounding."""
 _WHERE = frozenset({"path", "field", "tokenizer", "cache"})
-"""Keys of [data] that say where tokens come from: compared by the tokens."""
+"""Keys of [data] that say where tokens come from: compared by the tokens. model.folder likewise."""
 
 
 def check_same_training(config: Config, corpus: Corpus, saved: Progress) -> None:
@@ -32,9 +34,14 @@ def check_same_training(config: Config, corpus: Corpus, saved: Progress) -> None
     now, before = tomllib.loads(dump(config)), tomllib.loads(saved.recipe)
     for section in ("model", "data", "train"):
         for key, value in now[section].items():
-            if key in _MAY_DIFFER or (section == "data" and key in _WHERE):
+            is_place = (section == "data" and key in _WHERE) or (section, key) == ("model", "folder")
+            if key in _MAY_DIFFER or is_place:
                 continue
             _check_equal(f"{section}.{key}", value, before[section].get(key), config.run.resume)
+    if config.train.balance:
+        # A product of two means over a micro-batch: other micro-batches have another.
+        saved_with = config_of(before).micro_batch
+        _check_equal("train.micro_batch", config.micro_batch, saved_with, config.run.resume)
     if corpus.fingerprint != saved.text:
         raise ValueError(
             f"data.path={config.data.path!r} has another text than run.resume={config.run.resume!r} was"
@@ -44,6 +51,22 @@ def check_same_training(config: Config, corpus: Corpus, saved: Progress) -> None
         raise ValueError(
             f"run.resume={config.run.resume!r} has taken all its train.steps={config.train.steps}; nothing is"
             " left to resume"
+        )
+
+
+def check_same_model(config: Config, run: Path) -> None:
+    """Refuse a folder, or none, that a run was not started from.
+
+    Raises:
+        ValueError: another config.json than the one that the run has kept.
+    """
+    folder = config.model.folder
+    had_one = copy_in(run).is_dir()
+    if bool(folder) != had_one or (folder and not is_same_model(folder, run)):
+        was = f"the config.json in {str(copy_in(run))!r}" if had_one else "the keys of [model] alone"
+        raise ValueError(
+            f"model.folder={folder!r} but run.resume={config.run.resume!r} was trained with {was};"
+            " use that model, or start a new run without run.resume"
         )
 
 

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 from seqmesh.processes import Place, connect, one_line
 from seqmesh.provenance import this_command, versions
 from seqmesh.train import device as devices
-from seqmesh.train import model as models
+from seqmesh.train import folder as models
 from seqmesh.train import setup, step_folders
 from seqmesh.train.checkpoint import Checkpoint
 from seqmesh.train.config import AUTO, Config
@@ -29,10 +29,11 @@ from seqmesh.train.expected import Expected, Foresight
 from seqmesh.train.launch import RankFailedError, agree, agree_on, agree_on_versions, run_local
 from seqmesh.train.loop import train
 from seqmesh.train.metrics_log import read_metrics
+from seqmesh.train.model import sizes_of
 from seqmesh.train.recipe import dump
 from seqmesh.train.report import Report
 from seqmesh.train.reporter import Reporter, token_ids
-from seqmesh.train.resume import check_same_training
+from seqmesh.train.resume import check_same_model, check_same_training
 from seqmesh.train.start import describe_start
 from seqmesh.train.stop import StoppedError, StopRequest
 from seqmesh.train.whereabouts import Board, SharedBoard, StoreBoard, blame
@@ -130,6 +131,7 @@ def _prepare(config: Config) -> _Prepared:
         return _Prepared(corpus=corpus, checkpoint=None)
     checkpoint = Checkpoint(step_folders.newest(_expanded(config.run.resume, "--resume")))
     check_same_training(config, corpus, checkpoint.progress)
+    check_same_model(config, step_folders.run_of(checkpoint.folder))
     checkpoint.check_model(shapes)
     return _Prepared(corpus=corpus, checkpoint=checkpoint)
 
@@ -154,8 +156,8 @@ def dry_run(config: Config, foresight: Foresight) -> str:
     expected = foresight.expect(config, token_ids(config, corpus))
     if expected.unknown:
         raise ValueError(f"a step of it cannot be traced: {expected.unknown}; report this as a bug")
-    parameters, _ = models.count_parameters(config, corpus.vocabulary)
-    return "\n".join(describe_start(config, parameters, expected))
+    sizes = sizes_of(config, corpus.vocabulary)
+    return "\n".join(describe_start(config, sizes.parameters, expected))
 
 
 def _expanded(folder: str, option: str) -> Path:
@@ -184,6 +186,8 @@ def _make_folder(config: Config, may_be_begun: bool) -> Path:
         (folder / "config.toml").write_text(recipe, encoding="utf-8")
         if config.data.tokenizer:
             tokenizer_of(config.data.tokenizer).save(copy_in(folder))
+        if config.model.folder:
+            models.copy(config.model.folder, folder)
     except OSError as error:
         raise ValueError(
             f"cannot make run.folder={str(folder)!r}: {error.strerror}; choose another with --folder"
@@ -204,11 +208,13 @@ def _agree_on_run(config: Config, prepared: _Prepared) -> None:
     agree_on_versions(config.mesh.world, versions())
     recipe = dump(replace(config, run=replace(config.run, folder="", resume=""))).encode()
     text = prepared.corpus.fingerprint.encode()
+    model = models.described(config.model.folder).encode() if config.model.folder else b""
     found = b"" if prepared.checkpoint is None else prepared.checkpoint.description
     agree_on(
         config.mesh.world,
         configuration=([recipe], "start every rank with the same recipe and options (run.folder apart)"),
         text=([text], f"put the same files at data.path={config.data.path!r} for every rank"),
+        model=([model], f"put the same files at model.folder={config.model.folder!r} for every rank"),
         checkpoint=([found], f"let every rank see the same folder at run.resume={config.run.resume!r}"),
     )
 

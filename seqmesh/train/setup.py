@@ -2,24 +2,31 @@
 
     [mesh]   -> ParallelDims      [train] -> ParallelPlan      [model] -> a transformers model, made parallel
 
-Every rank starts from the weights that the run's seed gives one rank. Where ranks hold whole models they make
-them; where they hold parts, rank 0 makes the whole and the others get their parts of it.
+Every rank starts from the weights of the model's folder, of which it reads what it holds, or from those that
+the run's seed gives one rank. Where ranks hold whole models they make them; where they hold parts, rank 0
+makes the whole and the others get their parts of it.
 """
 
 from functools import partial
 
 import torch
+from transformers import PreTrainedModel
 
 from seqmesh.parallel import (
     ParallelDims,
     ParallelMesh,
     ParallelModel,
     ParallelPlan,
+    experts,
+    load_folder,
     load_from_rank_0,
     parallelize,
+    split,
+    tensor,
 )
+from seqmesh.train import folder as folders
 from seqmesh.train import model as models
-from seqmesh.train.config import Config, MeshConfig, TrainConfig
+from seqmesh.train.config import Config, MeshConfig, check_fits
 from seqmesh.train.data import TokenIds
 
 MLP_ROWS = 4096
@@ -31,8 +38,9 @@ def dims_of(mesh: MeshConfig) -> ParallelDims:
     return ParallelDims(**mesh.degrees)
 
 
-def plan_of(train: TrainConfig) -> ParallelPlan:
+def plan_of(config: Config) -> ParallelPlan:
     """What a recipe says beside its degrees."""
+    train = config.train
     return ParallelPlan(
         zero=train.zero,
         param_dtype=torch.bfloat16 if train.precision == "bf16" else None,
@@ -40,16 +48,26 @@ def plan_of(train: TrainConfig) -> ParallelPlan:
         offload=train.offload in ("activations", "both"),
         shard_norms=train.shard_norms,
         offload_optimizer=train.offload in ("optimizer", "both"),
+        experts=config.mesh.experts,
+        balance=train.balance,
         mlp_rows=MLP_ROWS if train.tiling == "mlp" else None,
         pipeline="zero_bubble" if train.pipeline == "zero-bubble" else train.pipeline,
     )
 
 
 def build(config: Config, mesh: ParallelMesh, vocabulary: TokenIds | None = None) -> ParallelModel:
-    """This rank's part of the model, with the weights of the run's seed. A collective over all ranks."""
-    plan = plan_of(config.train)
+    """This rank's part of the model, with the weights of its folder, or random ones of the run's seed.
+
+    A collective over all ranks.
+    """
+    plan = plan_of(config)
     whole = partial(models.build, config, vocabulary)
-    if mesh.dims.tp == mesh.dims.pp == 1 and plan.zero < 2:
+    folder = config.model.folder
+    stored: folders.Weights = "none"
+    if folder:
+        with torch.device("meta"):
+            stored = folders.weights_of(folder, whole())
+    if stored == "none" and mesh.dims.tp == mesh.dims.pp == 1 and plan.zero < 2:
         model = whole()
         if mesh.device_type != "cpu":  # where it is already, and fake tensors cannot be moved
             model.to(mesh.device_type)
@@ -57,7 +75,12 @@ def build(config: Config, mesh: ParallelMesh, vocabulary: TokenIds | None = None
     with torch.device("meta"):
         hollow = whole()
     made = parallelize(hollow, mesh, plan)
-    load_from_rank_0(made, whole)
+    if stored == "own":
+        load_folder(made, folders.path_of(folder))
+    elif stored == "converted":
+        load_from_rank_0(made, partial(folders.build_converted, folder))
+    else:
+        load_from_rank_0(made, whole)
     return made
 
 
@@ -67,6 +90,29 @@ def check(config: Config) -> dict[str, tuple[int, ...]]:
     Returns:
         The shape of every parameter, by name.
     """
+    sizes = models.sizes_of(config)
+    for fitting in sizes.fits(config.model.folder):
+        check_fits(config, fitting)
+    sizes.kinds  # noqa: B018  (raises if there are several windows)
     with torch.device("meta"):
-        model = parallelize(models.build(config), ParallelDims().build(), ParallelPlan(zero=0))
+        hollow = models.build(config)
+    folders.check_trainable(hollow, sizes, config.data.seq_len)
+    if config.model.folder:
+        folders.weights_of(config.model.folder, hollow)
+    _check_plans(hollow, config)
+    plan = ParallelPlan(zero=0, balance=config.train.balance)
+    model = parallelize(hollow, ParallelDims().build(), plan)
     return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def _check_plans(hollow: PreTrainedModel, config: Config) -> None:
+    """What transformers, or a pipeline, cannot do with this model."""
+    mesh = config.mesh
+    if mesh.tp > 1:
+        tensor.plan_of(hollow, mesh.tp)
+    if mesh.experts > 1:
+        degrees = mesh.degrees
+        ranks = degrees["dp_shard"] * degrees["ring"] * degrees["ulysses"]
+        experts.expert_plan_of(hollow, mesh.experts, ranks)
+    if mesh.pp > 1:
+        split.check_stages(hollow, mesh.pp if config.train.pipeline == "1f1b" else 2 * mesh.pp)

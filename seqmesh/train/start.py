@@ -46,7 +46,7 @@ def describe_start(config: Config, parameters: int, expected: Expected | None) -
     sharing = config.mesh.degrees["ring"] * config.mesh.degrees["ulysses"]
     per_rank = data.seq_len * config.micro_batch / sharing
     lines = {
-        "model": f"{model.architecture}, {parameters / 1e6:,.2f} M parameters, {config.train.precision}",
+        "model": f"{model.name}, {parameters / 1e6:,.2f} M parameters, {config.train.precision}",
         "step": f"{data.sequences} x {data.seq_len:,} tokens, in {config.micro_batches} micro-batch(es) of"
         f" {config.micro_batch} on each data-parallel rank; {per_rank:,.0f} tokens of one on each rank",
         "mesh": f"{config.mesh.world} rank(s)",

@@ -14,8 +14,10 @@ The same class with one rank on every axis: that is how a run checks its own fir
 
 import math
 import time
+from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -23,6 +25,7 @@ from typing import NamedTuple
 
 import torch
 
+from seqmesh.integrations.calls import LayerCall
 from seqmesh.parallel import LocalBatch, ParallelDims, ParallelMesh, shard_micro_batches
 from seqmesh.train import device as devices
 from seqmesh.train import model as models
@@ -32,11 +35,12 @@ from seqmesh.train.check import BitCheck, Computed
 from seqmesh.train.checkpoint import Checkpoint, Progress, load_checkpoint
 from seqmesh.train.config import Config, TrainConfig
 from seqmesh.train.costs import RankCosts, WatchCosts, all_sent, mean_seconds
-from seqmesh.train.data import Corpus, Piece, area_of, assemble, deal, sequences
+from seqmesh.train.data import Corpus, Piece, assemble, deal, lengths_of, sequences
 from seqmesh.train.events import StepMetrics
 from seqmesh.train.facts import RankFacts, check_agreement, gather_facts, gather_numbers, weight_sum
 from seqmesh.train.recipe import dump
 from seqmesh.train.saving import Saver
+from seqmesh.train.sizes import ModelSizes
 from seqmesh.train.whereabouts import Note, nowhere
 
 
@@ -56,13 +60,16 @@ class _StepText(NamedTuple):
     labels: int
     """Tokens that predict something: the loss's denominator."""
     area: int
-    """Allowed (query, key) pairs."""
+    """Allowed (query, key) pairs of a layer."""
+    attention_work: int
+    """Of all layers, see sizes.py."""
 
     @staticmethod
-    def of(pieces: Sequence[Piece]) -> "_StepText":
+    def of(pieces: Sequence[Piece], sizes: ModelSizes) -> "_StepText":
         """Each piece is a document of its own, whose last token predicts nothing."""
-        lengths = [piece.stop - piece.start for piece in pieces]
-        return _StepText(len(lengths), sum(lengths) - len(lengths), area_of(pieces))
+        lengths = lengths_of(pieces)
+        labels = sum(lengths) - len(lengths)
+        return _StepText(len(lengths), labels, sizes.area(lengths), sizes.attention_work(lengths))
 
 
 class Trainer:
@@ -93,7 +100,7 @@ class Trainer:
         self.corpus = corpus
         self.mesh = mesh
         self.peak_flops_per_s = peak_flops_per_s
-        self.parameters, self.matmul_parameters = models.count_parameters(config, corpus.vocabulary)
+        self.sizes = models.sizes_of(config, corpus.vocabulary)
         self.model = setup.build(config, mesh, corpus.vocabulary)
         self.optimizer = self.model.optimizer(
             partial(torch.optim.AdamW, lr=config.train.lr, betas=(0.9, 0.95)), self._parameter_groups()
@@ -151,9 +158,11 @@ class Trainer:
         self.saved = checkpoint.folder.resolve()
 
     def _parameter_groups(self) -> list[dict[str, object]]:
-        # Norms and biases have a scale of their own, which decay would pull to 0.
-        matrices = [p for p in self.model.parameters() if p.ndim >= 2]
-        vectors = [p for p in self.model.parameters() if p.ndim < 2]
+        # Norms and biases, those of experts too, have a scale of their own, which decay would pull to 0.
+        named = list(self.model.named_parameters())
+        is_matrix = [p.ndim >= 2 and not name.endswith("bias") for name, p in named]
+        matrices = [p for (_, p), decays in zip(named, is_matrix, strict=True) if decays]
+        vectors = [p for (_, p), decays in zip(named, is_matrix, strict=True) if not decays]
         return [
             {"params": matrices, "weight_decay": self.config.train.weight_decay},
             {"params": vectors, "weight_decay": 0.0},
@@ -199,7 +208,7 @@ class Trainer:
         everyone = [RankCosts.of(row) for row in gather_numbers(costs.numbers(), self.mesh.dims.world)]
         check_agreement(facts, self.steps_done + 1, self._holders)
         self.steps_done += 1
-        text = _StepText.of([piece for sequence in packed for piece in sequence])
+        text = _StepText.of([piece for sequence in packed for piece in sequence], self.sizes)
         layout = batches[0].schedule.layout.name
         return self._metrics(text, layout, facts, everyone, lr, time.perf_counter() - start)
 
@@ -235,27 +244,37 @@ class Trainer:
     def _local_batches(self, step: Sequence[tuple[Piece, ...]]) -> tuple[LocalBatch, ...]:
         """This rank's tokens of its micro-batches. What other data-parallel ranks compute is not read."""
         ranks = self.config.mesh.data_parallel
-        dealt = deal([area_of(sequence) for sequence in step], ranks, self.config.micro_batches)
+        work = [self.sizes.attention_work(lengths_of(sequence)) for sequence in step]
+        dealt = deal(work, ranks, self.config.micro_batches)
         mine = dealt[self.mesh.rank("data")]
         packed = [assemble(self.corpus, [piece for one in batch for piece in step[one]]) for batch in mine]
-        return shard_micro_batches(packed, self.mesh, layout=self.config.mesh.placement)
+        return shard_micro_batches(
+            packed, self.mesh, layout=self.config.mesh.placement, layers=self.sizes.kinds
+        )
 
     def scheduled_traffic(self, batches: Sequence[LocalBatch]) -> dict[str, int]:
         """Bytes that attention sends from this rank in a step, all layers, forward and backward, by axis."""
-        model, tp = self.config.model, self.mesh.dims.tp
-        layers = sum(len(part.anatomy.own_layers) for part in self.model.parts)
+        tp = self.mesh.dims.tp
         total = {"ulysses": 0, "ring": 0}
+        alike = Counter(replace(call, layer=0) for call in self._own_calls())
         for batch in batches:
-            of_a_layer = batch.schedule.traffic(
-                batch=1,
-                heads=model.heads // tp,
-                kv_heads=max(1, model.kv_heads // tp),
-                head_dim=model.head_dim,
-                dtype=self.model.plan.param_dtype or torch.float32,
-            )
-            total["ulysses"] += layers * (of_a_layer.heads_forward + of_a_layer.heads_backward)
-            total["ring"] += layers * (of_a_layer.rows_forward + of_a_layer.rows_backward)
+            for call, count in alike.items():
+                sent = batch.schedule_of(call).traffic(
+                    batch=1,
+                    heads=call.heads // tp,
+                    kv_heads=max(1, call.kv_heads // tp),
+                    head_dim=call.key_dim,
+                    value_head_dim=call.value_dim,
+                    dtype=self.model.plan.param_dtype or torch.float32,
+                )
+                total["ulysses"] += count * (sent.heads_forward + sent.heads_backward)
+                total["ring"] += count * (sent.rows_forward + sent.rows_backward)
         return total
+
+    def _own_calls(self) -> list[LayerCall]:
+        """What the layers of this rank's stages call attention with."""
+        own = {number for part in self.model.parts for number in part.anatomy.own_numbers}
+        return [call for call in self.sizes.calls if call.layer in own]
 
     def _metrics(
         self,
@@ -267,8 +286,9 @@ class Trainer:
         seconds: float,
     ) -> StepMetrics:
         data = self.config.data
-        flops = self._flops(text.area)
-        flops_noncausal = self._flops(data.sequences * data.seq_len**2)
+        flops = self.sizes.step_flops(data.tokens, text.attention_work)
+        all_pairs = self.sizes.noncausal_work(data.sequences, data.seq_len)
+        flops_noncausal = self.sizes.step_flops(data.tokens, all_pairs)
         data_seconds, waiting_seconds = mean_seconds(costs)
         return StepMetrics(
             step=self.steps_done,
@@ -292,15 +312,6 @@ class Trainer:
             sent=all_sent(costs),
             data_seconds=data_seconds,
             waiting_seconds=waiting_seconds,
-        )
-
-    def _flops(self, area: int) -> float:
-        """FLOPs of a step whose mask allows `area` pairs."""
-        return models.step_flops(
-            matmul_parameters=self.matmul_parameters,
-            tokens=self.config.data.tokens,
-            model=self.config.model,
-            area=area,
         )
 
 

@@ -35,7 +35,8 @@ def of_recipe(config: Config, cluster: Cluster, *, vocabulary: int) -> Priced:
         vocabulary: token ids of the model.
 
     Raises:
-        ValueError: a precision that the cluster's GPU has no rate for, or what no job can be.
+        ValueError: a model of a folder, a precision that the cluster's GPU has no rate for, or what no job
+            can be.
     """
     missing: list[str] = []
     point = _point(config, missing)
@@ -65,7 +66,7 @@ def _point(config: Config, missing: list[str]) -> Point:
         dp=config.mesh.data_parallel,
         pp=degrees["pp"],
         zero=train.zero,
-        checkpointing=checkpointing,
+        checkpointing=train.checkpointing if train.checkpointing in CHECKPOINTING else "none",
         offload=train.offload,
         # The trainer's loss is always tiled.
         tiling="mlp" if train.tiling == "mlp" else "loss",
@@ -74,6 +75,11 @@ def _point(config: Config, missing: list[str]) -> Point:
 
 
 def _shape(model: ModelConfig, vocabulary: int) -> ModelShape:
+    if model.folder:
+        raise ValueError(
+            f"model.folder={model.folder!r}: the planner prices a recipe whose model is in its keys;"
+            " use seqmesh plan --model FOLDER"
+        )
     return ModelShape(
         name=model.architecture,
         layers=model.layers,
@@ -84,6 +90,7 @@ def _shape(model: ModelConfig, vocabulary: int) -> ModelShape:
         intermediate=model.intermediate,
         vocabulary=vocabulary,
         tied_embeddings=model.tie_embeddings,
+        sliding_window=model.window or None,
         source="a recipe",
     )
 

@@ -26,6 +26,10 @@ class MeshConfig:
     """Ranks that swap sequence shards for head shards; at most the query heads of a tp rank."""
     tp: int = 1
     """Ranks that share every matrix; divides model.heads."""
+    experts: int = 1
+    """Of the dp_shard x ring x ulysses ranks, so many share the experts of a layer: tokens travel to them
+    (expert parallelism). Another view of the same ranks: they are not multiplied by it. 1: each rank gathers
+    all experts."""
     pool: bool = False
     """Whether dp_shard x ring ranks are one ring for all sequences of a step, placed by the balanced layout:
     short documents whole on a rank, long ones over several, and no rank waits for a longer one."""
@@ -35,7 +39,7 @@ class MeshConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     def __post_init__(self) -> None:
-        at_least("mesh", self, **dict.fromkeys(AXES, 1))
+        at_least("mesh", self, **dict.fromkeys((*AXES, "experts"), 1))
         require(
             not self.pool or self.layout in ("auto", "balanced"),
             f"mesh.layout={self.layout!r} with mesh.pool: a pool places documents by the balanced layout;"

@@ -1,14 +1,22 @@
 """[model]: what is trained."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any, ClassVar
 
 from seqmesh.train.config.rules import STRICT, at_least, require
+from seqmesh.train.config.sizes import DecoderSizes
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelConfig:
-    """A decoder from scratch, in the terms of transformers' configurations."""
+    """The decoder of a Hugging Face folder, or one from scratch in the terms of transformers' configurations.
+
+    A folder says everything: the other keys then keep their defaults.
+    """
+
+    folder: str = ""
+    """Folder with a config.json, and with the weights to start from if it has .safetensors; empty: a model
+    from scratch, of the keys below."""
 
     architecture: str = "llama"
     """Model type in transformers: llama, or a dense decoder with the same fields (mistral, qwen2, ...)."""
@@ -28,13 +36,21 @@ class ModelConfig:
     """Base of the rotary embedding."""
     tie_embeddings: bool = False
     """Whether input and output embeddings are one matrix."""
+    window: int = 0
+    """Tokens of the sliding window of all layers, of architectures that have one (mistral, ...); 0: layers
+    see whole documents."""
 
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     def __post_init__(self) -> None:
-        at_least(
-            "model", self, hidden=1, layers=1, heads=1, kv_heads=1, intermediate=1, rope_theta=1, vocabulary=0
+        require(
+            "\0" not in self.folder,
+            f"model.folder={self.folder!r} has a NUL character, which no path may have; remove it",
         )
+        if self.folder:
+            self._check_folder_says_everything()
+        sizes = ("hidden", "layers", "heads", "kv_heads", "intermediate", "rope_theta")
+        at_least("model", self, **dict.fromkeys(sizes, 1), vocabulary=0, window=0)
         require(
             self.heads % self.kv_heads == 0,
             f"model.kv_heads={self.kv_heads} does not divide model.heads={self.heads};"
@@ -44,6 +60,31 @@ class ModelConfig:
             self.hidden % self.heads == 0 and self.head_dim % 2 == 0,
             f"model.hidden={self.hidden} over model.heads={self.heads} is not an even head dim,"
             f" which rotary embeddings need; use a multiple of {2 * self.heads}",
+        )
+
+    def _check_folder_says_everything(self) -> None:
+        for key in fields(self):
+            value = getattr(self, key.name)
+            require(
+                key.name == "folder" or value == key.default,
+                f"model.{key.name}={value!r} beside model.folder={self.folder!r}, whose config.json says what"
+                f" the model is; leave model.{key.name} out, or change config.json",
+            )
+
+    @property
+    def name(self) -> str:
+        """What it is called in reports."""
+        return self.folder or self.architecture
+
+    @property
+    def sizes(self) -> DecoderSizes:
+        """Those that the keys name; a folder's are in its config.json."""
+        assert not self.folder
+        return DecoderSizes(
+            layers=self.layers,
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            tie_embeddings=self.tie_embeddings,
         )
 
     @property

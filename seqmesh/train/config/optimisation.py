@@ -25,6 +25,9 @@ class TrainConfig:
     """On matrices; vectors and norms have none."""
     clip: float = 1.0
     """Largest gradient norm."""
+    balance: float = 0.0
+    """What the loss that keeps the experts of a mixture evenly used is multiplied by (router_aux_loss_coef in
+    transformers); it is part of the loss that is reported. 0: none."""
     seed: int = 0
     """Of the weights and of the order of documents; 0 <= seed < 2^63."""
     zero: int = 0
@@ -52,7 +55,7 @@ class TrainConfig:
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     def __post_init__(self) -> None:
-        none = ("minutes", "lr", "min_lr_ratio", "warmup", "weight_decay", "seed", "compare_steps")
+        none = ("minutes", "lr", "min_lr_ratio", "warmup", "weight_decay", "balance", "seed", "compare_steps")
         at_least("train", self, steps=1, **dict.fromkeys((*none, "zero", "micro_batch"), 0))
         require(self.zero <= 3, f"train.zero={self.zero}: ZeRO has stages 0 to 3; use one of them")
         require(

@@ -9,6 +9,7 @@ from seqmesh.train.config.model import ModelConfig
 from seqmesh.train.config.optimisation import TrainConfig
 from seqmesh.train.config.rules import STRICT, require
 from seqmesh.train.config.running import RunConfig
+from seqmesh.train.config.sizes import DecoderSizes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,8 +25,10 @@ class Config:
     __pydantic_config__: ClassVar[dict[str, Any]] = STRICT
 
     def __post_init__(self) -> None:
-        _check_heads(self.mesh, self.model)
-        _check_stages(self)
+        _check_experts(self)
+        if not self.model.folder:
+            check_fits(self, self.model.sizes)
+        _check_orders(self)
         self.micro_batches  # noqa: B018  (raises if the sequences do not divide)
 
     @property
@@ -51,28 +54,85 @@ class Config:
         return count
 
 
-def _check_heads(mesh: MeshConfig, model: ModelConfig) -> None:
+def check_fits(config: Config, sizes: DecoderSizes) -> None:
+    """Refuse a model that does not fit the mesh.
+
+    Raises:
+        ValueError: heads that do not divide, fewer layers than stages, experts that are not there, ...
+    """
+    _check_heads(config.mesh, sizes)
+    _check_layers(config, sizes)
     require(
-        model.heads % mesh.tp == 0,
-        f"mesh.tp={mesh.tp} does not divide model.heads={model.heads}; use a divisor of {model.heads}",
+        sizes.experts > 0 or (config.mesh.experts == 1 and config.train.balance == 0),
+        f"mesh.experts={config.mesh.experts} and train.balance={config.train.balance} with"
+        f" model {config.model.name}, which has no experts; leave them out, or give the model.folder of a"
+        " mixture of experts",
     )
     require(
-        model.kv_heads % mesh.tp == 0 or mesh.tp % model.kv_heads == 0,
-        f"mesh.tp={mesh.tp} with model.kv_heads={model.kv_heads}: neither divides the other; use a tp that"
+        config.mesh.experts == 1 or sizes.experts % config.mesh.experts == 0,
+        f"mesh.experts={config.mesh.experts} does not divide the {sizes.experts} experts of"
+        f" model.folder={sizes.folder!r}; use a divisor of {sizes.experts}",
+    )
+
+
+def _check_heads(mesh: MeshConfig, sizes: DecoderSizes) -> None:
+    require(
+        sizes.heads % mesh.tp == 0,
+        f"mesh.tp={mesh.tp} does not divide {sizes.named('heads')}; use a divisor of {sizes.heads}",
+    )
+    require(
+        sizes.kv_heads % mesh.tp == 0 or mesh.tp % sizes.kv_heads == 0,
+        f"mesh.tp={mesh.tp} with {sizes.named('kv_heads')}: neither divides the other; use a tp that"
         " divides them or that they divide",
     )
-    heads = model.heads // mesh.tp
+    heads = sizes.heads // mesh.tp
     idle = mesh.ulysses - heads
     share = "" if mesh.tp == 1 else f" / mesh.tp={mesh.tp}"
     require(
         idle <= 0,
-        f"mesh.ulysses={mesh.ulysses} with model.heads={model.heads}{share} query heads"
+        f"mesh.ulysses={mesh.ulysses} with {sizes.named('heads')}{share} query heads"
         f" leaves {idle} ranks without a head;"
         f" use mesh.ulysses <= {heads} and put the rest on mesh.ring",
     )
 
 
-def _check_stages(config: "Config") -> None:
+def _check_layers(config: Config, sizes: DecoderSizes) -> None:
+    mesh, train = config.mesh, config.train
+    if mesh.pp == 1:
+        return
+    stages = mesh.pp * (1 if train.pipeline == "1f1b" else 2)
+    require(
+        sizes.layers >= stages,
+        f"{sizes.named('layers')} for {stages} pipeline stages; use fewer, each needs a layer",
+    )
+    require(
+        not sizes.tie_embeddings,
+        f"{sizes.named('tie_embeddings')} with mesh.pp={mesh.pp}: the first and the last stage would both"
+        " have them; use mesh.pp=1, or untie them",
+    )
+
+
+def _check_experts(config: Config) -> None:
+    mesh, train = config.mesh, config.train
+    ranks = mesh.degrees["dp_shard"] * mesh.degrees["ring"] * mesh.degrees["ulysses"]
+    require(
+        ranks % mesh.experts == 0,
+        f"mesh.experts={mesh.experts} over dp_shard x ring x ulysses = {ranks} ranks; use a degree that"
+        " divides them",
+    )
+    require(
+        mesh.experts == 1 or (train.zero >= 2 and mesh.tp == 1),
+        f"mesh.experts={mesh.experts} with train.zero={train.zero} and mesh.tp={mesh.tp}: experts are spread"
+        " over ranks that share parameters; use train.zero=2 or 3, and mesh.tp=1",
+    )
+    require(
+        train.balance == 0 or mesh.pp == 1,
+        f"train.balance={train.balance} with mesh.pp={mesh.pp}: that loss needs the routers of all layers,"
+        " and a stage has some; use mesh.pp=1, or train.balance=0",
+    )
+
+
+def _check_orders(config: Config) -> None:
     mesh, train = config.mesh, config.train
     require(
         mesh.tp > 1 or not train.shard_norms,
@@ -84,16 +144,6 @@ def _check_stages(config: "Config") -> None:
             f'train.pipeline="{train.pipeline}" with mesh.pp=1: there are no stages to order; leave it out',
         )
         return
-    stages = mesh.pp * (1 if train.pipeline == "1f1b" else 2)
-    require(
-        config.model.layers >= stages,
-        f"model.layers={config.model.layers} for {stages} pipeline stages; use fewer, each needs a layer",
-    )
-    require(
-        not config.model.tie_embeddings,
-        f"model.tie_embeddings with mesh.pp={mesh.pp}: the first and the last stage would both have them;"
-        " use mesh.pp=1, or model.tie_embeddings=false",
-    )
     count = config.micro_batches
     require(
         count >= mesh.pp and (train.pipeline == "1f1b" or count % mesh.pp == 0),

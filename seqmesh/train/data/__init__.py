@@ -19,7 +19,7 @@ Tokens are bytes (tokens.py), or those of a Hugging Face tokenizer (tokenizer.py
 
 from seqmesh.train.data.corpus import Contents, Corpus, Document, Piece
 from seqmesh.train.data.evening import deal
-from seqmesh.train.data.packing import Epoch, area_of, assemble, check_enough, sequences
+from seqmesh.train.data.packing import Epoch, area_of, assemble, check_enough, lengths_of, sequences
 from seqmesh.train.data.sources import read
 from seqmesh.train.data.text_files import STDLIB
 from seqmesh.train.data.tokenizer import Tokenizer, copy_in, tokenizer_of
@@ -53,6 +53,7 @@ __all__ = [
     "deal",
     "decode",
     "encode",
+    "lengths_of",
     "read",
     "sequences",
     "tokenizer_of",

@@ -116,10 +116,14 @@ def _endless(lengths: NDArray[np.int64], seq_len: int, seed: int, skip: int) -> 
         first = 0
 
 
+def lengths_of(pieces: Sequence[Piece]) -> list[int]:
+    """Tokens of each piece."""
+    return [piece.stop - piece.start for piece in pieces]
+
+
 def area_of(pieces: Sequence[Piece]) -> int:
     """Allowed (query, key) pairs of pieces, each of which is a document of its own."""
-    lengths = (piece.stop - piece.start for piece in pieces)
-    return sum(length * (length + 1) // 2 for length in lengths)
+    return sum(length * (length + 1) // 2 for length in lengths_of(pieces))
 
 
 def assemble(corpus: Corpus, pieces: Sequence[Piece]) -> PackedTokens:
@@ -127,7 +131,7 @@ def assemble(corpus: Corpus, pieces: Sequence[Piece]) -> PackedTokens:
 
     Several sequences lie end to end: documents keep them apart just as they keep themselves apart.
     """
-    lengths = [piece.stop - piece.start for piece in pieces]
+    lengths = lengths_of(pieces)
     ids = torch.cat([corpus.ids(piece) for piece in pieces])
     labels = torch.full_like(ids, IGNORED_LABEL)
     labels[:-1] = ids[1:]

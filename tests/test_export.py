@@ -23,6 +23,7 @@ def saved_weights(config: Config, run: Path) -> dict[str, torch.Tensor]:
     for _ in range(SAVED):
         trainer.step()
     trainer.save(run)
+    trainer.saver.finish()
     return whole_weights(trainer.model)
 
 
@@ -68,6 +69,7 @@ def test_wrong_input_is_one_line(
 
     trainer = trainer_of(BASE)
     trainer.save(tmp_path / "run")
+    trainer.saver.finish()
     (tmp_path / "taken").mkdir()
     (tmp_path / "taken" / "mine").write_text("")
     monkeypatch.chdir(tmp_path)
@@ -87,6 +89,7 @@ def test_the_command_prints_the_folder_that_it_wrote(
 
     trainer = trainer_of(BASE)
     trainer.save(tmp_path)
+    trainer.saver.finish()
     monkeypatch.setattr(sys, "argv", ["seqmesh", "export", str(tmp_path)])
     with pytest.raises(SystemExit) as stopped:
         main()

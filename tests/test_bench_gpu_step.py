@@ -37,7 +37,7 @@ def test_a_rank_of_sixteen_takes_its_step_alone() -> None:
     assert found.bytes_sent > 0
     assert found.predicted_seconds is not None
     assert found.predicted_seconds > 0
-    assert found.priced_otherwise == ('train.checkpointing="selective" as "none"',)
+    assert found.priced_otherwise == ()
 
 
 def test_the_command_prints_and_writes_what_it_measured(
@@ -104,10 +104,10 @@ def test_a_recipe_is_priced_as_what_it_is() -> None:
         data=DataConfig(seq_len=8192, sequences=8),
     )
     job, point, missing = of_recipe(recipe, cluster, vocabulary=128256)
-    assert str(point) == "tp2 u1 r2 dp4 pp1, zero 3, micro-batch 2, tiling loss"
+    assert str(point) == "tp2 u1 r2 dp4 pp1, zero 3, micro-batch 2, checkpointing selective, tiling loss"
     assert (job.seq_len, job.global_batch, job.model.vocabulary) == (8192, 8, 128256)
     assert job.model.parameters == pytest.approx(8.03e9, rel=1e-3)
-    assert missing == ('train.checkpointing="selective" as "none"',)
+    assert missing == ("train.shard_norms=false as true", "mesh.dp_replicate=2 as dp_shard")
     assert CostModel(job).estimate(point).gpus == 16
     with pytest.raises(ValueError, match="12 ranks do not fill nodes of 8"):
         nodes_for(cluster, 12)

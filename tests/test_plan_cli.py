@@ -167,8 +167,8 @@ def test_the_traced_memory_of_the_trainers_step_is_shown_beside_the_predicted_on
         "tie_word_embeddings": False,
     }
     (tmp_path / "config.json").write_text(json.dumps(config))
-    options = "--gpu l20 --gpus-per-node 4 --seq-len 8K --pin ulysses=2 --trace-memory"
-    arguments = ("--model", str(tmp_path), *options.split())
+    options = "--gpu l20 --gpus-per-node 4 --seq-len 8K --pin ulysses=2,ring=2,zero=3 --trace-memory"
+    arguments = ("--model", str(tmp_path), "--precision", "bf16", *options.split())
     found = plan.json(*arguments)
     assert (found["ulysses"], found["ring"]) == (2, 2)
     assert found["predicted_over_traced"] == pytest.approx(1, abs=0.01)
@@ -178,19 +178,19 @@ def test_the_traced_memory_of_the_trainers_step_is_shown_beside_the_predicted_on
     assert "predicted / traced" in out
 
 
-def test_the_trainers_stack_is_planned_on_the_plain_mesh(plan: Run) -> None:
-    candidates = plan.json(
-        "--model", "llama3.2-1b", "--gpu", "h100-sxm", "--seq-len", "32K", "--stack", "trainer"
-    )["candidates"]
-    found = {(one["tp"], one["dp"], one["pp"], one["zero"], one["checkpointing"]) for one in candidates}
-    assert found == {(1, 1, 1, 0, "none")}
+def test_the_trainers_stack_is_planned_with_its_own_rules_and_memory(plan: Run) -> None:
+    job = ("--model", "llama3.2-1b", "--gpu", "h100-sxm", "--seq-len", "32K", "--stack", "trainer")
+    (candidate, *_) = plan.json(*job, "--pin", "tp=1,dp=1,zero=0,checkpointing=none")["candidates"]
     parameters = 1.2358e9  # tied embeddings
-    assert candidates[0]["memory_bytes"]["parameters"] == pytest.approx(4 * parameters, rel=1e-3)
-    code, _, error = plan(
-        "--model", "llama3.2-1b", "--gpu", "h100-sxm", "--stack", "trainer", "--pin", "tp=2"
-    )
+    assert candidate["memory_bytes"]["parameters"] == pytest.approx(4 * parameters, rel=1e-3)
+    sharded = plan.json(*job, "--precision", "bf16", "--pin", "tp=2,zero=3,checkpointing=selective")
+    for one in sharded["candidates"]:
+        shards = 8 // one["tp"] // one["pp"]
+        assert one["memory_bytes"]["parameters"] == pytest.approx(2 * parameters / shards, rel=1e-2)
+        assert one["checkpointing"] == "selective"
+    code, _, error = plan(*job, "--precision", "bf16", "--pin", "zero=1")
     assert code == 2
-    assert "beyond the formula of seqmesh train's memory" in error
+    assert "use zero=2 or 3, or --precision fp32" in error
 
 
 def test_files_are_written_and_what_the_trainer_cannot_run_is_named(
@@ -350,7 +350,7 @@ def test_a_measured_profile_overrides_rates_and_assumptions(plan: Run, tmp_path:
         ((*JOB, "--compare", "--pin", "tp=2"), "--pin has no meaning with --compare"),
         ((*JOB, "--trace-memory", "--layout", "zigzag"), "--layout has no meaning with --trace-memory"),
         (("--published", "--json"), "--json has no meaning with --published"),
-        ((*JOB, "--stack", "trainer", "--gradients", "bf16"), "the formula of its memory is of fp32"),
+        ((*JOB, "--stack", "trainer", "--gradients", "bf16"), "sums gradients in fp32"),
         ((*JOB, "--precision", "fp32", "--gradients", "bf16"), "gradients have the weights' precision"),
         ((*JOB, "--modle", "x"), "did you mean --model?"),
         (("--model", "llama3-8b", "--gpu", "[/bold]"), "unknown GPU '[/bold]'"),
@@ -359,7 +359,7 @@ def test_a_measured_profile_overrides_rates_and_assumptions(plan: Run, tmp_path:
         ((*JOB, "--memory-limit", "100GiB"), "use less, or correct the GPU"),
         ((*JOB, "--global-batch", "1" + "0" * 21), "is a slip"),
         ((*JOB, "--documents", "fixed:1"), "more than 20000 documents"),
-        ((*JOB, "--stack", "trainer", "--pin", "tp=2"), "use tp=1, or --stack fused"),
+        ((*JOB, "--stack", "trainer", "--pin", "offload=optimizer,zero=1"), "use zero=2 or 3"),
         ((*JOB, "--top", "1000"), "at most 100 are shown"),
         ((*JOB, "--emit", "/no/such/folder/x.toml"), "cannot write '/no/such/folder/x.toml'"),
         ((*JOB, "--hardware", "/no/such.toml"), "/no/such.toml"),

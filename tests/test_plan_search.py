@@ -17,8 +17,9 @@ from seqmesh.planner.inputs.hardware import Cluster, load_gpu
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.legality import violations
 from seqmesh.planner.inputs.models import load_model
-from seqmesh.planner.inputs.point import AXES, CHECKPOINTING, OFFLOAD, TILING, Point
+from seqmesh.planner.inputs.point import AXES, OFFLOAD, TILING, Point
 from seqmesh.planner.inputs.shape import ModelShape
+from seqmesh.planner.inputs.stack import FusedStack
 from seqmesh.planner.longest import longest
 from seqmesh.planner.reasons import why_not
 from seqmesh.planner.remedies import shortfall
@@ -51,7 +52,7 @@ def brute_force(costs: CostModel, pins: Pins) -> list[StepEstimate]:
     gpus = costs.job.cluster.gpus
     degrees = ("tp", "ulysses", "ring", "dp", "pp")
     knobs = ("zero", "checkpointing", "offload", "tiling", "micro_batch")
-    values = (range(4), CHECKPOINTING, OFFLOAD, TILING, divisors(costs.job.global_batch))
+    values = (range(4), FusedStack.savers["checkpointing"], OFFLOAD, TILING, divisors(costs.job.global_batch))
     found = []
     for mesh in product(divisors(gpus), repeat=5):
         if prod(mesh) != gpus:

@@ -38,26 +38,60 @@ def test_each_stack_takes_its_own_memory_model() -> None:
     assert {type(stack) for stack in STACKS.values()} == set(MEMORY_MODELS)
 
 
-def test_the_trainer_tries_one_zero_stage_and_no_savers_where_the_fused_stack_tries_all() -> None:
-    assert {point.zero for point in meshes(FUSED, {})} >= {1, 2, 3}
-    assert {point.zero for point in meshes(TRAINER, {})} == {0}
+def test_stacks_try_every_zero_stage_and_the_savers_that_they_have() -> None:
+    for job in (FUSED, TRAINER):
+        assert {point.zero for point in meshes(job, {})} >= {1, 2, 3}
     point = Point(ulysses=2, ring=2)
-    combinations = len(TILING) * len(CHECKPOINTING) * len(OFFLOAD)
+    # Selective checkpoints are tried by the trainer only; the fused stack has them if they are pinned.
+    combinations = len(TILING) * 2 * len(OFFLOAD)
     assert len(set(with_savers(FUSED, point, {}))) == combinations
-    assert list(with_savers(TRAINER, point, {})) == [point]
+    assert len(set(with_savers(FUSED, point, {"checkpointing": "selective"}))) == combinations / 2
+    # Its loss is always tiled.
+    tried = list(with_savers(TRAINER, point, {}))
+    assert len(set(tried)) == (len(TILING) - 1) * len(CHECKPOINTING) * len(OFFLOAD)
+    assert {one.tiling for one in tried} == {"loss", "mlp"}
 
 
 def test_what_the_trainer_does_not_run_is_named_for_the_trainer_only() -> None:
-    point = Point(tp=2, ulysses=2, zero=1)
-    assert list(violations(FUSED, point)) == []
-    named = list(violations(TRAINER, point))
-    assert [text.partition(" ")[0] for text in named] == ["tp=2", "zero=1"]
-    assert all(text.endswith("or --stack fused") for text in named)
+    half = replace(TRAINER, numerics=BF16)
+    for job, point, why in (
+        (half, Point(tp=2, ulysses=2, zero=1), "bf16 with zero=1"),
+        (TRAINER, Point(ulysses=4, zero=1, offload="optimizer"), "offload=optimizer with zero=1"),
+        (TRAINER, Point(pp=2, ulysses=2), "pp=2 with 1 micro-batches"),
+        (replace(TRAINER, global_batch=2), Point(pp=2, ulysses=2), "pp=2 with tied embeddings"),
+    ):
+        assert list(violations(replace(job, stack=FusedStack()), point)) == []
+        named = list(violations(job, point))
+        assert any(text.startswith(why) for text in named)
+        assert all("use" in text for text in named)
+    everything = Point(ulysses=2, dp=2, zero=3, checkpointing="selective", offload="both", tiling="mlp")
+    assert list(violations(replace(half, global_batch=2), everything)) == []
 
 
-def test_the_trainer_computes_in_fp32_and_refuses_to_be_asked_for_anything_else() -> None:
-    assert FusedStack().numerics("bf16", "fp32") == BF16
-    assert TrainerStack().numerics("bf16", "fp32") == FP32  # the options' defaults
-    for precision, gradients, option in (("fp32", "fp32", "precision"), ("bf16", "bf16", "gradients")):
-        with pytest.raises(ValueError, match=f"remove --{option}"):
-            TrainerStack().numerics(precision, gradients)
+def test_the_trainer_computes_in_fp32_by_default_and_sums_gradients_in_nothing_else() -> None:
+    assert FusedStack().numerics(None, "fp32") == BF16
+    assert TrainerStack().numerics(None, "fp32") == FP32
+    assert TrainerStack().numerics("bf16", "fp32") == BF16
+    with pytest.raises(ValueError, match="remove --gradients"):
+        TrainerStack().numerics("bf16", "bf16")
+
+
+def test_selective_checkpoints_cost_little_time_and_take_memory_between_the_others() -> None:
+    for job in (replace(FUSED, cluster=replace(CLUSTER, gpus_per_node=8)), TRAINER):
+        costs = CostModel(job)
+        points = [Point(ulysses=4, checkpointing=kind) for kind in CHECKPOINTING]
+        none, selective, full = (costs.estimate(point) for point in points)
+        assert none.seconds < selective.seconds < full.seconds
+        assert none.memory.total > selective.memory.total > full.memory.total
+        # Attention and its exchanges are never repeated.
+        assert selective.bytes_per_step == none.bytes_per_step
+
+
+def test_full_checkpoints_of_the_trainer_keep_attentions_results() -> None:
+    point = Point(ulysses=4, checkpointing="full")
+    sent = [CostModel(job).estimate(point).bytes_per_step for job in (FUSED, TRAINER)]
+    plain = [
+        CostModel(job).estimate(point.but(checkpointing="none")).bytes_per_step for job in (FUSED, TRAINER)
+    ]
+    assert sum(sent[0].values()) > sum(plain[0].values())
+    assert sent[1] == plain[1]

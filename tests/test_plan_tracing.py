@@ -19,12 +19,15 @@ from torch.distributed._tools.mem_tracker import MemTracker
 
 from seqmesh.bench.memory import peak_bytes
 from seqmesh.parallel import HeadRule, ParallelDims, ParallelMesh
+from seqmesh.planner.inputs.point import Point
 from seqmesh.planner.inputs.shape import ModelShape
-from seqmesh.planner.trainer import memory as formula
-from seqmesh.planner.trainer.memory import Moment, trainer_memory, trainer_moments
-from seqmesh.planner.trainer.tracing import trace_training_step
+from seqmesh.planner.trainer import backward as formula
+from seqmesh.planner.trainer.memory import trainer_memory, trainer_moments
+from seqmesh.planner.trainer.moment import Moment
+from seqmesh.planner.trainer.rank import TrainedRank
+from seqmesh.planner.trainer.tracing import trace_rank
 from seqmesh.trace.allocations import KINDS, TracedMemory
-from seqmesh.train.config import Config, DataConfig, MeshConfig, ModelConfig
+from seqmesh.train.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from seqmesh.train.data import BYTES, Corpus
 from seqmesh.train.setup import plan_of
 from seqmesh.train.trainer import Trainer
@@ -53,6 +56,17 @@ def shape(
         tied_embeddings=tied,
         gated=gated,
     )
+
+
+def rank_of(model: ModelShape, seq_len: int, ulysses: int, ring: int) -> TrainedRank:
+    """In fp32, with whole weights."""
+    return TrainedRank(shape=model, point=Point(ulysses=ulysses, ring=ring, zero=0), seq_len=seq_len)
+
+
+def traced_step(
+    model: ModelShape, seq_len: int, ulysses: int, ring: int, documents: list[int] | None = None
+) -> TracedMemory:
+    return trace_rank(rank_of(model, seq_len, ulysses, ring), documents)
 
 
 LLAMA3_8B = shape(4096, 32, 8, 14336, 128256, layers=32)
@@ -103,7 +117,7 @@ def allocated(model: ModelShape, seq_len: int, ulysses: int, ring: int) -> int:
     ids=["layers", "logits", "weights"],
 )
 def test_the_traced_peak_is_what_one_rank_allocates(model: ModelShape, seq_len: int, phase: str) -> None:
-    traced = trace_training_step(model, seq_len=seq_len, ulysses=1, ring=1)
+    traced = traced_step(model, seq_len, 1, 1)
     assert traced.peak_phase == phase
     assert traced.peak_bytes == pytest.approx(allocated(model, seq_len, 1, 1), rel=1e-3)
 
@@ -115,7 +129,7 @@ def test_the_traced_peak_is_what_rank_0_of_four_allocates(ranks: Ranks, ulysses:
     The least of a few steps: gloo's thread may hold a message for a while.
     """
     model, seq_len = shape(256, 8, 8, 64, 50, layers=1), 4096
-    traced = trace_training_step(model, seq_len=seq_len, ulysses=ulysses, ring=ring)
+    traced = traced_step(model, seq_len, ulysses, ring)
     found = min(ranks.run(4, allocated, model, seq_len, ulysses, ring)[0] for _ in range(3))
     assert 0 <= found - traced.peak_bytes <= KERNEL_BYTES
     assert traced.peak_bytes > 14 * KERNEL_BYTES
@@ -123,7 +137,7 @@ def test_the_traced_peak_is_what_rank_0_of_four_allocates(ranks: Ranks, ulysses:
 
 def test_the_trace_agrees_with_pytorchs_memory_tracker() -> None:
     model, seq_len = shape(128, 4, 2, 352, 259), 2048
-    traced = trace_training_step(model, seq_len=seq_len, ulysses=1, ring=1)
+    traced = traced_step(model, seq_len, 1, 1)
     tracker = MemTracker()
     with FakeTensorMode(allow_non_fake_inputs=True), pytest.MonkeyPatch.context() as patch:
         for read, answer in (("__bool__", True), ("__int__", 1), ("__float__", 1.0), ("item", 1.0)):
@@ -139,9 +153,9 @@ def test_the_trace_agrees_with_pytorchs_memory_tracker() -> None:
 
 
 def moments_of(model: ModelShape, seq_len: int, ulysses: int, ring: int) -> tuple[TracedMemory, list[Moment]]:
-    traced = trace_training_step(model, seq_len=seq_len, ulysses=ulysses, ring=ring)
+    traced = traced_step(model, seq_len, ulysses, ring)
     assert sum(getattr(traced, kind) for kind in KINDS) == traced.peak_bytes
-    return traced, trainer_moments(model, seq_len=seq_len, ulysses=ulysses, ring=ring)
+    return traced, trainer_moments(rank_of(model, seq_len, ulysses, ring))
 
 
 def assert_predicted(traced: TracedMemory, moments: list[Moment]) -> None:
@@ -158,9 +172,7 @@ def assert_predicted(traced: TracedMemory, moments: list[Moment]) -> None:
     assert max(moment.total for moment in moments[after:]) == pytest.approx(
         traced.update_peak_bytes, rel=1e-2
     )
-    transients = (
-        peak.logits_transients + peak.layer_transients + peak.attention_transients + peak.update_transients
-    )
+    transients = peak.total - peak.parameters - peak.gradients - peak.optimizer - peak.activations
     found = (peak.parameters, peak.gradients, peak.optimizer, peak.activations, transients)
     for kind, predicted in zip(KINDS, found, strict=True):
         assert predicted == pytest.approx(getattr(traced, kind), rel=1e-2, abs=traced.peak_bytes // 1000), (
@@ -198,22 +210,20 @@ def test_the_formula_predicts_llama3_8b_at_208k_tokens() -> None:
     traced, moments = moments_of(LLAMA3_8B, 212_992, 8, 2)
     assert_predicted(traced, moments)
     assert traced.parameters > 32e9
-    assert trainer_memory(LLAMA3_8B, seq_len=212_992, ulysses=8, ring=2)["total"] == max(
+    assert trainer_memory(rank_of(LLAMA3_8B, 212_992, 8, 2))["total"] == max(
         moment.total for moment in moments
     )
 
 
 def test_documents_change_the_engines_buffers_only() -> None:
-    whole = trace_training_step(GROUPED, seq_len=20_000, ulysses=2, ring=2)
-    packed = trace_training_step(
-        GROUPED, seq_len=20_000, ulysses=2, ring=2, documents=[12_000, 5000, 2000, 1000]
-    )
+    whole = traced_step(GROUPED, 20_000, 2, 2)
+    packed = traced_step(GROUPED, 20_000, 2, 2, documents=[12_000, 5000, 2000, 1000])
     assert packed.peak_bytes == pytest.approx(whole.peak_bytes, rel=1e-2)
 
 
 def test_a_trace_leaves_no_group_and_no_random_state_behind() -> None:
     before = torch.get_rng_state()
-    trace_training_step(shape(64, 4, 4, 64, 50), seq_len=256, ulysses=2, ring=2)
+    traced_step(shape(64, 4, 4, 64, 50), 256, 2, 2)
     assert torch.equal(torch.get_rng_state(), before)
     assert not dist.is_initialized()
     assert torch.ones(2).sum().item() == 2
@@ -225,17 +235,18 @@ def test_models_and_batches_that_the_trainer_cannot_have_are_refused() -> None:
     )
     for refused, why in ((wide, "head_dim=16"), (shape(64, 4, 4, 64, 50, gated=False), "no gate")):
         with pytest.raises(ValueError, match=why):
-            trace_training_step(refused, seq_len=256, ulysses=1, ring=1)
+            traced_step(refused, 256, 1, 1)
         with pytest.raises(ValueError, match=why):
-            trainer_memory(refused, seq_len=256, ulysses=1, ring=1)
+            trainer_memory(rank_of(refused, 256, 1, 1))
     with pytest.raises(ValueError, match="fill it exactly"):
-        trace_training_step(shape(64, 4, 4, 64, 50), seq_len=256, ulysses=1, ring=1, documents=[200])
+        traced_step(shape(64, 4, 4, 64, 50), 256, 1, 1, documents=[200])
     with pytest.raises(ValueError, match="without a head"):
-        trace_training_step(shape(64, 4, 4, 64, 50), seq_len=256, ulysses=8, ring=1)
+        traced_step(shape(64, 4, 4, 64, 50), 256, 8, 1)
 
 
-def test_the_formula_tiles_the_loss_as_the_code_does() -> None:
+def test_the_formula_tiles_losses_and_mlps_as_the_code_does() -> None:
     assert formula.LOSS_ROWS == HeadRule().chunk_rows == plan_of(Config()).loss_rows
+    assert plan_of(Config(train=TrainConfig(tiling="mlp"))).mlp_rows == formula.MLP_ROWS
 
 
 def test_the_formula_needs_no_torch() -> None:

@@ -14,6 +14,7 @@ import typer
 from seqmesh.planner.candidates import Pins
 from seqmesh.planner.cost.estimate import StepEstimate
 from seqmesh.planner.cost.step import CostModel
+from seqmesh.planner.cost.trainer_memory import rank_of
 from seqmesh.planner.flags import PlanOptions, as_command
 from seqmesh.planner.inputs.hardware import known_gpus
 from seqmesh.planner.inputs.job import Job
@@ -22,7 +23,6 @@ from seqmesh.planner.inputs.options import check_options
 from seqmesh.planner.inputs.point import KEYS
 from seqmesh.planner.inputs.request import Machine, Request, build_job, parse_pins
 from seqmesh.planner.inputs.shape import ModelShape
-from seqmesh.planner.inputs.stack import TrainerStack
 from seqmesh.planner.inputs.units import format_tokens
 from seqmesh.planner.longest import at_length, longest
 from seqmesh.planner.one_attention import attention_model, split_record, splits
@@ -34,7 +34,7 @@ from seqmesh.planner.output.traced import show_traced
 from seqmesh.planner.reasons import reasons, why_not
 from seqmesh.planner.remedies import overflow, remedy, shortfall
 from seqmesh.planner.search import Found, any_legal, explain_pins, search
-from seqmesh.planner.trainer.memory import trainer_memory
+from seqmesh.planner.trainer.memory import traced_like
 
 UNLIMITED = 1 << 60
 """Bytes: a trace needs no memory, so whatever is traced fits."""
@@ -68,6 +68,8 @@ def _plan(context: typer.Context, options: PlanOptions) -> int:
         return _kernel(build_job(request, _one_attention(options)), pins, options)
     if options.max_seq and options.documents is not None:
         request = replace(request, seq_len=SAMPLE)
+    if options.trace_memory:
+        request = replace(request, stack="trainer")
     job = build_job(request, _model(options.model, request.machine))
     if options.compare:
         return _compare(job, options)
@@ -226,29 +228,26 @@ def _unwritable(path: Path, error: OSError) -> ValueError:
 
 
 def _trace_memory(job: Job, pins: Pins, as_json: bool) -> int:
-    """`--trace-memory`: the trainer's step, traced and predicted.
+    """`--trace-memory`: the trainer's step, traced and predicted, of the fuller end stage.
 
-    The mesh is the pinned one, else the best of the trainer's.
+    The mix is the pinned one, else the best of the trainer's.
     """
     roomy = replace(job.cluster, gpu=replace(job.cluster.gpu, memory_bytes=UNLIMITED))
-    stack = TrainerStack()
-    numerics = stack.numerics("bf16", "fp32")  # the options' defaults, the only ones that it takes
-    job = replace(job, stack=stack, numerics=numerics, cluster=roomy)
+    job = replace(job, cluster=roomy)
     point = search(CostModel(job), pins, top=1).best[0].point
-    predicted = trainer_memory(job.model, seq_len=job.seq_len, ulysses=point.ulysses, ring=point.ring)
+    ends = sorted({0, point.pp - 1})
+    ranks = [rank_of(job, point).at_stage(stage) for stage in ends]
+    fuller = max(ranks, key=lambda rank: traced_like(rank)["total"])
+    predicted = traced_like(fuller)
 
-    from seqmesh.planner.trainer.tracing import trace_training_step  # loads torch and transformers
+    from seqmesh.planner.trainer.tracing import trace_rank  # loads torch and transformers
 
-    traced = trace_training_step(
-        job.model,
-        seq_len=job.seq_len,
-        ulysses=point.ulysses,
-        ring=point.ring,
-        documents=job.documents or None,
-    )
+    traced = trace_rank(fuller, job.documents or None)
     result = {
         "ulysses": point.ulysses,
         "ring": point.ring,
+        "point": str(point),
+        "precision": "bf16" if fuller.is_half else "fp32",
         "seq_len": job.seq_len,
         "traced_bytes": asdict(traced),
         "predicted_bytes": predicted,

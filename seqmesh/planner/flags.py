@@ -53,7 +53,13 @@ class PlanOptions:
             " or paper (fused, without seqmesh's overlap of heads).",
         ),
     ] = "fused"
-    precision: Annotated[str, _option("--precision", "bf16 (with fp32 master weights) or fp32.")] = "bf16"
+    precision: Annotated[
+        str | None,
+        _option(
+            "--precision",
+            "bf16 (with fp32 master weights) or fp32; default: bf16, of --stack trainer fp32.",
+        ),
+    ] = None
     gradients: Annotated[
         str, _option("--gradients", "How bf16 training accumulates and reduces gradients: fp32 or bf16.")
     ] = "fp32"

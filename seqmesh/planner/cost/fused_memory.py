@@ -144,11 +144,36 @@ class FusedMemory:
         layer = self.layer_activations(point)
         if point.checkpointing == "none":
             return _Placed({name: size * kept_layers for name, size in layer.items()})
+        if point.checkpointing == "selective":
+            layer = self._made_again(point)
         checkpoint = job.numerics.element * job.model.hidden * job.tokens(point) // point.tp
         checkpoints = checkpoint * kept_layers
         # Two stay on the GPU: the one that is copied, and the one in use. Its layer is there, recomputed.
         offloaded = max(0, checkpoints - 2 * checkpoint) if point.offloads_activations else 0
-        return _Placed({"checkpoints": checkpoints - offloaded, **layer}, host=offloaded)
+        gpu = {"checkpoints": checkpoints - offloaded, **layer}
+        if point.checkpointing == "selective":
+            gpu |= {name: size * kept_layers for name, size in self._kept_results(point).items()}
+        return _Placed(gpu, host=offloaded)
+
+    def _kept_results(self, point: Point) -> dict[str, int]:
+        """What a selective checkpoint keeps of a layer beside its input: matrix products, and attention's."""
+        job, m = self._job, self._job.model
+        bytes_a_column = job.numerics.element * job.tokens(point) // point.tp
+        before_silu = 0 if point.tiling == "mlp" else (2 if m.gated else 1) * m.intermediate
+        # Without ulysses q, k and v are what attention keeps already.
+        qkv = (m.heads + 2 * m.kv_heads) * m.head_dim if point.ulysses > 1 else 0
+        down = 0 if point.tiling == "mlp" else m.hidden
+        return {
+            "activations_attention": self.layer_activations(point)["activations_attention"],
+            "activations_products": bytes_a_column * (qkv + m.hidden + before_silu + down),
+        }
+
+    def _made_again(self, point: Point) -> dict[str, int]:
+        """The rest of a layer, made again for its backward: norms, and the MLP's activation."""
+        job, m = self._job, self._job.model
+        whole = self.layer_activations(point)
+        mlp = 0 if point.tiling == "mlp" else job.numerics.element * m.intermediate * job.tokens(point)
+        return {"activations_norms": whole["activations_norms"], "activations_mlp": mlp // point.tp}
 
     def _logits(self, point: Point) -> dict[str, int]:
         job = self._job

@@ -120,6 +120,10 @@ class CostModel:
         """How often a rank computes a layer in a step."""
         return self.job.layers(point) * self.job.micro_batches(point)
 
+    def repeats_attention(self, point: Point) -> bool:
+        """Whether the backward computes attention again, and makes its exchanges again."""
+        return point.checkpointing == "full" and not self.job.stack.keeps_attention
+
     # Terms of the time.
 
     def _terms(self, point: Point) -> tuple[CostTerm, ...]:
@@ -155,8 +159,12 @@ class CostModel:
         yield compute("norms, rotary, activation", runs * passes * layer.elementwise)
         # Work that the savers do twice; the exchanges of a repeated forward are counted with the exchanges.
         again = layer.mlp_forward if point.tiling == "mlp" else 0.0
+        if point.checkpointing != "none":
+            again += layer.elementwise
         if point.checkpointing == "full":
-            again += layer.matmul_forward + layer.elementwise + forward.kernel_s + forward.merge_s
+            again += layer.matmul_forward
+        if self.repeats_attention(point):
+            again += forward.kernel_s + forward.merge_s
         yield compute("recomputation", runs * again)
         head = self.compute.head(point.tp, job.tokens(point), point.tiling != "none")
         yield compute("output head and loss", job.micro_batches(point) * head)
@@ -166,7 +174,7 @@ class CostModel:
         attention = self.attention(point)
         forward, backward = attention.forward, attention.backward
         runs = self.layer_runs(point)
-        times = _forwards(point)
+        times = 2 if self.repeats_attention(point) else 1
         yield self._on_links(
             "ulysses exchange",
             self.group(point, "ulysses"),
@@ -180,7 +188,7 @@ class CostModel:
             runs * (times * forward.rows_exposed_s + backward.rows_exposed_s),
         )
         tp = self.group(point, "tp")
-        calls = times * TP_FORWARD + TP_BACKWARD
+        calls = tp_forwards(point) * TP_FORWARD + TP_BACKWARD
         seconds = runs * self.network.round_seconds(tp, calls * self._tp_call_bytes(point), calls)
         yield self._on_links(
             "tensor parallel exchange", tp, seconds, seconds * self.job.assumptions.tp_exposed
@@ -273,7 +281,7 @@ class CostModel:
     def _bytes(self, point: Point) -> Iterator[dict[str, float]]:
         """Bytes per link class that one GPU sends in a step, on average."""
         yield from self._attention_bytes(point)
-        tp_calls = _forwards(point) * TP_FORWARD + TP_BACKWARD
+        tp_calls = tp_forwards(point) * TP_FORWARD + TP_BACKWARD
         tp_bytes = self.layer_runs(point) * tp_calls * self._tp_call_bytes(point)
         yield self.network.round_bytes(self.group(point, "tp"), tp_bytes)
         sent = self._sent_for_weights(point, mean_parameters(self.job, point))
@@ -285,7 +293,7 @@ class CostModel:
     def _attention_bytes(self, point: Point) -> Iterator[dict[str, float]]:
         attention = self.attention(point)
         runs = self.layer_runs(point)
-        times = _forwards(point)
+        times = 2 if self.repeats_attention(point) else 1
         forward, backward = attention.forward, attention.backward
         heads = times * forward.heads_bytes + backward.heads_bytes
         heads_off_node = self.group(point, "ulysses").off_node
@@ -367,6 +375,6 @@ class _OverlapBudget:
         return replace(term, exposed=term.seconds - hidden)
 
 
-def _forwards(point: Point) -> int:
-    """Forward passes of a layer for one backward."""
-    return 2 if point.checkpointing == "full" else 1
+def tp_forwards(point: Point) -> int:
+    """How often the exchanges of tensor parallelism in a forward are made for one backward."""
+    return 1 if point.checkpointing == "none" else 2

@@ -24,7 +24,7 @@ def violations(job: Job, point: Point) -> Iterator[str]:
     yield from _layers(job, point)
     yield from _tokens(job, point)
     yield from _sequences(job, point)
-    yield from job.stack.violations(point, job.global_batch)
+    yield from job.stack.violations(point, job)
     yield from _micro_batch(job, point)
     yield from _savers(point)
 

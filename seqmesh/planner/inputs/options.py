@@ -21,7 +21,8 @@ MODES: Mapping[str, set[str]] = {
     | ATTENTION_OPTIONS
     | {"heads", "kv_heads", "head_dim", "pin", "top", "as_json"},
     "compare": MACHINE_OPTIONS | {"model", "seq_len", "global_batch", "as_json"},
-    "trace_memory": MACHINE_OPTIONS | {"model", "seq_len", "documents", "pin", "as_json"},
+    "trace_memory": MACHINE_OPTIONS
+    | {"model", "seq_len", "global_batch", "documents", "precision", "pin", "as_json"},
     "max_seq": JOB_OPTIONS | FILE_OPTIONS | {"pin", "top", "explain", "as_json"},
 }
 """Options that mean something in a mode; a search knows all but those of --kernel."""

@@ -10,7 +10,7 @@ from seqmesh.planner.inputs.tables import unknown
 AXES = ("tp", "ulysses", "ring", "dp", "pp")
 """From the fastest links to the slowest: best practice 7."""
 
-CHECKPOINTING = ("none", "full")
+CHECKPOINTING = ("none", "selective", "full")
 OFFLOAD = ("none", "activations", "optimizer", "both")
 TILING = ("none", "loss", "mlp")
 CHOICES: dict[str, tuple[str, ...]] = {"checkpointing": CHECKPOINTING, "offload": OFFLOAD, "tiling": TILING}

@@ -49,7 +49,8 @@ class Request:
     documents: str | None = None
     layout: str = "auto"
     stack: str = "fused"
-    precision: str = "bf16"
+    precision: str | None = None
+    """None: the stack's own."""
     gradients: str = "fp32"
     memory_limit: str | None = None
     axes: str = ",".join(AXES)

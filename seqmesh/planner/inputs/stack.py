@@ -1,24 +1,40 @@
 """The training stacks that can be planned for, behind one interface.
 
     fused       bf16, flash attention, fused norms and activations, every parallelism: as Megatron-LM has
-    trainer     `seqmesh train` on ulysses x ring alone: fp32, weights whole on every rank, nothing recomputed
+    trainer     `seqmesh train`: transformers' modules, fp32 or bf16, what it recomputes and shards
     paper       what the USP paper measured: fused, with an attention that hides no exchange of heads
 
 A `Job` holds one of them. What the planner does differently for them it asks the stack, by the questions
 of `Stack`. Only their memory models are in cost/, which this folder may not import: MEMORY_MODELS of
 cost/step.py says whose is which.
 
-`seqmesh train` runs every parallelism and saver, but the formula of its own memory (trainer/memory.py) covers
-the plain mesh only: other mixes are priced as the fused stack.
+The time of all follows from the same costs: `trainer` knows what `seqmesh train` refuses, what it computes
+again, and what its modules keep.
 """
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Protocol
 
-from seqmesh.planner.inputs.numerics import FP32, Numerics, numerics_for
+from seqmesh.planner.inputs.numerics import Numerics, numerics_for
 from seqmesh.planner.inputs.point import CHECKPOINTING, OFFLOAD, TILING, Point
+from seqmesh.planner.inputs.shape import ModelShape
 from seqmesh.planner.inputs.tables import unknown
+
+
+class PlannedJob(Protocol):
+    """What a stack must know of a job."""
+
+    @property
+    def model(self) -> ModelShape:
+        """What is trained."""
+
+    @property
+    def numerics(self) -> Numerics:
+        """In which numbers."""
+
+    def micro_batches(self, point: Point) -> int:
+        """Forward and backward passes of a step on each rank."""
 
 
 class Stack(Protocol):
@@ -41,17 +57,21 @@ class Stack(Protocol):
         """Whether the ring's exchanges may be merged, where that takes less time; else none are."""
 
     @property
+    def keeps_attention(self) -> bool:
+        """Whether full checkpoints keep attention's results, so that it is never computed again."""
+
+    @property
     def remedy(self) -> str | None:
         """What to do when nothing fits, where a larger machine or a shorter sequence is not the answer."""
 
-    def numerics(self, precision: str, gradients: str) -> Numerics:
-        """Bytes of numbers for `--precision` and `--gradients`.
+    def numerics(self, precision: str | None, gradients: str) -> Numerics:
+        """Bytes of numbers for `--precision` (None: the stack's own) and `--gradients`.
 
         Raises:
             ValueError: the stack does not compute in them.
         """
 
-    def violations(self, point: Point, global_batch: int) -> Iterator[str]:
+    def violations(self, point: Point, job: PlannedJob) -> Iterator[str]:
         """What it does not run of a point, each with what to do."""
 
 
@@ -63,18 +83,20 @@ class FusedStack:
     """No 0: where there are replicas, ZeRO-1 sends no more and takes less memory."""
     savers: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "tiling": TILING,
-        "checkpointing": CHECKPOINTING,
+        # Selective ones where they are pinned: the published comparisons know none.
+        "checkpointing": ("none", "full"),
         "offload": OFFLOAD,
     }
     overlaps_heads: ClassVar[bool] = True
     chooses_stages: ClassVar[bool] = True
+    keeps_attention: ClassVar[bool] = False
     remedy: ClassVar[str | None] = None
 
-    def numerics(self, precision: str, gradients: str) -> Numerics:
-        """Any precision that can be asked for."""
-        return numerics_for(precision, gradients)
+    def numerics(self, precision: str | None, gradients: str) -> Numerics:
+        """Any precision that can be asked for, bf16 by default."""
+        return numerics_for(precision or "bf16", gradients)
 
-    def violations(self, point: Point, global_batch: int) -> Iterator[str]:  # noqa: ARG002
+    def violations(self, point: Point, job: PlannedJob) -> Iterator[str]:  # noqa: ARG002
         """None: it runs every point that the rules for all stacks allow."""
         return iter(())
 
@@ -92,58 +114,49 @@ class PaperStack(FusedStack):
 
 @dataclass(frozen=True)
 class TrainerStack:
-    """`seqmesh train` where a formula knows its memory.
+    """`seqmesh train`: its mixes, and its own memory (trainer/memory.py). Ranks of tp share norms."""
 
-    Weights replicated on ulysses x ring ranks, one packed sequence a step, nothing saved.
-    """
-
-    zero_stages: ClassVar[tuple[int, ...]] = (0,)
+    zero_stages: ClassVar[tuple[int, ...]] = (1, 2, 3)
     savers: ClassVar[Mapping[str, tuple[str, ...]]] = {
-        "tiling": ("none",),
-        "checkpointing": ("none",),
-        "offload": ("none",),
+        "tiling": ("loss", "mlp"),  # its loss always is
+        "checkpointing": CHECKPOINTING,
+        "offload": OFFLOAD,
     }
     overlaps_heads: ClassVar[bool] = True
     chooses_stages: ClassVar[bool] = False
     """It builds its schedules with the default of `Schedule.build`."""
-    remedy: ClassVar[str | None] = (
-        "--stack fused prices what shards weights or recomputes, which seqmesh train runs, too"
-    )
-    only: ClassVar[Mapping[str, int | str]] = {
-        "tp": 1,
-        "dp": 1,
-        "pp": 1,
-        "zero": 0,
-        "checkpointing": "none",
-        "offload": "none",
-        "tiling": "none",
-    }
-    """The one value of each knob that the formula covers."""
+    keeps_attention: ClassVar[bool] = True
+    remedy: ClassVar[str | None] = None
 
-    def numerics(self, precision: str, gradients: str) -> Numerics:
-        """fp32; the options must be at their defaults, since anything else would be ignored."""
-        for name, value, default in (("precision", precision, "bf16"), ("gradients", gradients, "fp32")):
-            if value != default:
-                raise ValueError(
-                    f"--{name} with --stack trainer: the formula of its memory is of fp32; remove --{name},"
-                    " or use --stack fused"
-                )
-        return FP32
-
-    def violations(self, point: Point, global_batch: int) -> Iterator[str]:
-        """Every knob away from the value that the formula covers, and more than one sequence a step."""
-        for key, value in self.only.items():
-            given = getattr(point, key)
-            if given != value:
-                yield (
-                    f"{key}={given} is beyond the formula of seqmesh train's memory;"
-                    f" use {key}={value}, or --stack fused"
-                )
-        if global_batch > 1:
-            yield (
-                f"global_batch={global_batch} is beyond the formula of seqmesh train's memory;"
-                " use --global-batch 1 and --documents, or --stack fused"
+    def numerics(self, precision: str | None, gradients: str) -> Numerics:
+        """fp32 unless bf16 is asked for, whose gradients are summed in fp32."""
+        if gradients != "fp32":
+            raise ValueError(
+                f"--gradients {gradients} with --stack trainer, which sums gradients in fp32;"
+                " remove --gradients, or use --stack fused"
             )
+        return numerics_for(precision or "fp32", gradients)
+
+    def violations(self, point: Point, job: PlannedJob) -> Iterator[str]:
+        """What the trainer refuses of a recipe."""
+        if job.numerics.element == 2 and point.zero < 2:
+            yield (
+                f"bf16 with zero={point.zero}: seqmesh train makes weights in bf16 when it gathers them;"
+                " use zero=2 or 3, or --precision fp32"
+            )
+        if point.offloads_optimizer and point.zero < 2:
+            yield (
+                f"offload={point.offload} with zero={point.zero}: seqmesh train keeps on the host what is"
+                " sharded; use zero=2 or 3"
+            )
+        count = job.micro_batches(point)
+        if point.pp > max(1, count):
+            yield (
+                f"pp={point.pp} with {count} micro-batches: seqmesh train's stages need one each;"
+                " use a smaller micro_batch, or fewer stages"
+            )
+        if point.pp > 1 and job.model.tied_embeddings:
+            yield f"pp={point.pp} with tied embeddings, which seqmesh train does not cut; use pp=1"
 
 
 STACKS: Mapping[str, Stack] = {

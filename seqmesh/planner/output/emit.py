@@ -116,7 +116,7 @@ def _data(job: Job) -> dict[str, _Setting]:
 def _train(job: Job, point: Point) -> dict[str, _Setting]:
     return {
         "zero": _Setting(point.zero),
-        "checkpointing": _checkpointing(point),
+        "checkpointing": _checkpointing(job, point),
         "offload": _offload(point),
         # The trainer's loss is always tiled.
         "tiling": _Setting("mlp" if point.tiling == "mlp" else "none"),
@@ -127,8 +127,8 @@ def _train(job: Job, point: Point) -> dict[str, _Setting]:
     }
 
 
-def _checkpointing(point: Point) -> _Setting:
-    if point.checkpointing == "full":
+def _checkpointing(job: Job, point: Point) -> _Setting:
+    if point.checkpointing == "full" and not job.stack.keeps_attention:
         return _Setting("full", "checkpointing=full: the trainer keeps attention's results all the same")
     return _Setting(point.checkpointing)
 

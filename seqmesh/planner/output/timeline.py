@@ -23,7 +23,7 @@ from typing import Any
 
 from seqmesh.planner.cost.attention import AttentionShape, Pass
 from seqmesh.planner.cost.estimate import COMPUTE, PIPELINE
-from seqmesh.planner.cost.step import TP_BACKWARD, TP_FORWARD, CostModel
+from seqmesh.planner.cost.step import TP_BACKWARD, TP_FORWARD, CostModel, tp_forwards
 from seqmesh.planner.inputs.point import Point
 from seqmesh.planner.output.stage_times import StageTime, stage_times
 from seqmesh.planner.output.trace_rows import Trace
@@ -51,7 +51,8 @@ class _Step:
         self.layer = costs.compute.layer(point.tp, self.job.tokens(point))
         self.attention = costs.attention(point)
         self.stages = stage_times(costs, point)
-        self.repeats_forward = point.checkpointing == "full"
+        self.repeats_attention = costs.repeats_attention(point)
+        self.repeats_tensor = tp_forwards(point) > 1
         shape = AttentionShape.of(self.job, batch=point.micro_batch, ulysses=point.ulysses, tp=point.tp)
         self.qkv_share = shape.qkv_share  # q, k and v go one way, and out the other
         self.mlp_share = self.layer.mlp_forward / self.layer.matmul_forward
@@ -132,17 +133,18 @@ class _Step:
             self._share("gradient reduction", 1 / self.layer_runs, **at)
 
     def _recompute(self, at: dict[str, Any]) -> None:
-        """The forward once more, in one event; under full checkpointing its exchanges too."""
+        """The forward once more, in one event; its exchanges too, as far as they are repeated."""
         at = {**at, "direction": "recomputation"}
         forward = self.attention.forward
-        if self.repeats_forward:
+        if self.repeats_attention:
             self._exposed_heads(forward.heads_exposed_s, at)
         start = self.trace.clock
         self._share("recomputation", 1 / self.layer_runs, **at)
-        if self.repeats_forward:
+        if self.repeats_attention:
             # Its stages are not drawn one by one: what is hidden runs beside the whole event.
             self._hidden_heads(forward, start, at)
             self.trace.exchange("ring exchange", forward.rows_s, forward.rows_exposed_s, start, **at)
+        if self.repeats_tensor:
             self._tensor(TP_FORWARD, at)
 
     def _attend(
@@ -176,7 +178,7 @@ class _Step:
 
     def _tensor(self, calls: float, at: dict[str, Any]) -> None:
         """So many of a layer's collectives of tensor parallelism."""
-        of_a_layer = (2 if self.repeats_forward else 1) * TP_FORWARD + TP_BACKWARD
+        of_a_layer = (2 if self.repeats_tensor else 1) * TP_FORWARD + TP_BACKWARD
         self._share("tensor parallel exchange", calls / of_a_layer / self.layer_runs, **at)
 
     def _host_copy(self, at: dict[str, Any], start: float | None = None) -> None:

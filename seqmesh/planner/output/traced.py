@@ -21,9 +21,8 @@ def show_traced(out: Console, job: Job, result: Mapping[str, Any]) -> None:
     traced = dict(result["traced_bytes"])
     predicted = dict(result["predicted_bytes"])
     out.print(
-        "one rank's peak in a step of seqmesh train (fp32, weights replicated, nothing recomputed):"
-        f" {escape(job.model.name)}, {format_tokens(job.seq_len)} tokens,"
-        f" ulysses {result['ulysses']} x ring {result['ring']}\n"
+        f"one rank's peak in a step of seqmesh train ({result['precision']}, {result['point']}):"
+        f" {escape(job.model.name)}, {format_tokens(job.seq_len)} tokens\n"
     )
     peak = traced.pop("peak_bytes")
     phase = traced.pop("peak_phase")

@@ -12,8 +12,9 @@ from typing import NamedTuple
 from seqmesh.planner.inputs.hardware import Cluster
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.numerics import numerics_for
-from seqmesh.planner.inputs.point import CHECKPOINTING, Point
+from seqmesh.planner.inputs.point import Point
 from seqmesh.planner.inputs.shape import ModelShape
+from seqmesh.planner.inputs.stack import TrainerStack
 from seqmesh.train.config import Config, ModelConfig
 
 
@@ -47,16 +48,17 @@ def of_recipe(config: Config, cluster: Cluster, *, vocabulary: int) -> Priced:
         global_batch=config.data.sequences,
         layout=config.mesh.placement,
         numerics=numerics_for(config.train.precision, "fp32"),
+        stack=TrainerStack(),
     )
     return Priced(job, point, tuple(missing))
 
 
 def _point(config: Config, missing: list[str]) -> Point:
     train, degrees = config.train, config.mesh.degrees
-    checkpointing = train.checkpointing
-    if checkpointing not in CHECKPOINTING:
-        missing.append(f'train.checkpointing="{checkpointing}" as "none"')
-        checkpointing = "none"
+    if degrees["tp"] > 1 and not train.shard_norms:
+        missing.append("train.shard_norms=false as true")
+    if train.zero >= 2 and degrees["dp_replicate"] > 1:
+        missing.append(f"mesh.dp_replicate={degrees['dp_replicate']} as dp_shard")
     if train.pipeline != "1f1b":
         missing.append(f'train.pipeline="{train.pipeline}" as "1f1b"')
     return Point(
@@ -66,7 +68,7 @@ def _point(config: Config, missing: list[str]) -> Point:
         dp=config.mesh.data_parallel,
         pp=degrees["pp"],
         zero=train.zero,
-        checkpointing=train.checkpointing if train.checkpointing in CHECKPOINTING else "none",
+        checkpointing=train.checkpointing,
         offload=train.offload,
         # The trainer's loss is always tiled.
         tiling="mlp" if train.tiling == "mlp" else "loss",

@@ -1,53 +1,79 @@
-"""Trace a step of our trainer for a model of the planner's. `seqmesh plan --trace-memory` shows it.
+"""Trace a step of our trainer for a rank of the planner's. `seqmesh plan --trace-memory` shows it.
 
-    traced = trace_training_step(load_model("llama3-8b"), seq_len=212_992, ulysses=8, ring=2)
+    rank = TrainedRank(shape=load_model("llama3-8b"), point=Point(ulysses=8, ring=2, zero=3), seq_len=212_992)
+    traced = trace_rank(rank)
 
-Beside it stands the prediction of memory.py.
+Beside it stands the prediction of memory.py, of which `Moment.everywhere` counts what a trace does.
 """
 
 from collections.abc import Sequence
 
-from seqmesh.planner.inputs.shape import ModelShape
 from seqmesh.planner.trainer.memory import check_trainable
+from seqmesh.planner.trainer.rank import TrainedRank
 from seqmesh.trace.allocations import TracedMemory
 from seqmesh.trace.tracing import trace_recipe
-from seqmesh.train.config import Config, DataConfig, MeshConfig, ModelConfig
+from seqmesh.train.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 
 
-def trace_training_step(
-    shape: ModelShape, *, seq_len: int, ulysses: int, ring: int, documents: Sequence[int] | None = None
-) -> TracedMemory:
-    """Peak memory of rank 0 in a step of our trainer.
+def trace_rank(rank: TrainedRank, documents: Sequence[int] | None = None) -> TracedMemory:
+    """Peak memory of a rank in a step of our trainer.
 
-    fp32, weights replicated, nothing recomputed but the loss's softmax. Takes seconds to minutes (5000
-    operators a second), and some 100 MB. Leaves no process group and no random state behind.
+    Takes seconds to minutes (5000 operators a second), and some 100 MB. Leaves no process group and no random
+    state behind.
 
     Args:
-        shape: the model, trained as a Llama.
-        seq_len: tokens of the one packed sequence of a step, over all ranks.
-        ulysses: ulysses degree.
-        ring: ring degree.
-        documents: tokens of the documents in the sequence, which the trainer shuffles; default: one.
+        rank: as the trainer would run it.
+        documents: tokens of the documents in a sequence, which the trainer shuffles; default: one.
 
     Raises:
-        ValueError: a shape or mesh that the trainer cannot run, documents that do not fill the sequence, or a
+        ValueError: a shape or mix that the trainer cannot run, documents that do not fill the sequence, or a
             process that already has a process group.
     """
-    check_trainable(shape)
-    config = _config(shape, seq_len, ulysses, ring)
-    return trace_recipe(config, vocabulary=shape.vocabulary, documents=documents)
+    check_trainable(rank.shape)
+    return trace_recipe(
+        config_of(rank), vocabulary=rank.shape.vocabulary, documents=documents, stage=rank.stage
+    )
 
 
-def _config(shape: ModelShape, seq_len: int, ulysses: int, ring: int) -> Config:
+def config_of(rank: TrainedRank) -> Config:
+    """The recipe of a run with such a rank."""
+    point = rank.point
     return Config(
-        mesh=MeshConfig(ulysses=ulysses, ring=ring),
-        model=ModelConfig(
-            hidden=shape.hidden,
-            layers=shape.layers,
-            heads=shape.heads,
-            kv_heads=shape.kv_heads,
-            intermediate=shape.intermediate,
-            tie_embeddings=shape.tied_embeddings,
+        mesh=MeshConfig(
+            pp=point.pp,
+            dp_replicate=rank.copies,
+            dp_shard=point.dp // rank.copies,
+            ring=point.ring,
+            ulysses=point.ulysses,
+            tp=point.tp,
         ),
-        data=DataConfig(seq_len=seq_len),
+        model=_model(rank),
+        data=DataConfig(seq_len=rank.seq_len, sequences=point.dp * point.micro_batch * rank.micro_batches),
+        train=_train(rank),
+    )
+
+
+def _model(rank: TrainedRank) -> ModelConfig:
+    shape = rank.shape
+    return ModelConfig(
+        hidden=shape.hidden,
+        layers=shape.layers,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        intermediate=shape.intermediate,
+        tie_embeddings=shape.tied_embeddings,
+    )
+
+
+def _train(rank: TrainedRank) -> TrainConfig:
+    point = rank.point
+    # Words that a `Point` has checked.
+    words = {"checkpointing": point.checkpointing, "offload": point.offload}
+    return TrainConfig(
+        zero=point.zero,
+        tiling="mlp" if rank.is_tiled else "none",
+        shard_norms=rank.shard_norms,
+        micro_batch=point.micro_batch,
+        precision="bf16" if rank.is_half else "fp32",
+        **words,  # type: ignore[arg-type]
     )

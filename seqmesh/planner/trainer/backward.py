@@ -23,7 +23,7 @@ MLP_ROWS = 4096
 
 
 @dataclass(frozen=True)
-class Backward:
+class BackwardMoments:
     """Moments from a micro-batch's loss to the end of its backward."""
 
     step: TrainerStep

@@ -25,7 +25,7 @@ h hidden, f intermediate, V vocabulary, each of this rank of tp.
 """
 
 from seqmesh.planner.inputs.shape import ModelShape
-from seqmesh.planner.trainer.backward import Backward
+from seqmesh.planner.trainer.backward import BackwardMoments
 from seqmesh.planner.trainer.moment import Moment
 from seqmesh.planner.trainer.rank import TrainedRank
 from seqmesh.planner.trainer.step import TrainerStep
@@ -60,7 +60,7 @@ def trainer_moments(rank: TrainedRank) -> list[Moment]:
     """
     check_trainable(rank.shape)
     step = TrainerStep(rank)
-    found = [moment for turn in turns(rank) for moment in Backward(step, turn).moments()]
+    found = [moment for turn in turns(rank) for moment in BackwardMoments(step, turn).moments()]
     return [*found, *step.after_backwards()]
 
 

@@ -1,9 +1,9 @@
 """The formula of the trainer's memory against the trace of its real step, for mixes of all that it runs.
 
 A trace is what the allocator has to 0.1% (test_plan_tracing_mixes.py). It runs on CPU, where the host's
-memory is the device's: what is offloaded counts in it. Tolerances: 2% is asked of the peak; the formula leaves
-out scalars, and that the input of an MLP that is one tile may live a little shorter. States are exact but for
-rows that shards are padded with.
+memory is the device's: what is offloaded counts in it. Tolerances: 2% is asked of the peak. The formula
+leaves out scalars, and that the input of an MLP that is one tile may live a little shorter. States are exact
+but for rows that shards are padded with.
 """
 
 from typing import Any

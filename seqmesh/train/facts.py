@@ -41,6 +41,8 @@ def weight_sum(parameters: Iterable[nn.Parameter]) -> float:
 
 def gather_facts(mine: RankFacts, ranks: int) -> list[RankFacts]:
     """The facts of every rank, by rank. A collective."""
+    if ranks == 1:
+        return [mine]
     *numbers, bits = mine
     # As integers of the same bits: no fp64 has 64 bits of a sum.
     packed = torch.cat([torch.tensor(numbers, dtype=torch.float64).view(torch.int64), torch.tensor([bits])])

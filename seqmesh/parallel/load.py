@@ -26,6 +26,7 @@ from transformers import PreTrainedModel
 
 from seqmesh.parallel.model import ParallelModel
 from seqmesh.parallel.shards import local_part
+from seqmesh.parallel.tensor import check_ranges
 
 
 @torch.no_grad()
@@ -37,11 +38,12 @@ def load_folder(model: ParallelModel, folder: Path | str) -> None:
         folder: with .safetensors files whose names are the model's own, as `save_pretrained` writes them.
 
     Raises:
-        ValueError: no such files, or a parameter that they do not have.
+        ValueError: no such files, a parameter that they do not have, or one that tp does not share by rows.
     """
     homes = _homes(Path(folder))
     stored = dict(_stored_of(model))
     _check_stored(homes, {name: tuple(tensor.shape) for name, tensor in stored.items()}, folder)
+    _check_ranges(model)
     _allocate(model)
     for name, tensor in _stored_of(model):
         with safe_open(homes[name], framework="pt") as file:
@@ -67,7 +69,11 @@ def load_from_rank_0(model: ParallelModel, build: Callable[[], PreTrainedModel])
     Args:
         model: on the meta device, or with weights to overwrite.
         build: makes the whole model on the host; it is called on rank 0 alone.
+
+    Raises:
+        ValueError: on all ranks alike, a parameter that tp does not share by rows.
     """
+    _check_ranges(model)
     _allocate(model)
     here: dict[str, list[Tensor]] = defaultdict(list)  # two stages of a rank have the same buffers
     for name, tensor in _tensors_of(model):
@@ -174,6 +180,11 @@ def _copy(source: Any, into: Tensor) -> None:
     mine = tuple(slice(start, start + size) for start, size in zip(offset, shape, strict=True))
     if into.to_local().numel():  # more ranks than rows leave some without any
         into.to_local().copy_(source[mine])
+
+
+def _check_ranges(model: ParallelModel) -> None:
+    if model.mesh.dims.tp > 1:
+        check_ranges(model.parts[0].hf, model.mesh.dims.tp)
 
 
 def _allocate(model: ParallelModel) -> None:

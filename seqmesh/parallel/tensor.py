@@ -42,7 +42,7 @@ def plan_of(model: PreTrainedModel, degree: int) -> Styles:
     """What transformers shares how over so many ranks of tp.
 
     Raises:
-        ValueError: a model without a plan, heads that do not divide, or two matrices in one parameter.
+        ValueError: a model without a plan, or heads that do not divide.
     """
     config = model.config
     _check_heads(type(model).__name__, config.num_attention_heads, config.num_key_value_heads, degree)
@@ -50,13 +50,21 @@ def plan_of(model: PreTrainedModel, degree: int) -> Styles:
         plan: Styles = model._resolve_parallel_plans(DistributedConfig(tp_size=degree))[0]
     except ValueError as error:
         raise ValueError(f"tp={degree}: {error}") from None
-    packed = [path for path, style in plan.items() if style.startswith(_PACKED)]
+    return plan
+
+
+def check_ranges(model: PreTrainedModel, degree: int) -> None:
+    """Refuse what cannot be loaded or saved by ranges of rows: two matrices in one parameter, each shared.
+
+    Raises:
+        ValueError: a model with such parameters, or without a plan.
+    """
+    packed = [path for path, style in plan_of(model, degree).items() if style.startswith(_PACKED)]
     if packed:
         raise ValueError(
             f"tp={degree} with {type(model).__name__}: {packed[0]} has two matrices in one, and a rank's"
             " shard of it is not a range of rows, as loading and saving take it to be; use tp=1"
         )
-    return plan
 
 
 def share_matrices(

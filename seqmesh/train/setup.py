@@ -109,7 +109,7 @@ def _check_plans(hollow: PreTrainedModel, config: Config) -> None:
     """What transformers, or a pipeline, cannot do with this model."""
     mesh = config.mesh
     if mesh.tp > 1:
-        tensor.plan_of(hollow, mesh.tp)
+        tensor.check_ranges(hollow, mesh.tp)
     if mesh.experts > 1:
         degrees = mesh.degrees
         ranks = degrees["dp_shard"] * degrees["ring"] * degrees["ulysses"]

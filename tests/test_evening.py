@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seqmesh.train.data.evening import MicroBatch, deal, in_turn
+from seqmesh.bench.dealing import in_turn
+from seqmesh.train.data.evening import MicroBatch, deal
 
 pytestmark = pytest.mark.fast
 

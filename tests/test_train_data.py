@@ -16,9 +16,9 @@ from tiny_tokenizer import save_tokenizer
 from train_command import TINY, one_line_error, seqmesh_command
 from transformers import AutoTokenizer, LlamaForCausalLM
 
+from seqmesh.bench.dealing import in_turn
 from seqmesh.train.config import MeshConfig
 from seqmesh.train.data import Corpus, area_of, sequences
-from seqmesh.train.data.evening import in_turn
 from seqmesh.train.setup import dims_of
 from seqmesh.train.trainer import Trainer
 

@@ -23,7 +23,7 @@ from seqmesh.layouts import Layout, load
 from seqmesh.masks import Mask
 from seqmesh.planner.inputs.models import load_model
 from seqmesh.train.data.corpus import Piece
-from seqmesh.train.data.evening import MicroBatch, deal, in_turn
+from seqmesh.train.data.evening import MicroBatch, deal
 from seqmesh.train.data.packing import Epoch, area_of
 
 DEAL_SECTION = "data-parallel ranks, busiest / mean FLOPs of an 8B: evened (in turn)"
@@ -88,6 +88,13 @@ def waiting(work: Sequence[float], dealt: Sequence[Sequence[MicroBatch]]) -> Wai
         each_micro_batch=sum(map(max, zip(*loads, strict=True))) / least,
         at_the_end=max(map(sum, loads)) / least,
     )
+
+
+def in_turn(count: int, ranks: int, micro_batches: int) -> list[list[MicroBatch]]:
+    """What `deal` is measured against: micro-batches in the sequences' order, to one rank after the other."""
+    size = count // (ranks * micro_batches)
+    cut = [tuple(range(first, first + size)) for first in range(0, count, size)]
+    return [cut[rank::ranks] for rank in range(ranks)]
 
 
 def measure_dealing(cases: Sequence[Steps] = CASES) -> Iterator[Figure]:

@@ -16,7 +16,6 @@ slower by a rule (`attention_half_rows` of its assumptions); merges, copies and 
 Legend: b batch, n local tokens, h query heads, g K/V heads, d head dim, R ring degree.
 """
 
-import json
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
@@ -25,14 +24,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
 from seqmesh import Schedule, SequenceMesh, attention, layouts, masks
 from seqmesh.bench.figures import Spread
 from seqmesh.bench.local_copies import alone
-from seqmesh.bench.report import WIDTH, check_writable, header
+from seqmesh.bench.report import header, opened, write_json
 from seqmesh.bench.schedules import Tail, given_tail
 from seqmesh.layouts import Layout, load
 from seqmesh.masks import Mask
@@ -114,20 +112,12 @@ def run_gpu_rank(work: RankWork, json_path: Path | None) -> int:
     """
     if work.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("bench gpu-rank: PyTorch sees no CUDA device here; use --device cpu")
-    if json_path is not None:
-        check_writable(json_path)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=WIDTH)
-    about = {**header(), "device": _device_name(work), "work": _in_words(work)}
-    for name, value in about.items():
-        console.print(f"{name:<8} {value}", markup=False)
+    about = {**header(), "device": device_name(work.device), "work": _in_words(work)}
+    console = opened(about, json_path)
     found = list(measure(work))
     console.print(table(found))
     console.print("share: pairs/s of the rank over those of one causal call; planner: of the kernel alone")
-    if json_path is not None:
-        document = {**about, "shares": [asdict(one) for one in found]}
-        json_path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write_json({**about, "shares": [asdict(one) for one in found]}, json_path)
     return 0
 
 
@@ -277,10 +267,9 @@ def table(found: Sequence[RankShare]) -> Table:
     return made
 
 
-def _device_name(work: RankWork) -> str:
-    return (
-        torch.cuda.get_device_name() if work.device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
-    )
+def device_name(device: str) -> str:
+    """As the header of a benchmark names it."""
+    return torch.cuda.get_device_name() if device == "cuda" else f"cpu, {torch.get_num_threads()} threads"
 
 
 def _in_words(work: RankWork) -> str:

@@ -13,18 +13,15 @@ MFU is of the whole job's model FLOPs over all its ranks, each of which would ta
 job reaches whose exchanges are hidden. The planner's figure is of the same: its compute terms, without links.
 """
 
-import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from statistics import median
 
 import torch
-from rich.console import Console
 
-from seqmesh.bench.report import WIDTH, check_writable, header
+from seqmesh.bench.gpu_rank import device_name
+from seqmesh.bench.report import header, opened, write_json
 from seqmesh.foresee import cluster_for, known_as
 from seqmesh.planner.cost.estimate import COMPUTE
 from seqmesh.planner.cost.step import CostModel
@@ -102,19 +99,12 @@ def run_gpu_step(recipe: str | None, device: str, gpu: str, steps: int, json_pat
     if steps < 1:
         raise ValueError(f"--steps {steps}: time one step at least")
     devices.check(config.run.device)
-    if json_path is not None:
-        check_writable(json_path)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=WIDTH)
-    about = {**header(), "device": _device_name(config), "work": _in_words(config)}
-    for name, value in about.items():
-        console.print(f"{name:<10} {value}", markup=False)
+    about = {**header(), "device": device_name(config.run.device), "work": _in_words(config)}
+    console = opened(about, json_path)
     found = measure(config, _cluster(config, gpu), steps)
     for name, value in _lines(found).items():
-        console.print(f"{name:<10} {value}", markup=False)
-    if json_path is not None:
-        json_path.write_text(json.dumps({**about, **asdict(found)}, indent=1) + "\n", encoding="utf-8")
+        console.print(f"{name:<8} {value}", markup=False)
+    write_json({**about, **asdict(found)}, json_path)
     return 0
 
 
@@ -147,7 +137,7 @@ def measure(config: Config, cluster: Cluster | None, steps: int) -> RankStep:
     """Time steps of rank 0, after one that is not counted."""
     world = config.mesh.world
     peak, source = _peak(config, cluster)
-    with fake_ranks(config) as mesh, weights_of_noise(), _forked_random():
+    with fake_ranks(config) as mesh, weights_of_noise(), torch.random.fork_rng(devices=[]):
         trainer = Trainer(config, text_of(config, _token_ids(config)), mesh, peak_flops_per_s=peak * world)
         trainer.step()
         taken = []
@@ -180,12 +170,6 @@ def measure(config: Config, cluster: Cluster | None, steps: int) -> RankStep:
     )
 
 
-@contextmanager
-def _forked_random() -> Iterator[None]:
-    with torch.random.fork_rng(devices=[]):
-        yield
-
-
 def _finish(config: Config) -> None:
     if config.run.device == "cuda":
         torch.cuda.synchronize()
@@ -200,12 +184,6 @@ def _peak(config: Config, cluster: Cluster | None) -> tuple[float, str]:
     return devices.measure_matmul_flops_per_s(
         config.run.device, dtype
     ), "large matrix products, measured here"
-
-
-def _device_name(config: Config) -> str:
-    if config.run.device == "cuda":
-        return torch.cuda.get_device_name()
-    return f"cpu, {torch.get_num_threads()} threads"
 
 
 def _in_words(config: Config) -> str:

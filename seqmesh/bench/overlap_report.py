@@ -1,17 +1,15 @@
 """`seqmesh bench overlap`: what overlap.py measured, printed, written and drawn."""
 
-import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 
-from rich.console import Console
 from rich.table import Table
 
 from seqmesh.bench.figures import Spread
 from seqmesh.bench.overlap import OverlapSide, OverlapWork, in_words, measure_overlap
 from seqmesh.bench.overlap_picture import draw_overlap
-from seqmesh.bench.report import WIDTH, check_writable, header
+from seqmesh.bench.report import header, opened, write_json
 
 
 def run_overlap(work: OverlapWork, json_path: Path | None, plot_path: Path | None) -> int:
@@ -20,20 +18,11 @@ def run_overlap(work: OverlapWork, json_path: Path | None, plot_path: Path | Non
     Raises:
         ValueError: a file cannot be written; before anything is measured.
     """
-    for path in (json_path, plot_path):
-        if path is not None:
-            check_writable(path)
-    found = measure_overlap(work)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=WIDTH)
     about = {**header(), "work": in_words(work), "times": f"median of {work.repeats} (range)"}
-    for name, value in about.items():
-        console.print(f"{name:<8} {value}", markup=False)
+    console = opened(about, json_path, plot_path)
+    found = measure_overlap(work)
     console.print(_table(found))
-    if json_path is not None:
-        document = {**about, "sides": [asdict(side) for side in found]}
-        json_path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write_json({**about, "sides": [asdict(side) for side in found]}, json_path)
     if plot_path is not None:
         draw_overlap(found, in_words(work), plot_path)
     return 0

@@ -9,10 +9,11 @@ small sizes: exact figures are judged, times are not.
 """
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, replace
 from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from rich.console import Console
 from rich.table import Table
@@ -51,28 +52,46 @@ def run_figures(measured: Iterable[Figure], quick: bool, json_path: Path | None)
     Raises:
         ValueError: json_path cannot be written; before anything is measured.
     """
-    if json_path is not None:
-        check_writable(json_path)
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=WIDTH)
     about = header()
-    for name, value in about.items():
-        console.print(f"{name:<8} {value}", highlight=False, markup=False)
+    console = opened(about, json_path)
     figures: list[Figure] = []
     for figure in measured:
         figures.append(figure)
         console.print(
             f"measured {len(figures)}: {figure.what}",
             end="\r" if console.is_terminal else "\n",  # a terminal shows one line, which the next covers
-            highlight=False,
             markup=False,
         )
     console.print(table(figures))
-    if json_path is not None:
-        document = {**about, "quick": quick, "figures": [asdict(figure) for figure in figures]}
-        json_path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    write_json({**about, "quick": quick, "figures": [asdict(figure) for figure in figures]}, json_path)
     return int(any(figure.ok is False and figure.exact for figure in figures))
+
+
+def opened(about: Mapping[str, str], *written: Path | None) -> Console:
+    """Begin what a benchmark prints, with what its numbers mean nothing without.
+
+    Args:
+        about: `header()`, and what is measured.
+        written: files that will be written; None where none was asked for.
+
+    Raises:
+        ValueError: one of them cannot be.
+    """
+    for path in written:
+        if path is not None:
+            _check_writable(path)
+    console = Console(highlight=False)
+    if not console.is_terminal:
+        console = Console(highlight=False, width=WIDTH)
+    for name, value in about.items():
+        console.print(f"{name:<8} {value}", markup=False)
+    return console
+
+
+def write_json(document: Mapping[str, Any], path: Path | None) -> None:
+    """What was measured, where a file was asked for."""
+    if path is not None:
+        path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
 
 
 def measure(quick: bool) -> Iterator[Figure]:
@@ -128,7 +147,7 @@ def table(figures: Iterable[Figure]) -> Table:
     return table
 
 
-def check_writable(path: Path) -> None:
+def _check_writable(path: Path) -> None:
     """Minutes of measurements must not be lost to a mistyped folder."""
     try:
         path.open("a", encoding="utf-8").close()

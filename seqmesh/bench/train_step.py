@@ -14,24 +14,23 @@ top. Times the number of ranks it would be one rank's, if nothing were whole on 
 weights are, and a tile of logits.
 """
 
-import json
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from random import Random
 
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from rich.console import Console
 from torch.nn.utils import clip_grad_norm_
 from torch.utils._pytree import tree_leaves
 
 from seqmesh.bench.figures import Figure, Spread
 from seqmesh.bench.memory import peak_bytes
-from seqmesh.bench.report import WIDTH, check_writable, header, table
+from seqmesh.bench.report import run_figures
 from seqmesh.bench.speed import Timing, clocked
 from seqmesh.parallel.shards import local_part
 from seqmesh.processes import Workers
@@ -88,21 +87,8 @@ def run_train_step(quick: bool, json_path: Path | None) -> int:
     Raises:
         ValueError: json_path cannot be written; before anything is measured.
     """
-    if json_path is not None:
-        check_writable(json_path)
-    console = Console(highlight=False)
-    if not console.is_terminal:
-        console = Console(highlight=False, width=WIDTH)
-    about = header()
-    for name, value in about.items():
-        console.print(f"{name:<8} {value}", markup=False)
     sizes = QUICK if quick else StepSizes()
-    figures = [*measure_time(sizes), *measure_memory(sizes.held)]
-    console.print(table(figures))
-    if json_path is not None:
-        document = {**about, "figures": [asdict(figure) for figure in figures]}
-        json_path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
-    return 0
+    return run_figures(chain(measure_time(sizes), measure_memory(sizes.held)), quick, json_path)
 
 
 def measure_time(sizes: StepSizes) -> Iterator[Figure]:

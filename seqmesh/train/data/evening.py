@@ -52,13 +52,6 @@ def deal(areas: Sequence[int], ranks: int, micro_batches: int) -> list[list[Micr
     return dealt
 
 
-def in_turn(count: int, ranks: int, micro_batches: int) -> list[list[MicroBatch]]:
-    """What `deal` is measured against: micro-batches in the sequences' order, to one rank after the other."""
-    size = count // (ranks * micro_batches)
-    cut = [tuple(range(first, first + size)) for first in range(0, count, size)]
-    return [cut[rank::ranks] for rank in range(ranks)]
-
-
 def _even_bins(areas: Sequence[int], count: int) -> list[MicroBatch]:
     """`count` bins of equally many sequences and nearly equal areas."""
     size, rest = divmod(len(areas), count)

@@ -19,7 +19,7 @@ Source: the paper's SP-Ulysses and SP-Ring communication.
 
 from collections.abc import Collection, Sequence
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Self
 
 import torch
 import torch.distributed as dist
@@ -209,7 +209,20 @@ def return_rows(grads: Tensor, sent_to: Sequence[int], received_from: Sequence[i
     return start_exchange(grads.view(-1), send_sizes, receive_sizes, group, is_ours=True)
 
 
-class CountBytes(TorchDispatchMode):
+class Watch(TorchDispatchMode):
+    """A dispatch mode that looks on: `with Watch() as watch`. PyTorch's own has no types."""
+
+    def __enter__(self) -> Self:
+        super().__enter__()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        super().__exit__(kind, error, trace)
+
+
+class CountBytes(Watch):
     """Counts the bytes that this rank hands to all-to-all collectives for others, while it is active.
 
     `bytes_sent` counts at the collective itself, in the forward and in the backward; what stays on the rank
@@ -221,15 +234,6 @@ class CountBytes(TorchDispatchMode):
         super().__init__()
         self._groups = groups
         self.bytes_sent = 0
-
-    def __enter__(self) -> "CountBytes":
-        super().__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        super().__exit__(kind, error, trace)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is torch.ops._c10d_functional.all_to_all_single.default:

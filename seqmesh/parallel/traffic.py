@@ -15,16 +15,14 @@ calls the collective is counted: attention, FSDP, tensor parallelism, pipelines,
 
 from collections import Counter
 from collections.abc import Callable
-from types import TracebackType
 from typing import Any
 
-import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from seqmesh.engine.exchange import Watch
 from seqmesh.parallel.dims import ParallelMesh
 
 _EXCHANGING = ("dp_shard", "ring", "ulysses")
@@ -32,7 +30,7 @@ _EXCHANGING = ("dp_shard", "ring", "ulysses")
 _NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 
 
-class CountTraffic(TorchDispatchMode):
+class CountTraffic(Watch):
     """Counts the bytes that this rank sends to others, by process group, while it is active."""
 
     def __init__(self) -> None:
@@ -40,26 +38,16 @@ class CountTraffic(TorchDispatchMode):
         self.by_group: Counter[tuple[str, bool]] = Counter()
         """Bytes by the group's name in PyTorch, all-to-alls (True) apart from all else."""
 
-    def __enter__(self) -> "CountTraffic":
-        super().__enter__()
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        super().__exit__(kind, error, trace)
-
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if is_collective(func):
-            self._count(func, args)
+            self._count(func, arguments_of(func, args, kwargs))
         return func(*args, **(kwargs or {}))
 
-    def _count(self, func: Any, args: Any) -> None:
-        kind = _kind_of(func)
-        if kind is None:
+    def _count(self, func: Any, arguments: dict[str, Any]) -> None:
+        kind, group = _kind_of(func), group_of(arguments)
+        if kind is None or group is None:
             return
-        group = next(found for found in map(_group_of, args) if found is not None)
-        nbytes = round(_SENT[kind](args, func.namespace == "c10d", group))
+        nbytes = round(_SENT[kind](arguments, group))
         self.by_group[group.group_name, kind == "alltoall"] += nbytes
 
     def add_message(self, group: Any, nbytes: int) -> None:
@@ -102,53 +90,50 @@ def _kind_of(func: Any) -> str | None:
     return None
 
 
-def _group_of(argument: Any) -> Any:
-    """The process group that an argument of a collective is; None for other arguments."""
-    if isinstance(argument, dist.ProcessGroup):
-        return argument
-    if isinstance(argument, str):
-        try:
-            return _resolve_process_group(argument)  # type: ignore[arg-type]
-        except (RuntimeError, ValueError):  # the name of a reduction
-            return None
-    if isinstance(argument, torch.ScriptObject):
-        try:
-            return dist.ProcessGroup.unbox(argument)
-        except RuntimeError:  # the object of a reduction
-            return None
+def arguments_of(func: Any, args: Any, kwargs: Any) -> dict[str, Any]:
+    """What an operator is called with, by the names of its schema."""
+    return dict(zip((one.name for one in func._schema.arguments), args, strict=False)) | (kwargs or {})
+
+
+def group_of(arguments: dict[str, Any]) -> Any:
+    """The process group of a collective; None for an operator without one, such as a wait."""
+    if "group_name" in arguments:
+        return _resolve_process_group(arguments["group_name"])
+    if "process_group" in arguments:
+        return dist.ProcessGroup.unbox(arguments["process_group"])
     return None
 
 
+def _given(arguments: dict[str, Any]) -> Any:
+    """What this rank hands to a collective: PyTorch's names for it."""
+    return next(value for name, value in arguments.items() if name.startswith(("input", "tensor")))
+
+
 def _nbytes(tensors: Any) -> int:
-    return sum(x.numel() * x.element_size() for x in tree_leaves(tensors) if isinstance(x, Tensor))
+    return sum(x.nbytes for x in tree_leaves(tensors) if isinstance(x, Tensor))
 
 
-def _input(args: Any, out_comes_first: bool) -> int:
-    """Bytes of what a collective is given; c10d's operators are given the room for the result first."""
-    return _nbytes(args[1] if out_comes_first else args[0])
-
-
-def _of_all_to_all(args: Any, out_comes_first: bool, group: Any) -> float:
+def _of_all_to_all(arguments: dict[str, Any], group: Any) -> float:
     n, me = int(group.size()), int(group.rank())
-    given = args[1] if out_comes_first else args[0]
+    given = _given(arguments)
     if not isinstance(given, Tensor):  # a list, one tensor for each rank
         return _nbytes(given) - _nbytes(given[me])
-    splits = args[4] if out_comes_first else args[2]
+    splits = arguments["input_split_sizes"]
     stays = splits[me] / max(1, sum(splits)) if splits else 1 / n
     return _nbytes(given) * (1.0 - stays)
 
 
-def _of_whole(args: Any, _: bool, group: Any) -> float:
+def _share_of_others(arguments: dict[str, Any], group: Any) -> float:
     n = int(group.size())
-    return _nbytes(args[0]) * (n - 1) / n
+    return _nbytes(_given(arguments)) * (n - 1) / n
 
 
-_SENT: dict[str, Callable[[Any, bool, Any], float]] = {
-    "allreduce": lambda args, first, group: 2 * _of_whole(args, first, group),
-    "allgather": lambda args, first, group: _input(args, first) * (group.size() - 1),
-    "reducescatter": lambda args, first, group: _input(args, first) * (group.size() - 1) / group.size(),
+_SENT: dict[str, Callable[[dict[str, Any], Any], float]] = {
+    "allreduce": lambda arguments, group: 2 * _share_of_others(arguments, group),
+    "allgather": lambda arguments, group: _nbytes(_given(arguments)) * (group.size() - 1),
+    "reducescatter": _share_of_others,
     "alltoall": _of_all_to_all,
-    "broadcast": _of_whole,
-    "send": lambda args, _, __: _nbytes(args[0]),
+    "broadcast": _share_of_others,
+    "send": lambda arguments, _: _nbytes(_given(arguments)),
 }
-"""Bytes that a rank sends, from the operator's arguments, whether its result is the first, and the group."""
+"""Bytes that a rank sends, from the operator's arguments and the group."""

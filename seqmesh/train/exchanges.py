@@ -15,11 +15,10 @@ from types import TracebackType
 from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group  # type: ignore[attr-defined]
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from seqmesh.engine.exchange import Watch
+from seqmesh.parallel.traffic import arguments_of, group_of
 from seqmesh.train.bits import bit_sum, numbers_of
 
 SENT, RECEIVED = "handed over", "received"
@@ -55,7 +54,7 @@ class _Collective(NamedTuple):
     """Those that are known before the call."""
 
 
-class RecordExchanges(TorchDispatchMode):
+class RecordExchanges(Watch):
     """Sums the bits of every exchange while it is active. `sums` has them afterwards, in order."""
 
     def __init__(self) -> None:
@@ -66,10 +65,6 @@ class RecordExchanges(TorchDispatchMode):
         self._late: dict[int, list[Tensor]] = {}
         """Place in `ends` -> buffers that are filled by the end."""
         self._counts: Counter[tuple[str, str]] = Counter()
-
-    def __enter__(self) -> "RecordExchanges":
-        super().__enter__()
-        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -119,12 +114,12 @@ def _collective_of(func: Any, args: Any, given: Any) -> _Collective | None:
     if func.namespace not in ("c10d", "_c10d_functional"):
         return None
     name = func._schema.name.partition("::")[2]
-    arguments = {one.name: value for one, value in zip(func._schema.arguments, args, strict=False)} | given
-    if "group_name" in arguments:
-        return _Collective(_resolve_process_group(arguments["group_name"]), name, list(_tensors(args[0])), [])
-    if "process_group" not in arguments or name in ("barrier", "monitored_barrier_"):
+    arguments = arguments_of(func, args, given)
+    group = group_of(arguments)
+    if group is None or name in ("barrier", "monitored_barrier_"):
         return None
-    group = dist.ProcessGroup.unbox(arguments["process_group"])
+    if func.namespace == "_c10d_functional":
+        return _Collective(group, name, list(_tensors(args[0])), [])
     into = [x for key, value in arguments.items() if key.startswith("output") for x in _tensors(value)]
     out_of = [x for key, value in arguments.items() if key.startswith("input") for x in _tensors(value)]
     in_place = list(_tensors(arguments.get("tensors")))

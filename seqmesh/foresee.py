@@ -14,6 +14,7 @@ from seqmesh.planner.trainer.of_recipe import nodes_for, of_recipe
 from seqmesh.trace.expect import expect
 from seqmesh.train.config import Config
 from seqmesh.train.expected import Foresight, Predicted
+from seqmesh.train.paths import expanded
 
 GPUS_PER_NODE = 8
 
@@ -37,19 +38,21 @@ def cluster_for(ranks: int, gpu: str, profile: Path | None = None) -> Cluster:
     return nodes_for(Cluster(gpu=load_gpu(gpu, extra), nodes=1, gpus_per_node=GPUS_PER_NODE), ranks)
 
 
-def predict(config: Config, vocabulary: int, device_name: str, profile: Path | None) -> Predicted | None:
+def predict(config: Config, vocabulary: int, device_name: str) -> Predicted | None:
     """The planner's price of a recipe; None for a machine or a mesh that it cannot price.
 
     Args:
-        config: the run; each of its sequences is taken to be one document.
+        config: the run; each of its sequences is taken to be one document. The first GPU of run.profile goes
+            before the device's name.
         vocabulary: token ids of the model.
         device_name: of a rank's device in PyTorch.
-        profile: of the machine, which goes before that name; its first table is taken.
 
     Raises:
         ValueError: a profile that cannot be read.
     """
-    gpu = known_as(device_name) if profile is None else known_gpus_of(profile)[0]
+    given = config.run.profile
+    profile = expanded(given, "run.profile=", "--profile") if given else None
+    gpu = known_as(device_name) if profile is None else _first_of(profile)
     if not gpu:
         return None
     try:
@@ -65,6 +68,15 @@ def predict(config: Config, vocabulary: int, device_name: str, profile: Path | N
         machine=f"{cluster.nodes} x {cluster.gpus_per_node} {cluster.gpu.name}",
         priced_otherwise=priced.missing,
     )
+
+
+def _first_of(profile: Path) -> str:
+    names = known_gpus_of(profile)
+    if not names:
+        raise ValueError(
+            f"run.profile={str(profile)!r} has no [gpu.NAME] table; give what seqmesh bench --profile wrote"
+        )
+    return names[0]
 
 
 FORESIGHT = Foresight(expect, predict)

@@ -27,6 +27,8 @@ KINDS: dict[str, dict[str, Any]] = {
     # full and sliding layers in turn; caps, scaled embeddings
     "gemma2": {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": WINDOW},
     "mistral": {"num_key_value_heads": 2, "head_dim": 4, "sliding_window": WINDOW},
+    # scales what the embedding gives
+    "granite": {"num_key_value_heads": 2, "embedding_multiplier": 3.0},
     "llama4_text": {
         "num_key_value_heads": 2,
         "head_dim": 8,

@@ -10,6 +10,7 @@ import torch
 
 from seqmesh.train.bits import joined, weight_bits
 from seqmesh.train.config import Config
+from seqmesh.train.costs import AXES, RankCosts
 from seqmesh.train.facts import RankFacts, check_agreement
 from seqmesh.train.fingerprint import fingerprint
 from seqmesh.train.recipe import dump, load, split_arguments
@@ -64,10 +65,10 @@ def facts_with(bits: int) -> RankFacts:
     return RankFacts(
         loss_share=1.0,
         grad_norm=2.0,
-        bytes_sent=0.0,
         bytes_scheduled=0.0,
         weight_sum=3.0,
         weight_bits=bits,
+        costs=RankCosts(0.0, 0.0, dict.fromkeys(AXES, 0)),
     )
 
 

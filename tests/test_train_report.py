@@ -134,3 +134,19 @@ def test_the_plan_stands_beside_what_was_measured(text: Path, tmp_path: Path) ->
     assert seconds > 0
     assert memory > 0
     assert f"on 1 x 4 cores; measured {report['step_seconds']:.2f} s" in done.stdout
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [(None, "profile.toml' does not exist"), ("[cluster.x]\ngpu = 'a'\n", "has no [gpu.NAME] table")],
+)
+def test_a_profile_that_says_nothing_of_a_machine_is_refused_before_anything_is_trained(
+    content: str | None, message: str, text: Path, tmp_path: Path
+) -> None:
+    profile = tmp_path / "profile.toml"
+    if content is not None:
+        profile.write_text(content)
+    more = ("--steps=1", "--folder=run", f"--profile={profile}", "--data", str(text))
+    done = seqmesh_command("train", *TINY, *more, cwd=tmp_path)
+    assert message in one_line_error(done)
+    assert not (tmp_path / "run").exists()

@@ -24,7 +24,7 @@ from seqmesh.processes import Place
 from seqmesh.provenance import commit, machine
 from seqmesh.train import setup
 from seqmesh.train.data import read
-from seqmesh.train.facts import gather
+from seqmesh.train.gathering import gather
 from seqmesh.train.launch import run_local
 from seqmesh.train.recipe import load, split_arguments
 from seqmesh.train.trainer import Trainer

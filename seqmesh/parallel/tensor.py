@@ -42,7 +42,7 @@ def plan_of(model: PreTrainedModel, degree: int) -> Styles:
     """What transformers shares how over so many ranks of tp.
 
     Raises:
-        ValueError: a model without a plan, or heads that do not divide.
+        ValueError: a model without a plan for its layers, or heads that do not divide.
     """
     config = model.config
     _check_heads(type(model).__name__, config.num_attention_heads, config.num_key_value_heads, degree)
@@ -50,6 +50,13 @@ def plan_of(model: PreTrainedModel, degree: int) -> Styles:
         plan: Styles = model._resolve_parallel_plans(DistributedConfig(tp_size=degree))[0]
     except ValueError as error:
         raise ValueError(f"tp={degree}: {error}") from None
+    layers = Anatomy.of(model).layers
+    of_layers = next(name for name, part in model.named_modules() if part is layers) + "."
+    if not any(name.startswith(of_layers) for name in plan):
+        raise ValueError(
+            f"tp={degree} with {type(model).__name__}, for whose layers transformers has no plan of tensor"
+            " parallelism; use tp=1"
+        )
     return plan
 
 

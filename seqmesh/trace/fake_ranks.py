@@ -113,7 +113,7 @@ def _exchange_nothing(messages: Sequence[dist.P2POp], **_: Any) -> list[_Message
     return [_Message(message) for message in messages]
 
 
-def _build_from_whole(config: Config, mesh: ParallelMesh, vocabulary: TokenIds) -> ParallelModel:
+def _build_from_whole(config: Config, mesh: ParallelMesh, _: Any, vocabulary: TokenIds) -> ParallelModel:
     """As setup.build, but for the way in which weights come; whole ones take no memory if they are fake."""
     return parallelize(model.build(config, vocabulary), mesh, setup.plan_of(config))
 

@@ -33,9 +33,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._pytree import tree_leaves
 
 from seqmesh.parallel.traffic import CountTraffic
-from seqmesh.parallel.zero1 import ShardedStates
 from seqmesh.trace.allocations import AllocationLog, TracedMemory
 from seqmesh.trace.fake_ranks import fake_ranks, fake_weights
+from seqmesh.train.checkpoint_state import states_of_this_rank
 from seqmesh.train.config import Config
 from seqmesh.train.data import BYTES, VOCAB_SIZE, Corpus
 from seqmesh.train.trainer import Trainer
@@ -102,9 +102,7 @@ def _second_step(trainer: Trainer, log: AllocationLog, sent: CountTraffic) -> Tr
     buffers = (buffer for part in trainer.model.parts for buffer in part.buffers())
     log.mark((*weights, *buffers), "parameters")
     trainer.step()
-    optimizer = trainer.optimizer
-    inner = optimizer.inner if isinstance(optimizer, ShardedStates) else optimizer
-    log.mark(tree_leaves(list(inner.state.values())), "optimizer")
+    log.mark(tree_leaves(list(states_of_this_rank(trainer.optimizer).state.values())), "optimizer")
     log.start_step(weights)
     with sent:
         trainer.step()

@@ -14,7 +14,7 @@ ranks and is rounded away, which changes nothing.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -24,7 +24,7 @@ from seqmesh.parallel import ParallelMesh, ParallelModel
 from seqmesh.train.bits import bit_sums, weight_bits
 from seqmesh.train.costs import WatchCosts
 from seqmesh.train.exchanges import RECEIVED, EndOfExchange, Exchange, RecordExchanges
-from seqmesh.train.facts import gather
+from seqmesh.train.gathering import gather, gather_objects
 
 Computed = tuple[Tensor, WatchCosts]
 """A rank's share of the loss, and what it sent and waited for."""
@@ -168,10 +168,7 @@ class BitCheck:
     def _judge(self, step: int, changed: list[str], differing: list[BitDifference]) -> None:
         if not any(gather(bool(changed or differing), self._world)):
             return
-        everyone: list[Any] = [(changed, differing)]
-        if self._world > 1:
-            everyone = [None] * self._world
-            dist.all_gather_object(everyone, (changed, differing))
+        everyone = gather_objects((changed, differing), self._world)
         # A weight that changed explains whatever else did.
         for rank, (weights, _) in enumerate(everyone):
             if weights:

@@ -31,6 +31,7 @@ def _crc32(path: Path) -> int:
 
 
 def check_size(path: Path, size: int) -> None:
+    """Raise ValueError for a file of another size than was saved."""
     try:
         found = path.stat().st_size
     except OSError as error:
@@ -40,6 +41,7 @@ def check_size(path: Path, size: int) -> None:
 
 
 def check_sum(path: Path, checksum: int) -> None:
+    """Raise ValueError for a file of another CRC-32 than was saved. Reads all of it."""
     try:
         found = _crc32(path)
     except OSError as error:
@@ -49,12 +51,14 @@ def check_sum(path: Path, checksum: int) -> None:
 
 
 def damaged(path: Path, what: str) -> ValueError:
+    """The error of a file that is not what was saved, with what is wrong and what to do."""
     return ValueError(
         f"{str(path)!r} {what}; restore the file, or remove its folder to use the checkpoint before it"
     )
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The object in a file; ValueError if there is none."""
     try:
         found = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -67,6 +71,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 
 def write_json(path: Path, content: dict[str, Any]) -> None:
+    """Write an object, on disk when this returns."""
     with path.open("w", encoding="utf-8") as file:
         json.dump(content, file, indent=2)
         file.flush()

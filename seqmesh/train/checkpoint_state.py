@@ -27,5 +27,6 @@ def owned_by(model: ParallelModel, optimizer: torch.optim.Optimizer) -> list[tup
 
 
 def states_of(model: ParallelModel, optimizer: torch.optim.Optimizer) -> dict[str, dict[str, Tensor]]:
+    """The optimiser's states that this rank has, by parameter and by key; not copies."""
     inner = states_of_this_rank(optimizer)
     return {name: inner.state[parameter] for name, parameter in owned_by(model, inner)}

@@ -6,7 +6,6 @@ Foresight.predict    at the end               seconds and memory, priced        
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import NamedTuple
 
 from seqmesh.train.config import Config
@@ -47,6 +46,5 @@ class Foresight(NamedTuple):
 
     expect: Callable[[Config, int], Expected]
     """From a recipe and the number of its model's token ids."""
-    predict: Callable[[Config, int, str, Path | None], Predicted | None]
-    """From these, PyTorch's name of the device, and a profile of the machine; None for a machine that it does
-    not know."""
+    predict: Callable[[Config, int, str], Predicted | None]
+    """From these and PyTorch's name of the device; None for a machine that it does not know."""

@@ -9,10 +9,11 @@ from collections.abc import Hashable, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import nn
 
 from seqmesh.parallel.shards import local_part
+from seqmesh.train.costs import RankCosts
+from seqmesh.train.gathering import gather_tensors
 
 
 class RankFacts(NamedTuple):
@@ -22,14 +23,19 @@ class RankFacts(NamedTuple):
     """Cross entropies of this rank's tokens over the labels of all ranks: the shares add up to the loss."""
     grad_norm: float
     """Of the gradients summed over ranks, before clipping: the same on every rank."""
-    bytes_sent: float
-    """Sent by attention to other ranks, counted at the collectives."""
     bytes_scheduled: float
-    """What the rank's schedule says."""
+    """What attention sends to other ranks, as the rank's schedules say."""
     weight_sum: float
     """`weight_sum` after the step: finite if all weights are."""
     weight_bits: int
     """Sum of the bits of the weights after the step, a signed 64-bit number."""
+    costs: RankCosts
+    """Its time, and what it sent."""
+
+    @property
+    def bytes_sent(self) -> int:
+        """Sent by attention, counted at the collectives: schedules know nothing of weights and gradients."""
+        return self.costs.sent["ulysses"] + self.costs.sent["ring"]
 
 
 @torch.no_grad()
@@ -43,31 +49,15 @@ def gather_facts(mine: RankFacts, ranks: int) -> list[RankFacts]:
     """The facts of every rank, by rank. A collective."""
     if ranks == 1:
         return [mine]
-    *numbers, bits = mine
+    *numbers, bits, costs = mine
     # As integers of the same bits: no fp64 has 64 bits of a sum.
-    packed = torch.cat([torch.tensor(numbers, dtype=torch.float64).view(torch.int64), torch.tensor([bits])])
+    fp64 = torch.tensor([*numbers, *costs.numbers()], dtype=torch.float64).view(torch.int64)
     found = []
-    for one in _gather(packed, ranks):
-        found.append(RankFacts._make([*one[:-1].view(torch.float64).tolist(), int(one[-1])]))
+    for one in gather_tensors(torch.cat([torch.tensor([bits]), fp64]), ranks):
+        row = one[1:].view(torch.float64).tolist()
+        of_costs = RankCosts.of(row[len(numbers) :])
+        found.append(RankFacts._make([*row[: len(numbers)], int(one[0]), of_costs]))
     return found
-
-
-def gather(number: float, ranks: int) -> list[float]:
-    """One number of every rank, by rank. A collective."""
-    return [found for (found,) in gather_numbers((number,), ranks)]
-
-
-def gather_numbers(mine: Sequence[float], ranks: int) -> list[list[float]]:
-    """As many numbers of every rank, by rank. A collective."""
-    return [one.tolist() for one in _gather(torch.tensor(mine, dtype=torch.float64), ranks)]
-
-
-def _gather(numbers: torch.Tensor, ranks: int) -> list[torch.Tensor]:
-    if ranks == 1:
-        return [numbers]
-    everyone = [torch.empty_like(numbers) for _ in range(ranks)]
-    dist.all_gather(everyone, numbers)
-    return everyone
 
 
 def check_agreement(facts: Sequence[RankFacts], step: int, holders: Sequence[Hashable]) -> None:

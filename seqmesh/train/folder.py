@@ -21,6 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from seqmesh.integrations.layers import CHUNKED, FULL, SLIDING
 from seqmesh.parallel.load import check_folder, stored_names
 from seqmesh.train.fingerprint import fingerprint
+from seqmesh.train.paths import expanded
 from seqmesh.train.sizes import ModelSizes
 
 _CONFIG = "config.json"
@@ -33,12 +34,7 @@ def path_of(folder: str) -> Path:
     Raises:
         ValueError: there is none, or it has no config.json.
     """
-    try:
-        path = Path(folder).expanduser()
-    except RuntimeError:
-        raise ValueError(
-            f"model.folder={folder!r} names a home folder that does not exist; write model.folder in full"
-        ) from None
+    path = expanded(folder, "model.folder=", "model.folder")
     if not (path / _CONFIG).is_file():
         what = "has no config.json" if path.is_dir() else "is no folder"
         raise ValueError(f"model.folder={folder!r} {what}; pass a folder that save_pretrained wrote")

@@ -17,8 +17,6 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-import torch.distributed as dist
-
 from seqmesh.processes import (
     STOP_SECONDS,
     Body,
@@ -31,6 +29,7 @@ from seqmesh.processes import (
     stop_ranks,
 )
 from seqmesh.train.fingerprint import fingerprint
+from seqmesh.train.gathering import gather_objects
 from seqmesh.train.stop import StopRequest
 from seqmesh.train.whereabouts import GRACE_SECONDS, Board, least_advanced
 
@@ -75,11 +74,7 @@ def agree(mistake: str | None, world: int) -> None:
     Raises:
         ValueError: the mistake of the lowest rank that has one.
     """
-    mistakes: list[str | None] = [mistake]
-    if world > 1:
-        mistakes = [None] * world
-        dist.all_gather_object(mistakes, mistake)
-    for found in mistakes:
+    for found in gather_objects(mistake, world):
         if found is not None:
             raise ValueError(found)
 
@@ -94,12 +89,7 @@ def agree_on(world: int, **facts: tuple[Iterable[bytes], str]) -> None:
     Raises:
         ValueError: the first fact that differs and the first rank where it does.
     """
-    mine = {name: fingerprint(parts) for name, (parts, _) in facts.items()}
-    everyone: list[dict[str, str]] = [mine]
-    if world > 1:
-        gathered: list[Any] = [None] * world
-        dist.all_gather_object(gathered, mine)
-        everyone = gathered
+    everyone = gather_objects({name: fingerprint(parts) for name, (parts, _) in facts.items()}, world)
     for name, (_, remedy) in facts.items():
         for rank, found in enumerate(everyone):
             if found[name] != everyone[0][name]:
@@ -113,10 +103,7 @@ def agree_on_versions(world: int, mine: dict[str, str]) -> None:
         world: number of ranks.
         mine: this rank's versions, by name.
     """
-    if world == 1:
-        return
-    everyone: list[Any] = [None] * world
-    dist.all_gather_object(everyone, mine)
+    everyone = gather_objects(mine, world)
     for rank, found in enumerate(everyone):
         for name, version in everyone[0].items():
             if found.get(name) != version:

@@ -26,7 +26,7 @@ from seqmesh.train.checkpoint import Checkpoint
 from seqmesh.train.config import Config, MeshConfig
 from seqmesh.train.data import Corpus, Tokenizer, tokenizer_of
 from seqmesh.train.events import Compared, Event, Started, StepMetrics, Stopped
-from seqmesh.train.facts import gather, gather_numbers
+from seqmesh.train.gathering import gather, gather_numbers
 from seqmesh.train.memory_use import memory_used
 from seqmesh.train.stop import StopRequest
 from seqmesh.train.trainer import Trainer

@@ -4,8 +4,9 @@ from torch.utils._pytree import tree_leaves
 
 from seqmesh.parallel.shards import local_part
 from seqmesh.train import device as devices
+from seqmesh.train.checkpoint_state import states_of_this_rank
 from seqmesh.train.events import Trained
-from seqmesh.train.facts import gather_numbers
+from seqmesh.train.gathering import gather_numbers
 from seqmesh.train.trainer import Trainer
 
 HELD = ("parameters", "gradients", "optimizer")
@@ -28,6 +29,5 @@ def _held_bytes(trainer: Trainer) -> list[int]:
     """Bytes of each of `HELD` on this rank."""
     weights = list(trainer.model.parameters())
     grads = [weight.grad for weight in weights if weight.grad is not None]
-    inner = getattr(trainer.optimizer, "inner", trainer.optimizer)  # with ZeRO-1 other ranks have the rest
-    states = tree_leaves([inner.state[weight] for weight in inner.state])
+    states = tree_leaves(list(states_of_this_rank(trainer.optimizer).state.values()))
     return [sum(local_part(x).nbytes for x in kind) for kind in (weights, grads, states)]

@@ -26,34 +26,47 @@ def build(config: Config, vocabulary: TokenIds | None = None) -> PreTrainedModel
     if config.model.folder:
         built = folders.build_random(config.model.folder, config.train.seed)
         _check_rows(config, built.config.vocab_size, known)
-    else:
-        built = _from_keys(config, known)
+        check_pluggable(built)
+        return built
+    built = _from_keys(config, known)
     check_pluggable(built)
+    _check_sizes(built, config.model)
     return built
 
 
-def sizes_of(config: Config, vocabulary: TokenIds | None = None) -> ModelSizes:
+def build_hollow(config: Config, vocabulary: TokenIds | None = None) -> PreTrainedModel:
+    """The same on the meta device, without memory."""
+    with torch.device("meta"):
+        return build(config, vocabulary)
+
+
+def sizes_of(config: Config, hollow: PreTrainedModel | None = None) -> ModelSizes:
     """What the model's layers compute, without memory for it.
 
+    Args:
+        config: the run.
+        hollow: what `build_hollow` made, if somebody has it; it is not changed.
+
     Raises:
-        ValueError: what `build` raises; layers of the keys' architecture that do not see what the keys say.
+        ValueError: layers of the keys' architecture that do not see what the keys say; what `build` raises.
     """
-    with torch.device("meta"):
-        model = build(config, vocabulary)
-    sizes = ModelSizes.of(model)
+    hollow = hollow or build_hollow(config)
+    sizes = ModelSizes.of(hollow)
     if not config.model.folder:
-        _check_window(config.model, model.config, sizes)
+        _check_window(config.model, hollow.config, sizes)
     return sizes
 
 
 def _from_keys(config: Config, vocabulary: TokenIds) -> PreTrainedModel:
+    """The model of [model]'s keys, whether or not it has the sizes that they say."""
     model = config.model
     if model.architecture not in CONFIG_MAPPING:
         raise ValueError(
             f"model.architecture={model.architecture!r} is not a model type of transformers;"
             " use llama, mistral, qwen2, ..."
         )
-    rows = embedding_rows(config, vocabulary)
+    rows = model.vocabulary or vocabulary.size
+    _check_rows(config, rows, vocabulary)
     torch.manual_seed(config.train.seed)
     try:
         given = _transformers_config(model, config.data.seq_len, rows, vocabulary)
@@ -65,20 +78,7 @@ def _from_keys(config: Config, vocabulary: TokenIds) -> PreTrainedModel:
             f"model.architecture={model.architecture!r} refuses [model] ({what});"
             " use llama, mistral, qwen2, ..."
         ) from None
-    check_pluggable(built)
-    _check_sizes(built, model)
     return built
-
-
-def embedding_rows(config: Config, vocabulary: TokenIds) -> int:
-    """Token ids of a model from scratch: the recipe's, or those of the text.
-
-    Raises:
-        ValueError: fewer than the text's.
-    """
-    rows = config.model.vocabulary or vocabulary.size
-    _check_rows(config, rows, vocabulary)
-    return rows
 
 
 def _check_rows(config: Config, rows: int, vocabulary: TokenIds) -> None:

@@ -157,11 +157,8 @@ class Reporter:
         assert self.trained is not None
         predicted = None
         if self._foresight is not None:
-            profile = Path(self.config.run.profile).expanduser() if self.config.run.profile else None
-            device = self.started.device_name
-            predicted = self._foresight.predict(
-                self.config, token_ids(self.config, self.corpus), device, profile
-            )
+            ids = token_ids(self.config, self.corpus)
+            predicted = self._foresight.predict(self.config, ids, self.started.device_name)
         report = summarize(
             self.corpus,
             self.started,

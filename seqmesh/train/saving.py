@@ -23,7 +23,6 @@ from threading import Thread
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.checkpoint.default_planner import DefaultSavePlanner
 from torch.distributed.checkpoint.filesystem import FileSystemWriter
@@ -37,7 +36,7 @@ from seqmesh.train import step_folders
 from seqmesh.train.checkpoint import Progress
 from seqmesh.train.checkpoint_files import PROGRESS, checksums_of, write_json
 from seqmesh.train.checkpoint_state import states_of, weights_of
-from seqmesh.train.facts import gather
+from seqmesh.train.gathering import gather, gather_objects
 from seqmesh.train.launch import agree
 
 
@@ -162,7 +161,7 @@ class Saver:
         asked = planner.create_local_plan()
         is_other = self._plan is None or asked != self._plan.asked
         if any(gather(is_other, self._world)) or self._plan is None:
-            plans, metadata = planner.create_global_plan(self._gathered(asked))
+            plans, metadata = planner.create_global_plan(gather_objects(asked, self._world))
             mine = writer.prepare_global_plan(plans)[self._rank]
             self._plan = _Plan(asked=asked, mine=mine, metadata=metadata)
             self._copies = {}
@@ -182,15 +181,8 @@ class Saver:
         """What every rank has written, by rank."""
         mine: list[_Written] = []
         self._together(done.run, lambda: mine.append(done.written.result()))
-        found: list[_Written] = self._gathered(mine[0])
+        found: list[_Written] = gather_objects(mine[0], self._world)
         return found
-
-    def _gathered(self, mine: Any) -> list[Any]:
-        everyone = [mine]
-        if self._world > 1:
-            everyone = [None] * self._world
-            dist.all_gather_object(everyone, mine)
-        return everyone
 
     def _together(self, run: Path, work: Callable[[], object], *, only: bool = True) -> None:
         """Let the ranks with `only` work, the others wait: it succeeds on all or raises the same on all."""

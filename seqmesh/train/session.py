@@ -4,6 +4,7 @@ Whatever can be wrong with the input is found before a rank starts, or, under to
 that all of them end with the same line and none waits for another.
 """
 
+import math
 import shlex
 import signal
 import time
@@ -29,7 +30,7 @@ from seqmesh.train.expected import Expected, Foresight
 from seqmesh.train.launch import RankFailedError, agree, agree_on, agree_on_versions, run_local
 from seqmesh.train.loop import train
 from seqmesh.train.metrics_log import read_metrics
-from seqmesh.train.model import sizes_of
+from seqmesh.train.paths import expanded
 from seqmesh.train.recipe import dump
 from seqmesh.train.report import Report
 from seqmesh.train.reporter import Reporter, token_ids
@@ -106,7 +107,9 @@ class _Prepared:
     """What a run begins with."""
 
     corpus: Corpus
-    checkpoint: Checkpoint | None
+    parameters: int
+    """Of the model."""
+    checkpoint: Checkpoint | None = None
     """What it is resumed from."""
     expected: Expected | None = None
     """Of a step, in the process that observes."""
@@ -127,19 +130,23 @@ def _prepare(config: Config) -> _Prepared:
     data = config.data
     corpus = read(data.path, field=data.field, tokenizer=data.tokenizer, cache=data.cache)
     check_enough(corpus, data.seq_len)
+    parameters = sum(map(math.prod, shapes.values()))
     if not config.run.resume:
-        return _Prepared(corpus=corpus, checkpoint=None)
+        return _Prepared(corpus=corpus, parameters=parameters)
     checkpoint = Checkpoint(step_folders.newest(_expanded(config.run.resume, "--resume")))
     check_same_training(config, corpus, checkpoint.progress)
     check_same_model(config, step_folders.run_of(checkpoint.folder))
     checkpoint.check_model(shapes)
-    return _Prepared(corpus=corpus, checkpoint=checkpoint)
+    return _Prepared(corpus=corpus, parameters=parameters, checkpoint=checkpoint)
 
 
 def _expecting(config: Config, prepared: _Prepared, foresight: Foresight | None) -> _Prepared:
     """Trace a step, where that is asked for. Takes seconds, and is over before a rank starts or joins."""
     if foresight is None:
         return prepared
+    if config.run.profile:
+        # Read now: a run that went to its end must not lose its report to a profile that cannot be read.
+        foresight.predict(config, token_ids(config, prepared.corpus), "")
     expected = foresight.expect(config, token_ids(config, prepared.corpus)) if config.run.trace else None
     return replace(prepared, expected=expected, foresight=foresight)
 
@@ -152,21 +159,15 @@ def dry_run(config: Config, foresight: Foresight) -> str:
     """
     transformers_logging.set_verbosity_error()
     on_any_machine = replace(config, run=replace(config.run, device="cpu"))
-    corpus = _prepare(on_any_machine).corpus
-    expected = foresight.expect(config, token_ids(config, corpus))
+    prepared = _prepare(on_any_machine)
+    expected = foresight.expect(config, token_ids(config, prepared.corpus))
     if expected.unknown:
         raise ValueError(f"a step of it cannot be traced: {expected.unknown}; report this as a bug")
-    sizes = sizes_of(config, corpus.vocabulary)
-    return "\n".join(describe_start(config, sizes.parameters, expected))
+    return "\n".join(describe_start(config, prepared.parameters, expected))
 
 
 def _expanded(folder: str, option: str) -> Path:
-    try:
-        return Path(folder).expanduser()
-    except RuntimeError:
-        raise ValueError(
-            f"run.{option[2:]}={folder!r} names a home folder that does not exist; write {option} in full"
-        ) from None
+    return expanded(folder, f"run.{option[2:]}=", option)
 
 
 def _make_folder(config: Config, may_be_begun: bool) -> Path:
@@ -191,10 +192,6 @@ def _make_folder(config: Config, may_be_begun: bool) -> Path:
     except OSError as error:
         raise ValueError(
             f"cannot make run.folder={str(folder)!r}: {error.strerror}; choose another with --folder"
-        ) from None
-    except RuntimeError:  # of expanduser
-        raise ValueError(
-            f"run.folder={str(folder)!r} names a home folder that does not exist; write --folder in full"
         ) from None
     return folder
 
@@ -227,9 +224,20 @@ def _told_by_rank_0(folder: Path, world: int) -> Path:
     return Path(told[0])
 
 
+def _reporter(config: Config, prepared: _Prepared, folder: Path) -> Reporter:
+    return Reporter(
+        config,
+        prepared.corpus,
+        folder,
+        this_command(),
+        prepared.earlier(),
+        prepared.expected,
+        prepared.foresight,
+    )
+
+
 def _run_local(config: Config, may_be_begun: bool, foresight: Foresight | None) -> Report:
     prepared = _expecting(config, _prepare(config), foresight)
-    earlier = prepared.earlier()
     folder = _make_folder(config, may_be_begun)
     logs = folder / "logs"
     logs.mkdir(exist_ok=True)
@@ -244,9 +252,7 @@ def _run_local(config: Config, may_be_begun: bool, foresight: Foresight | None) 
         if place.rank == 0 and stopped is not None:
             emit(stopped)
 
-    with Reporter(
-        config, prepared.corpus, folder, this_command(), earlier, prepared.expected, foresight
-    ) as reporter:
+    with _reporter(config, prepared, folder) as reporter:
         try:
             run_local(work, config.mesh.world, config.run.timeout_s, reporter.handle, logs, stop, board)
         except KeyboardInterrupt:
@@ -332,10 +338,7 @@ def _train_joined(
             if stopped is not None:
                 raise StoppedError(stopped.signal, "")
             return None
-        reporter = Reporter(
-            config, corpus, folder, this_command(), prepared.earlier(), prepared.expected, prepared.foresight
-        )
-        with reporter:
+        with _reporter(config, prepared, folder) as reporter:
             stopped = train(config, corpus, folder, reporter.handle, stop, checkpoint, note)
         if stopped is not None:
             raise _stopped(stopped, folder)

@@ -55,25 +55,28 @@ def plan_of(config: Config) -> ParallelPlan:
     )
 
 
-def build(config: Config, mesh: ParallelMesh, vocabulary: TokenIds | None = None) -> ParallelModel:
+def build(
+    config: Config, mesh: ParallelMesh, hollow: PreTrainedModel, vocabulary: TokenIds | None = None
+) -> ParallelModel:
     """This rank's part of the model, with the weights of its folder, or random ones of the run's seed.
 
     A collective over all ranks.
+
+    Args:
+        config: the run.
+        mesh: of all parallelisms.
+        hollow: the model on the meta device, which may become the part.
+        vocabulary: of the text; default: that of the recipe's tokenizer.
     """
     plan = plan_of(config)
     whole = partial(models.build, config, vocabulary)
     folder = config.model.folder
-    stored: folders.Weights = "none"
-    if folder:
-        with torch.device("meta"):
-            stored = folders.weights_of(folder, whole())
+    stored = folders.weights_of(folder, hollow) if folder else "none"
     if stored == "none" and mesh.dims.tp == mesh.dims.pp == 1 and plan.zero < 2:
         model = whole()
         if mesh.device_type != "cpu":  # where it is already, and fake tensors cannot be moved
             model.to(mesh.device_type)
         return parallelize(model, mesh, plan)
-    with torch.device("meta"):
-        hollow = whole()
     made = parallelize(hollow, mesh, plan)
     if stored == "own":
         load_folder(made, folders.path_of(folder))
@@ -90,12 +93,11 @@ def check(config: Config) -> dict[str, tuple[int, ...]]:
     Returns:
         The shape of every parameter, by name.
     """
-    sizes = models.sizes_of(config)
+    hollow = models.build_hollow(config)
+    sizes = models.sizes_of(config, hollow)
     for fitting in sizes.fits(config.model.folder):
         check_fits(config, fitting)
     sizes.kinds  # noqa: B018  (raises if there are several windows)
-    with torch.device("meta"):
-        hollow = models.build(config)
     folders.check_trainable(hollow, sizes, config.data.seq_len)
     if config.model.folder:
         folders.weights_of(config.model.folder, hollow)

@@ -37,7 +37,7 @@ from seqmesh.train.config import Config, TrainConfig
 from seqmesh.train.costs import RankCosts, WatchCosts, all_sent, mean_seconds
 from seqmesh.train.data import Corpus, Piece, assemble, deal, lengths_of, sequences
 from seqmesh.train.events import StepMetrics
-from seqmesh.train.facts import RankFacts, check_agreement, gather_facts, gather_numbers, weight_sum
+from seqmesh.train.facts import RankFacts, check_agreement, gather_facts, weight_sum
 from seqmesh.train.recipe import dump
 from seqmesh.train.saving import Saver
 from seqmesh.train.sizes import ModelSizes
@@ -100,8 +100,9 @@ class Trainer:
         self.corpus = corpus
         self.mesh = mesh
         self.peak_flops_per_s = peak_flops_per_s
-        self.sizes = models.sizes_of(config, corpus.vocabulary)
-        self.model = setup.build(config, mesh, corpus.vocabulary)
+        hollow = models.build_hollow(config, corpus.vocabulary)
+        self.sizes = models.sizes_of(config, hollow)
+        self.model = setup.build(config, mesh, hollow, corpus.vocabulary)
         self.optimizer = self.model.optimizer(
             partial(torch.optim.AdamW, lr=config.train.lr, betas=(0.9, 0.95)), self._parameter_groups()
         )
@@ -193,24 +194,20 @@ class Trainer:
         bits = weight_bits(self.model.parameters())
         if self._check is not None:
             self._check.updated(bits)
-        sent = watch.by_known_axis(self.mesh)
         mine = RankFacts(
             loss_share=share.item(),
             grad_norm=grad_norm,
-            # Schedules know nothing of what weights and gradients need.
-            bytes_sent=sent["ulysses"] + sent["ring"],
             bytes_scheduled=sum(self.scheduled_traffic(batches).values()),
             weight_sum=weight_sum(self.model.parameters()),
             weight_bits=joined(bits),
+            costs=RankCosts(data_seconds, watch.waiting_seconds, watch.by_known_axis(self.mesh)),
         )
         facts = gather_facts(mine, self.mesh.dims.world)
-        costs = RankCosts(data_seconds, watch.waiting_seconds, sent)
-        everyone = [RankCosts.of(row) for row in gather_numbers(costs.numbers(), self.mesh.dims.world)]
         check_agreement(facts, self.steps_done + 1, self._holders)
         self.steps_done += 1
         text = _StepText.of([piece for sequence in packed for piece in sequence], self.sizes)
         layout = batches[0].schedule.layout.name
-        return self._metrics(text, layout, facts, everyone, lr, time.perf_counter() - start)
+        return self._metrics(text, layout, facts, lr, time.perf_counter() - start)
 
     def _watched_by(self, watch: WatchCosts) -> AbstractContextManager[object]:
         """Of one rank nothing is sent, and watching every operator costs some per cent."""
@@ -281,7 +278,6 @@ class Trainer:
         text: _StepText,
         layout: str,
         facts: Sequence[RankFacts],
-        costs: Sequence[RankCosts],
         lr: float,
         seconds: float,
     ) -> StepMetrics:
@@ -289,6 +285,7 @@ class Trainer:
         flops = self.sizes.step_flops(data.tokens, text.attention_work)
         all_pairs = self.sizes.noncausal_work(data.sequences, data.seq_len)
         flops_noncausal = self.sizes.step_flops(data.tokens, all_pairs)
+        costs = [rank.costs for rank in facts]
         data_seconds, waiting_seconds = mean_seconds(costs)
         return StepMetrics(
             step=self.steps_done,
@@ -306,7 +303,7 @@ class Trainer:
             tokens_per_s=data.tokens / seconds,
             mfu_mask=flops / (seconds * self.peak_flops_per_s),
             mfu_noncausal=flops_noncausal / (seconds * self.peak_flops_per_s),
-            bytes_sent=int(sum(rank.bytes_sent for rank in facts)),
+            bytes_sent=sum(rank.bytes_sent for rank in facts),
             bytes_scheduled=int(sum(rank.bytes_scheduled for rank in facts)),
             bytes_agree=all(rank.bytes_sent == rank.bytes_scheduled for rank in facts),
             sent=all_sent(costs),

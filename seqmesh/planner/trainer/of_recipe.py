@@ -6,6 +6,7 @@
 `missing` names what the planner prices in another way.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -39,8 +40,6 @@ def of_recipe(config: Config, cluster: Cluster, *, vocabulary: int) -> Priced:
         ValueError: a model of a folder, a precision that the cluster's GPU has no rate for, or what no job
             can be.
     """
-    missing: list[str] = []
-    point = _point(config, missing)
     job = Job(
         model=_shape(config.model, vocabulary),
         cluster=cluster,
@@ -50,17 +49,22 @@ def of_recipe(config: Config, cluster: Cluster, *, vocabulary: int) -> Priced:
         numerics=numerics_for(config.train.precision, "fp32"),
         stack=TrainerStack(),
     )
-    return Priced(job, point, tuple(missing))
+    return Priced(job, _point(config), tuple(_missing(config)))
 
 
-def _point(config: Config, missing: list[str]) -> Point:
+def _missing(config: Config) -> Iterator[str]:
+    """What of a recipe a point does not say."""
     train, degrees = config.train, config.mesh.degrees
     if degrees["tp"] > 1 and not train.shard_norms:
-        missing.append("train.shard_norms=false as true")
+        yield "train.shard_norms=false as true"
     if train.zero >= 2 and degrees["dp_replicate"] > 1:
-        missing.append(f"mesh.dp_replicate={degrees['dp_replicate']} as dp_shard")
+        yield f"mesh.dp_replicate={degrees['dp_replicate']} as dp_shard"
     if train.pipeline != "1f1b":
-        missing.append(f'train.pipeline="{train.pipeline}" as "1f1b"')
+        yield f'train.pipeline="{train.pipeline}" as "1f1b"'
+
+
+def _point(config: Config) -> Point:
+    train, degrees = config.train, config.mesh.degrees
     return Point(
         tp=degrees["tp"],
         ulysses=degrees["ulysses"],

@@ -19,6 +19,7 @@ from seqmesh.train.data.text_files import STDLIB, TextFiles, files_below, stdlib
 from seqmesh.train.data.token_folder import kept
 from seqmesh.train.data.tokenizer import Tokenizer, tokenizer_of
 from seqmesh.train.fingerprint import fingerprint
+from seqmesh.train.paths import expanded
 
 FIELD = "text"
 """The default column."""
@@ -98,14 +99,10 @@ def _with_text(corpus: Corpus, source: Source) -> Corpus:
 
 
 def _cache_home(cache: str) -> Path:
-    try:
-        if cache:
-            return Path(cache).expanduser()
-        return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "seqmesh" / "tokens"
-    except RuntimeError:
-        raise ValueError(
-            f"data.cache={cache!r} names a home folder that does not exist; write data.cache in full"
-        ) from None
+    if cache:
+        return expanded(cache, "data.cache=", "data.cache")
+    home = os.environ.get("XDG_CACHE_HOME") or expanded("~/.cache", "", "data.cache")
+    return Path(home) / "seqmesh" / "tokens"
 
 
 def _key(source: Source, field: str, tokenizer: Tokenizer) -> str:
@@ -134,13 +131,9 @@ def _encoded(texts: Iterable[str], tokenizer: Tokenizer) -> Iterator[bytes]:
 
 def _named(source: str, field: str) -> Source:
     """What a path names: a file, or a folder of files of one kind."""
+    path = expanded(source, "data path ", "data.path")
     try:
-        path = Path(source).expanduser()
         mode = path.stat().st_mode
-    except RuntimeError:  # of expanduser
-        raise ValueError(
-            f"data path {source!r} names a home folder that does not exist; write data.path in full"
-        ) from None
     except (FileNotFoundError, NotADirectoryError):
         raise ValueError(
             f"data path {source!r} does not exist; pass a text file, a folder of text files, JSON lines,"

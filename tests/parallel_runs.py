@@ -4,13 +4,16 @@ The oracle is transformers' own eager attention with dense masks, whole logits a
 one process without any of seqmesh.
 """
 
+import warnings
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from functools import cache, partial
 from typing import Any
 
 import torch
 from meshes import mesh_of
-from torch import Tensor
+from peft import LoraConfig, inject_adapter_in_model
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn import functional as F
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
@@ -74,6 +77,8 @@ class Run:
     micro_batches: int = 1
     """Of each data-parallel rank."""
     layout: str = "auto"
+    adapted: str = ""
+    """What has adapters of LoRA, which then train alone; as peft takes it."""
 
     @property
     def data(self) -> int:
@@ -93,8 +98,11 @@ class Outcome:
     """After the last step."""
 
 
-def build(kind: str, tied: bool, layers: int, kv_heads: int) -> PreTrainedModel:
-    """A tiny causal model in fp32, the same in every process."""
+LORA: dict[str, Any] = {"r": 3, "lora_alpha": 5, "target_modules": "all-linear"}
+
+
+def build(kind: str, tied: bool, layers: int, kv_heads: int, adapted: str = "") -> PreTrainedModel:
+    """A tiny causal model in fp32, the same in every process; with adapters of LoRA in these modules."""
     logging.set_verbosity_error()
     config = AutoConfig.for_model(
         kind,
@@ -115,13 +123,25 @@ def build(kind: str, tied: bool, layers: int, kv_heads: int) -> PreTrainedModel:
         **EXPERTS.get(kind, {}),
     )
     torch.manual_seed(0)
-    return AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="eager", dtype=torch.float32)
+    if adapted:
+        with warnings.catch_warnings(action="ignore", category=RuntimeWarning):  # of peft, for other models
+            inject_adapter_in_model(LoraConfig(**(LORA | {"target_modules": adapted})), model)
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:  # zeros, with which A has no gradient
+                torch.nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def built(run: Run) -> PreTrainedModel:
+    """What a run trains."""
+    return build(run.kind, run.tied, run.layers, run.kv_heads, run.adapted)
 
 
 def on_meta(run: Run) -> PreTrainedModel:
     """The same without weights."""
     with torch.device("meta"):
-        return build(run.kind, run.tied, run.layers, run.kv_heads)
+        return built(run)
 
 
 def micro_batch(step: int, number: int) -> TokenBatch:
@@ -152,12 +172,23 @@ def train(model: ParallelModel, run: Run) -> Outcome:
         )
         losses.append(model.total_loss(model.gradients(batches)))
         if step == 0:
-            gradients = {name: whole(p.grad) for name, p in model.named_parameters()}
+            gradients = gradients_of(model.named_parameters())
         norms.append(model.clip(MAX_NORM))
         optimizer.step()
         optimizer.zero_grad()
     parameters = {name: whole(p.detach()) for name, p in model.named_parameters()}
     return Outcome(losses=losses, norms=norms, gradients=gradients, parameters=parameters)
+
+
+def gradients_of(parameters: Iterable[tuple[str, nn.Parameter]]) -> dict[str, Tensor]:
+    """Of those that train; the others have none."""
+    found = {}
+    for name, parameter in parameters:
+        if parameter.requires_grad:
+            found[name] = whole(parameter.grad)
+        else:
+            assert parameter.grad is None, name
+    return found
 
 
 def whole(x: Tensor | None) -> Tensor:
@@ -167,7 +198,7 @@ def whole(x: Tensor | None) -> Tensor:
 
 def on_mesh(run: Run) -> Outcome:
     """On one rank of a pool."""
-    model = build(run.kind, run.tied, run.layers, run.kv_heads)
+    model = built(run)
     return train(parallelize(model, mesh_of(run.dims), run.plan), run)
 
 
@@ -186,11 +217,17 @@ def logits_of(model: PreTrainedModel, hidden: Tensor) -> Tensor:
 
 @cache
 def on_one_rank(
-    kind: str, tied: bool, layers: int, kv_heads: int, micro_batches: int, balance: float = 0.0
+    kind: str,
+    tied: bool,
+    layers: int,
+    kv_heads: int,
+    micro_batches: int,
+    balance: float = 0.0,
+    adapted: str = "",
 ) -> Outcome:
     """The oracle: as many micro-batches a step, one after the other."""
-    model = build(kind, tied, layers, kv_heads)
-    optimizer = ADAMW([{"params": list(model.parameters())}])
+    model = build(kind, tied, layers, kv_heads, adapted)
+    optimizer = ADAMW([{"params": [p for p in model.parameters() if p.requires_grad]}])
     losses, norms, gradients = [], [], {}
     for step in range(STEPS):
         packed = [pack(micro_batch(step, number)) for number in range(micro_batches)]
@@ -210,7 +247,7 @@ def on_one_rank(
             share.backward()
             losses[-1] += share.item()
         if step == 0:
-            gradients = {name: whole(p.grad) for name, p in model.named_parameters()}
+            gradients = gradients_of(model.named_parameters())
         norms.append(float(torch.nn.utils.clip_grad_norm_(model.parameters(), MAX_NORM)))
         optimizer.step()
         optimizer.zero_grad()
@@ -221,22 +258,24 @@ def on_one_rank(
 def check(outcomes: list[Outcome], run: Run, *, tolerance: float = 1e-5) -> None:
     """Every rank's outcome is that of one rank, and together they have all parameters."""
     batches = run.micro_batches * run.data
-    want = on_one_rank(run.kind, run.tied, run.layers, run.kv_heads, batches, run.plan.balance)
+    same = (run.kind, run.tied, run.layers, run.kv_heads, batches, run.plan.balance, run.adapted)
+    want = on_one_rank(*same)
     seen: set[str] = set()
     assert len({tuple(got.norms) for got in outcomes}) == 1  # to the bit
     for got in outcomes:
         assert_close("losses", torch.tensor(got.losses), torch.tensor(want.losses), tolerance)
         assert_close("norms", torch.tensor(got.norms), torch.tensor(want.norms), tolerance)
-        assert got.gradients.keys() == got.parameters.keys()
-        for name in got.gradients:
-            assert_close(f"gradient of {name}", got.gradients[name], want.gradients[name], tolerance)
-            assert_close(name, got.parameters[name], want.parameters[name], tolerance)
-        seen |= got.gradients.keys()
-    assert seen == want.gradients.keys()
+        for name, gradient in got.gradients.items():
+            assert_close(f"gradient of {name}", gradient, want.gradients[name], tolerance)
+        for name, parameter in got.parameters.items():
+            assert (name in got.gradients) == (name in want.gradients)
+            assert_close(name, parameter, want.parameters[name], tolerance)
+        seen |= got.parameters.keys()
+    assert seen == want.parameters.keys()
 
 
 def assert_close(what: str, got: Tensor, want: Tensor, tolerance: float) -> None:
     """Relative in the norm of the whole tensor."""
     assert got.shape == want.shape, f"{what}: {tuple(got.shape)} is not {tuple(want.shape)}"
-    difference = ((got.double() - want.double()).norm() / want.double().norm()).item()
-    assert difference <= tolerance, f"{what} differs by {difference:.1e}"
+    difference, size = (got.double() - want.double()).norm().item(), want.double().norm().item()
+    assert difference <= tolerance * size, f"{what} differs by {difference:.1e} of {size:.1e}"

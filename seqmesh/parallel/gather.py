@@ -9,12 +9,15 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 
+from seqmesh.parallel.adapters import what_trains
 from seqmesh.parallel.model import ParallelModel
 
 
 @torch.no_grad()
 def whole_weights(model: ParallelModel) -> dict[str, Tensor]:
     """Every parameter by the model's own names, whole, on the host of rank 0. A collective over all ranks.
+
+    Of a model with adapters, theirs alone.
 
     Returns:
         The weights on rank 0, and on other ranks nothing. A parameter that is tied comes once.
@@ -23,7 +26,7 @@ def whole_weights(model: ParallelModel) -> dict[str, Tensor]:
     others = [axis for axis in mesh.dims.degrees if axis != "pp"]
     is_first = all(mesh.rank(axis) == 0 for axis in others)
     found: dict[str, Tensor] = {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in what_trains(dict(model.named_parameters())).items():
         whole = parameter.full_tensor() if isinstance(parameter, DTensor) else parameter
         if is_first:
             found[name] = whole.detach().cpu()

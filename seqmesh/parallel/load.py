@@ -24,30 +24,36 @@ from torch.distributed.tensor import DTensor
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 from transformers import PreTrainedModel
 
+from seqmesh.parallel.adapters import is_adapter, name_without_adapters, starting_values
 from seqmesh.parallel.model import ParallelModel
 from seqmesh.parallel.shards import local_part
 from seqmesh.parallel.tensor import check_ranges
 
 
 @torch.no_grad()
-def load_folder(model: ParallelModel, folder: Path | str) -> None:
+def load_folder(model: ParallelModel, folder: Path | str, seed: int = 0) -> None:
     """Load a Hugging Face checkpoint. Each rank reads its shards alone.
+
+    LoRA adapters, which the folder does not have, begin as LoRA says: `starting_values`.
 
     Args:
         model: on the meta device, or with weights to overwrite.
         folder: with .safetensors files whose names are the model's own, as `save_pretrained` writes them.
+        seed: of the adapters' A.
 
     Raises:
         ValueError: no such files, a parameter that they do not have, or one that tp does not share by rows.
     """
     homes = _homes(Path(folder))
-    stored = dict(_stored_of(model))
-    _check_stored(homes, {name: tuple(tensor.shape) for name, tensor in stored.items()}, folder)
+    _check_stored(homes, {name: tuple(tensor.shape) for name, tensor in _stored_of(model)}, folder)
     _check_ranges(model)
     _allocate(model)
     for name, tensor in _stored_of(model):
         with safe_open(homes[name], framework="pt") as file:
             _copy(file.get_slice(name), tensor)
+    for name, parameter in model.named_parameters():
+        if is_adapter(name):
+            _copy(starting_values(name, parameter.shape, seed), parameter)
     for part in model.parts:
         _compute_buffers(part.hf)
 
@@ -55,6 +61,11 @@ def load_folder(model: ParallelModel, folder: Path | str) -> None:
 def stored_names(folder: Path | str) -> set[str]:
     """Names of all tensors in the .safetensors files of a folder."""
     return set(_homes(Path(folder)))
+
+
+def names_in_folder(model: PreTrainedModel) -> set[str]:
+    """What a folder of a model must have: its parameters but for adapters, by the names without them."""
+    return {name_without_adapters(name) for name, _ in model.named_parameters() if not is_adapter(name)}
 
 
 def check_folder(model: PreTrainedModel, folder: Path | str) -> None:
@@ -140,12 +151,14 @@ def _homes(folder: Path) -> dict[str, Path]:
 
 
 def _stored(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
-    """What a checkpoint holds of a model: parameters, and buffers that are weights."""
-    yield from model.named_parameters()
+    """What a checkpoint holds of a model: parameters, and buffers that are weights; under its names."""
+    for name, parameter in model.named_parameters():
+        if not is_adapter(name):
+            yield name_without_adapters(name), parameter
     kept = model.state_dict().keys()
     for name, buffer in model.named_buffers():
         if name in kept:
-            yield name, buffer
+            yield name_without_adapters(name), buffer
 
 
 def _stored_of(model: ParallelModel) -> Iterator[tuple[str, Tensor]]:

@@ -13,6 +13,7 @@ tp comes before fsdp, which shards the shards; recomputation before fsdp, whose 
 from transformers import PreTrainedModel
 
 from seqmesh.integrations.transformers import plug_in
+from seqmesh.parallel.adapters import PeftModel, check_adapters, unwrapped
 from seqmesh.parallel.balance import BalanceLoss
 from seqmesh.parallel.dims import ParallelMesh
 from seqmesh.parallel.experts import share_experts
@@ -27,12 +28,13 @@ from seqmesh.parallel.tensor import plan_of, share_matrices
 
 
 def parallelize(
-    model: PreTrainedModel, mesh: ParallelMesh, plan: ParallelPlan | None = None
+    model: PreTrainedModel | PeftModel, mesh: ParallelMesh, plan: ParallelPlan | None = None
 ) -> ParallelModel:
     """Make a causal LM parallel: in place, or with pp > 1 copies of this rank's layers.
 
     Args:
-        model: with the same weights on every rank, or on the meta device.
+        model: with the same weights on every rank, or on the meta device; a PeftModel's is trained with its
+            LoRA adapters.
         mesh: of all parallelisms.
         plan: sharding, recomputation and the order of a pipeline.
 
@@ -41,6 +43,8 @@ def parallelize(
     """
     plan = plan or ParallelPlan()
     _check(mesh, plan)
+    model = unwrapped(model)
+    check_adapters(model, mesh.dims.tp, plan.experts)
     model.train()
     styles = plan_of(model, mesh.dims.tp) if mesh.dims.tp > 1 else {}
     _check_heads(model, mesh)

@@ -23,12 +23,11 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
+from seqmesh.parallel.adapters import Styles, linear_of
 from seqmesh.parallel.anatomy import Anatomy
 from seqmesh.parallel.gradients import SumOfGradients, sum_gradients_of
 from seqmesh.parallel.shards import local_part
 
-Styles = dict[str, str]
-"""Name of a module or parameter -> style, as transformers resolves a plan."""
 _KNOWN = frozenset({"colwise", "rowwise"})
 """Styles whose collectives are replaced here."""
 
@@ -52,7 +51,7 @@ def share_rows(model: PreTrainedModel, mesh: DeviceMesh, styles: Styles) -> Styl
     for name, style in of_layers.items():
         if name in modules:
             _multiply_locally(modules[name], mesh, is_rowwise=style == "rowwise")
-            gathering |= {name.rpartition(".")[0]} if style == "colwise" else set()
+            gathering |= {linear_of(name).rpartition(".")[0]} if style == "colwise" else set()
         else:
             module, _, parameter = name.rpartition(".")
             ALL_PARALLEL_STYLES[style].shard_param(modules[module], parameter, mesh)

@@ -26,9 +26,10 @@ from transformers import PreTrainedModel
 from transformers.distributed import DistributedConfig
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
+from seqmesh.parallel.adapters import Styles, adapted_styles, linear_of, whole_adapters
 from seqmesh.parallel.anatomy import Anatomy
 from seqmesh.parallel.gradients import SumOfGradients, replaced, shard_gradient_of, sum_gradients_of
-from seqmesh.parallel.sharded_rows import Styles, share_rows
+from seqmesh.parallel.sharded_rows import share_rows
 from seqmesh.parallel.split import PassThrough
 
 _PARTIAL_GRADIENT = "replicated_with_grad_allreduce"
@@ -39,7 +40,7 @@ _KEYS_AND_VALUES = ("k_proj", "v_proj")
 
 
 def plan_of(model: PreTrainedModel, degree: int) -> Styles:
-    """What transformers shares how over so many ranks of tp.
+    """What transformers shares how over so many ranks of tp, and of adapters what goes with it.
 
     Raises:
         ValueError: a model without a plan for its layers, or heads that do not divide.
@@ -57,7 +58,7 @@ def plan_of(model: PreTrainedModel, degree: int) -> Styles:
             f"tp={degree} with {type(model).__name__}, for whose layers transformers has no plan of tensor"
             " parallelism; use tp=1"
         )
-    return plan
+    return adapted_styles(model, plan)
 
 
 def check_ranges(model: PreTrainedModel, degree: int) -> None:
@@ -91,7 +92,7 @@ def share_matrices(
     partial = {name for name, style in rest.items() if style == _PARTIAL_GRADIENT}
     # Plans name the module, its weight, or both.
     own = sorted({name.removesuffix(".weight") for name in partial})
-    few = [name for name in rest if name.endswith(_KEYS_AND_VALUES)]
+    few = [name for name in rest if _gives_keys_or_values(name)]
     if model.config.num_key_value_heads >= mesh.size():
         few = []
     tied = _tied(model)
@@ -99,6 +100,8 @@ def share_matrices(
         for key in (name, f"{name}.weight", f"{name}.bias"):
             rest.pop(key, None)
     if shard_norms:
+        for small in whole_adapters(model, plan):
+            sum_gradients_of(small, mesh)
         rest = share_rows(model, mesh, rest)
     apply_tensor_parallelism(model, mesh, rest)
     for name in own:
@@ -112,6 +115,11 @@ def share_matrices(
         shard_gradient_of(model.get_input_embeddings())
     if not shard_norms:
         model.get_input_embeddings().register_forward_hook(_own_memory)
+
+
+def _gives_keys_or_values(name: str) -> bool:
+    """Whether a module is k_proj or v_proj, or a part of it that gives as many heads."""
+    return linear_of(name).endswith(_KEYS_AND_VALUES) and not name.endswith((".weight", ".bias"))
 
 
 def _own_memory(_: nn.Module, __: Any, output: Tensor) -> Tensor:

@@ -1,18 +1,21 @@
 """What is saved of a run, by the name that it has in a checkpoint: weights, and the optimiser's states.
 
-Names are the model's own, so that any mesh finds what another one saved.
+Names are the model's own, so that any mesh finds what another one saved. Of a model with adapters, only those
+are saved: the others are what they were in its folder.
 """
 
 import torch
 from torch import Tensor
 
+from seqmesh.parallel.adapters import what_trains
 from seqmesh.parallel.model import ParallelModel
 from seqmesh.parallel.zero1 import ShardedStates
 
 
 def weights_of(model: ParallelModel) -> dict[str, Tensor]:
-    """What this rank has of the parameters; not copies."""
-    return {f"model.{name}": parameter.detach() for name, parameter in model.named_parameters()}
+    """What this rank has of the parameters that train; not copies."""
+    trained = what_trains(dict(model.named_parameters()))
+    return {f"model.{name}": parameter.detach() for name, parameter in trained.items()}
 
 
 def states_of_this_rank(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:

@@ -8,6 +8,8 @@ class Started:
     """Facts known before the first step."""
 
     parameters: int
+    trained: int
+    """Of these, those that train."""
     matmul_parameters: int
     """Weights that multiply a token's activations: without the input embedding, norms, and experts that a
     token is not routed to."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from seqmesh.parallel.adapters import what_trains
 from seqmesh.train import setup, step_folders
 from seqmesh.train.checkpoint import Checkpoint
 from seqmesh.train.data import copy_in, tokenizer_of
@@ -38,10 +39,11 @@ def export(run: Path, out: Path | None = None) -> Path:
         # The run's own copy: the recipe's folder may be gone, or lie on another machine.
         own = str(copy_in(run))
         config = replace(config, data=replace(config.data, tokenizer=own))
-    if config.model.folder:
+    adapted = config.model.folder
+    if adapted:
         own_model = str(model_in(run))
         config = replace(config, model=replace(config.model, folder=own_model))
-    shapes = setup.check(config)
+    shapes = what_trains(setup.check(config))
     checkpoint.check_model(shapes)
     checkpoint.check_files()
     out = out or run / "export" / checkpoint.folder.name
@@ -52,7 +54,7 @@ def export(run: Path, out: Path | None = None) -> Path:
         weights = {f"model.{name}": torch.empty(shape) for name, shape in shapes.items()}
         checkpoint.read_into(weights)
         named = {name.removeprefix("model."): weight for name, weight in weights.items()}
-        save(config, named, out, tokenizer_of(config.data.tokenizer))
+        save(config, named, out, tokenizer_of(config.data.tokenizer), adapted)
     except OSError as error:
         raise ValueError(f"cannot write {str(out)!r}: {error.strerror}; choose another folder") from None
     return out

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
 from seqmesh.integrations.layers import CHUNKED, FULL, SLIDING
-from seqmesh.parallel.load import check_folder, stored_names
+from seqmesh.parallel.load import check_folder, names_in_folder, stored_names
 from seqmesh.train.fingerprint import fingerprint
 from seqmesh.train.paths import expanded
 from seqmesh.train.sizes import ModelSizes
@@ -98,7 +98,7 @@ def weights_of(folder: str, hollow: PreTrainedModel) -> Weights:
     if not any(path.glob("*.safetensors")):
         _check_no_other_weights(path)
         return "none"
-    if {name for name, _ in hollow.named_parameters()} <= stored_names(path):
+    if names_in_folder(hollow) <= stored_names(path):
         check_folder(hollow, path)
         return "own"
     _check_convertible(folder, path)

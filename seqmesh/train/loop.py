@@ -20,8 +20,8 @@ import torch.distributed as dist
 from seqmesh.parallel import ParallelDims
 from seqmesh.parallel.gather import whole_weights
 from seqmesh.train import device as devices
+from seqmesh.train import lora, setup
 from seqmesh.train import model as models
-from seqmesh.train import setup
 from seqmesh.train.checkpoint import Checkpoint
 from seqmesh.train.config import Config, MeshConfig
 from seqmesh.train.data import Corpus, Tokenizer, tokenizer_of
@@ -137,6 +137,7 @@ def _started(trainer: Trainer) -> Started:
         device_name=devices.name_of(device),
         available_bytes=int(available),
         parameters=trainer.sizes.parameters,
+        trained=trainer.sizes.trained,
         matmul_parameters=trainer.sizes.matmul_parameters,
         peak_flops_per_s=trainer.peak_flops_per_s,
     )
@@ -176,8 +177,27 @@ def _measure_peak(config: Config, rounds: int = 6) -> float:
     return best
 
 
-def save(config: Config, weights: dict[str, torch.Tensor], folder: Path, tokenizer: Tokenizer) -> None:
-    """A checkpoint that plain transformers loads: how the model was made parallel is not part of it."""
+def save(
+    config: Config,
+    weights: dict[str, torch.Tensor],
+    folder: Path,
+    tokenizer: Tokenizer,
+    adapted: str = "",
+) -> None:
+    """A checkpoint that plain transformers loads: how the model was made parallel is not part of it.
+
+    Of a model with adapters, a folder of those that peft loads.
+
+    Args:
+        config: the run.
+        weights: of all its parameters, or of its adapters.
+        folder: to be made, or empty.
+        tokenizer: is written beside the model.
+        adapted: folder of the model that adapters adapt; default: config.model.folder.
+    """
+    if config.lora.rank:
+        lora.save(config.lora, adapted or config.model.folder, weights, folder)
+        return
     with torch.device("meta"):
         model = models.build(config, tokenizer.vocabulary)
     model.save_pretrained(folder, state_dict=weights)

@@ -8,11 +8,12 @@ from seqmesh.integrations.refusals import check_pluggable
 from seqmesh.train import folder as folders
 from seqmesh.train.config import Config, ModelConfig
 from seqmesh.train.data import TokenIds, tokenizer_of
+from seqmesh.train.lora import adapt
 from seqmesh.train.sizes import ModelSizes
 
 
 def build(config: Config, vocabulary: TokenIds | None = None) -> PreTrainedModel:
-    """The model with random fp32 weights from the run's seed, the same wherever it is made.
+    """The model with random fp32 weights from the run's seed, the same wherever it is made, and its adapters.
 
     Args:
         config: the run.
@@ -27,7 +28,7 @@ def build(config: Config, vocabulary: TokenIds | None = None) -> PreTrainedModel
         built = folders.build_random(config.model.folder, config.train.seed)
         _check_rows(config, built.config.vocab_size, known)
         check_pluggable(built)
-        return built
+        return adapt(built, config.lora, config.train.seed)
     built = _from_keys(config, known)
     check_pluggable(built)
     _check_sizes(built, config.model)

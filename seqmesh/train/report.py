@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from seqmesh.provenance import machine
 from seqmesh.train.config import Config, MeshConfig
 from seqmesh.train.data import Corpus
 from seqmesh.train.events import Compared, Started, StepMetrics, Trained
 from seqmesh.train.expected import Expected, Predicted
-from seqmesh.train.units import in_bytes, in_memory
+from seqmesh.train.units import in_bytes, in_memory, in_parameters
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-1}
 """Largest |Δloss| and |Δ gradient norm| against one rank in fp32, by the precision of the run.
@@ -28,6 +29,7 @@ class Report:
     documents: int
     corpus_tokens: int
     parameters: int
+    trained_parameters: int
     steps: int
     first_loss: float
     last_loss: float
@@ -88,14 +90,12 @@ def summarize(
 ) -> Report:
     """The report of a run's events."""
     last_tenth = steps[-max(1, len(steps) // 10) :]
-    matches = None
-    if compared is not None:
-        matches = compared.largest_difference <= TOLERANCE[precision]
     return Report(
         text=corpus.source,
         documents=len(corpus.documents),
         corpus_tokens=corpus.tokens,
         parameters=started.parameters,
+        trained_parameters=started.trained,
         steps=len(steps),
         first_loss=steps[0].loss,
         last_loss=sum(step.loss for step in last_tenth) / len(last_tenth),
@@ -105,10 +105,7 @@ def summarize(
         bytes_sent=sum(step.bytes_sent for step in steps),
         bytes_scheduled=sum(step.bytes_scheduled for step in steps),
         bytes_agree=all(step.bytes_agree for step in steps),
-        compared_steps=len(compared.losses) if compared is not None else 0,
-        largest_loss_difference=None if compared is None else compared.largest_loss_difference,
-        largest_grad_norm_difference=None if compared is None else compared.largest_grad_norm_difference,
-        matches_one_rank=matches,
+        **_comparison(compared, precision),
         sent=_mean_sent(steps),
         peak_memory_bytes=trained.peak_memory_bytes,
         grown_memory_bytes=trained.grown_memory_bytes,
@@ -118,7 +115,17 @@ def summarize(
     )
 
 
-def _medians(steps: Sequence[StepMetrics]) -> dict[str, float]:
+def _comparison(compared: Compared | None, precision: str) -> dict[str, Any]:
+    """Fields of a report that compare with one rank."""
+    return {
+        "compared_steps": len(compared.losses) if compared is not None else 0,
+        "largest_loss_difference": None if compared is None else compared.largest_loss_difference,
+        "largest_grad_norm_difference": None if compared is None else compared.largest_grad_norm_difference,
+        "matches_one_rank": None if compared is None else compared.largest_difference <= TOLERANCE[precision],
+    }
+
+
+def _medians(steps: Sequence[StepMetrics]) -> dict[str, Any]:
     """Fields of a report that are medians over steps."""
     return {
         "tokens_per_s": median(step.tokens_per_s for step in steps),
@@ -142,7 +149,8 @@ def describe(config: Config, report: Report, seconds: float, folder: Path) -> st
     hardware = machine()
     peaks = ", ".join(f"{peak / 2**20:.0f}" for peak in report.peak_memory_bytes)
     lines = {
-        "model": f"{model.name}, {report.parameters / 1e6:.2f} M parameters, {config.train.precision}",
+        "model": f"{model.name}, {in_parameters(report.parameters, report.trained_parameters)},"
+        f" {config.train.precision}",
         "ranks": f"{mesh.world}: {_degrees(mesh)}, {config.run.threads} thread(s) each",
         "memory of": f"zero {config.train.zero}, checkpointing {config.train.checkpointing},"
         f" offload {config.train.offload}, {config.micro_batches} micro-batch(es) a step",

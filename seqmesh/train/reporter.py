@@ -108,7 +108,7 @@ class Reporter:
             case Started():
                 self.started = event
                 self._begin = time.monotonic()
-                lines = describe_start(self.config, event.parameters, self.expected)
+                lines = describe_start(self.config, event.parameters, self.expected, trained=event.trained)
                 lines.append(describe_available(event.available_bytes, self.expected))
                 self._print("\n".join(lines) + "\n")
             case StepMetrics():

@@ -31,13 +31,13 @@ def check_same_training(config: Config, corpus: Corpus, saved: Progress) -> None
     Raises:
         ValueError: the first key that differs, another text, or no step that is left.
     """
-    now, before = tomllib.loads(dump(config)), tomllib.loads(saved.recipe)
-    for section in ("model", "data", "train"):
+    now, before = tomllib.loads(dump(config)), _with_defaults(saved.recipe)
+    for section in ("model", "lora", "data", "train"):
         for key, value in now[section].items():
             is_place = (section == "data" and key in _WHERE) or (section, key) == ("model", "folder")
             if key in _MAY_DIFFER or is_place:
                 continue
-            _check_equal(f"{section}.{key}", value, before[section].get(key), config.run.resume)
+            _check_equal(f"{section}.{key}", value, before[section][key], config.run.resume)
     if config.train.balance:
         # A product of two means over a micro-batch: other micro-batches have another.
         saved_with = config_of(before).micro_batch
@@ -52,6 +52,11 @@ def check_same_training(config: Config, corpus: Corpus, saved: Progress) -> None
             f"run.resume={config.run.resume!r} has taken all its train.steps={config.train.steps}; nothing is"
             " left to resume"
         )
+
+
+def _with_defaults(recipe: str) -> dict[str, Any]:
+    """The sections of a recipe, which may be older than some keys."""
+    return tomllib.loads(dump(config_of(tomllib.loads(recipe))))
 
 
 def check_same_model(config: Config, run: Path) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 import torch.distributed as dist
 from transformers.utils import logging as transformers_logging
 
+from seqmesh.parallel.adapters import what_trains
 from seqmesh.processes import Place, connect, one_line
 from seqmesh.provenance import this_command, versions
 from seqmesh.train import device as devices
@@ -109,6 +110,8 @@ class _Prepared:
     corpus: Corpus
     parameters: int
     """Of the model."""
+    trained: int
+    """Of these, those that train."""
     checkpoint: Checkpoint | None = None
     """What it is resumed from."""
     expected: Expected | None = None
@@ -130,14 +133,19 @@ def _prepare(config: Config) -> _Prepared:
     data = config.data
     corpus = read(data.path, field=data.field, tokenizer=data.tokenizer, cache=data.cache)
     check_enough(corpus, data.seq_len)
-    parameters = sum(map(math.prod, shapes.values()))
+    trained = what_trains(shapes)
+    prepared = _Prepared(corpus=corpus, parameters=_count(shapes), trained=_count(trained))
     if not config.run.resume:
-        return _Prepared(corpus=corpus, parameters=parameters)
+        return prepared
     checkpoint = Checkpoint(step_folders.newest(_expanded(config.run.resume, "--resume")))
     check_same_training(config, corpus, checkpoint.progress)
     check_same_model(config, step_folders.run_of(checkpoint.folder))
-    checkpoint.check_model(shapes)
-    return _Prepared(corpus=corpus, parameters=parameters, checkpoint=checkpoint)
+    checkpoint.check_model(trained)
+    return replace(prepared, checkpoint=checkpoint)
+
+
+def _count(shapes: dict[str, tuple[int, ...]]) -> int:
+    return sum(map(math.prod, shapes.values()))
 
 
 def _expecting(config: Config, prepared: _Prepared, foresight: Foresight | None) -> _Prepared:
@@ -163,7 +171,7 @@ def dry_run(config: Config, foresight: Foresight) -> str:
     expected = foresight.expect(config, token_ids(config, prepared.corpus))
     if expected.unknown:
         raise ValueError(f"a step of it cannot be traced: {expected.unknown}; report this as a bug")
-    return "\n".join(describe_start(config, prepared.parameters, expected))
+    return "\n".join(describe_start(config, prepared.parameters, expected, trained=prepared.trained))
 
 
 def _expanded(folder: str, option: str) -> Path:

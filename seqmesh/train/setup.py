@@ -28,6 +28,7 @@ from seqmesh.train import folder as folders
 from seqmesh.train import model as models
 from seqmesh.train.config import Config, MeshConfig, check_fits
 from seqmesh.train.data import TokenIds
+from seqmesh.train.lora import adapt
 
 MLP_ROWS = 4096
 """Tokens of an MLP's tile."""
@@ -79,9 +80,9 @@ def build(
         return parallelize(model, mesh, plan)
     made = parallelize(hollow, mesh, plan)
     if stored == "own":
-        load_folder(made, folders.path_of(folder))
+        load_folder(made, folders.path_of(folder), config.train.seed)
     elif stored == "converted":
-        load_from_rank_0(made, partial(folders.build_converted, folder))
+        load_from_rank_0(made, lambda: adapt(folders.build_converted(folder), config.lora, config.train.seed))
     else:
         load_from_rank_0(made, whole)
     return made

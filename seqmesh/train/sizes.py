@@ -5,7 +5,8 @@ MFU = model FLOPs / (seconds x peak). Model FLOPs of a step, forward + backward 
     6 x active matmul weights x tokens  +  6 x sum over calls of attention of  pairs x heads x (d + e)
 
 where pairs is the number of (query, key) pairs that the layer's mask allows, exactly; d and e are the head
-dims of keys and of values. Of experts, as many are active as a token is routed to.
+dims of keys and of values. Of experts, as many are active as a token is routed to. Weights that do not train
+(all but LoRA's) have 4 in place of 6: no gradient of theirs is made.
 
 (2 FLOPs per weight and token forward; QK^T and PV are 2 d and 2 e FLOPs per pair and head forward.) The PaLM
 convention takes seq_len^2 pairs instead; we report both and say which is which.
@@ -42,9 +43,13 @@ class ModelSizes:
     """Of a whole model, whatever mesh it is trained on."""
 
     parameters: int
+    trained: int
+    """Of these, those that train."""
     matmul_parameters: int
     """Weights that a token is multiplied by: of experts those that it is routed to, the output embedding
     included, without input embeddings, norms and biases."""
+    trained_matmul_parameters: int
+    """Of these, those that train."""
     experts: int
     """Of a layer that has some; 0 if none has."""
     layers: int
@@ -64,7 +69,9 @@ class ModelSizes:
         model.train()
         return ModelSizes(
             parameters=sum(parameter.numel() for parameter in model.parameters()),
+            trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
             matmul_parameters=_active_weights(model),
+            trained_matmul_parameters=_active_weights(model, trained=True),
             experts=max((_experts_of(module) for module in model.modules()), default=0),
             layers=len(anatomy.layers),
             is_tied=anatomy.is_tied,
@@ -99,7 +106,8 @@ class ModelSizes:
 
     def step_flops(self, tokens: int, attention_work: int) -> float:
         """FLOPs of one forward and backward, see the top of the file."""
-        return 6.0 * self.matmul_parameters * tokens + 6.0 * attention_work
+        weights = 4.0 * self.matmul_parameters + 2.0 * self.trained_matmul_parameters
+        return weights * tokens + 6.0 * attention_work
 
     def noncausal_work(self, sequences: int, seq_len: int) -> int:
         """`attention_work` by the convention that ignores masks."""
@@ -120,15 +128,18 @@ class ModelSizes:
         ]
 
 
-def _active_weights(model: PreTrainedModel) -> int:
-    """Of the matrices that a token is multiplied by; a head that is the embedding's tensor is one."""
+def _active_weights(model: PreTrainedModel, *, trained: bool = False) -> int:
+    """Of the matrices that a token is multiplied by, or of those of them that train.
+
+    A head that is the embedding's tensor is one.
+    """
     total = 0
     for module in model.modules():
         if isinstance(module, nn.Embedding):
             continue
         share = _active_share(model, module)
         for name, weight in module.named_parameters(recurse=False):
-            if weight.ndim >= 2 and not name.endswith("bias"):
+            if weight.ndim >= 2 and not name.endswith("bias") and (weight.requires_grad or not trained):
                 total += round(weight.numel() * (share if weight.ndim == 3 else 1))
     return total
 

@@ -16,7 +16,7 @@ from math import prod
 
 from seqmesh.train.config import Config
 from seqmesh.train.expected import Expected
-from seqmesh.train.units import in_bytes, in_memory
+from seqmesh.train.units import in_bytes, in_memory, in_parameters
 
 _OTHER = {
     "pp": "layers",
@@ -34,19 +34,22 @@ _A_FEW_NUMBERS = 4096
 """Bytes of losses, norms and checksums."""
 
 
-def describe_start(config: Config, parameters: int, expected: Expected | None) -> list[str]:
+def describe_start(
+    config: Config, parameters: int, expected: Expected | None, *, trained: int | None = None
+) -> list[str]:
     """Lines on a run that is about to start.
 
     Args:
         config: the run.
         parameters: of the whole model.
         expected: of a step; None if it was not asked for.
+        trained: of the parameters, those that train; None: all.
     """
     model, data = config.model, config.data
     sharing = config.mesh.degrees["ring"] * config.mesh.degrees["ulysses"]
     per_rank = data.seq_len * config.micro_batch / sharing
     lines = {
-        "model": f"{model.name}, {parameters / 1e6:,.2f} M parameters, {config.train.precision}",
+        "model": f"{model.name}, {in_parameters(parameters, trained)}, {config.train.precision}",
         "step": f"{data.sequences} x {data.seq_len:,} tokens, in {config.micro_batches} micro-batch(es) of"
         f" {config.micro_batch} on each data-parallel rank; {per_rank:,.0f} tokens of one on each rank",
         "mesh": f"{config.mesh.world} rank(s)",

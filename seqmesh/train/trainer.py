@@ -160,7 +160,7 @@ class Trainer:
 
     def _parameter_groups(self) -> list[dict[str, object]]:
         # Norms and biases, those of experts too, have a scale of their own, which decay would pull to 0.
-        named = list(self.model.named_parameters())
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         is_matrix = [p.ndim >= 2 and not name.endswith("bias") for name, p in named]
         matrices = [p for (_, p), decays in zip(named, is_matrix, strict=True) if decays]
         vectors = [p for (_, p), decays in zip(named, is_matrix, strict=True) if not decays]

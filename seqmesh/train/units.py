@@ -1,4 +1,10 @@
-"""Bytes as people read them."""
+"""Bytes and counts as people read them."""
+
+
+def in_parameters(count: int, trained: int | None = None) -> str:
+    """Parameters of a model, and how many of them train if not all do."""
+    text = f"{count / 1e6:,.2f} M parameters"
+    return text if trained in (None, count) else f"{text}, of which {trained / 1e6:,.2f} M train"
 
 
 def in_bytes(count: float) -> str:

@@ -3,10 +3,11 @@
 The defaults are the default recipe (recipes/stdlib.toml spells them out; a test keeps the two equal). Types
 are checked by recipe.py, ranges and combinations here, so a `Config` that exists can be run.
 
-    rules.py   sizes.py   mesh.py   model.py   data.py   optimisation.py   running.py  ->  whole.py
+    rules.py   sizes.py   mesh.py   model.py   lora.py   data.py   optimisation.py   running.py  ->  whole.py
 """
 
 from seqmesh.train.config.data import DataConfig
+from seqmesh.train.config.lora import AdapterConfig
 from seqmesh.train.config.mesh import AXES, MeshConfig
 from seqmesh.train.config.model import ModelConfig
 from seqmesh.train.config.optimisation import TrainConfig
@@ -18,6 +19,7 @@ __all__ = [
     "AUTO",
     "AXES",
     "LONGEST_TIMEOUT_S",
+    "AdapterConfig",
     "Config",
     "DataConfig",
     "DecoderSizes",

@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from seqmesh.train.config.data import DataConfig
+from seqmesh.train.config.lora import AdapterConfig
 from seqmesh.train.config.mesh import MeshConfig
 from seqmesh.train.config.model import ModelConfig
 from seqmesh.train.config.optimisation import TrainConfig
@@ -18,6 +19,7 @@ class Config:
 
     mesh: MeshConfig = field(default_factory=MeshConfig)
     model: ModelConfig = field(default_factory=ModelConfig)
+    lora: AdapterConfig = field(default_factory=AdapterConfig)
     data: DataConfig = field(default_factory=DataConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
     run: RunConfig = field(default_factory=RunConfig)
@@ -26,6 +28,11 @@ class Config:
 
     def __post_init__(self) -> None:
         _check_experts(self)
+        require(
+            self.lora.rank == 0 or self.model.folder != "",
+            f"lora.rank={self.lora.rank} without model.folder: adapters are of a model that has been trained;"
+            " give its folder, or leave lora.rank out",
+        )
         if not self.model.folder:
             check_fits(self, self.model.sizes)
         _check_orders(self)

@@ -122,6 +122,23 @@ def test_only_adapters_move_and_the_first_loss_is_the_models(folder: str) -> Non
     assert moved == {name for name in before if ".lora_" in name}
 
 
+def in_bf16(config: Config) -> tuple[list[float], dict[str, torch.dtype]]:
+    trainer = Trainer(config, TEXT, mesh_of(dims_of(config.mesh)), peak_flops_per_s=1.0)
+    losses = [trainer.step().loss for _ in range(3)]
+    return losses, {name: weight.dtype for name, weight in trainer.model.named_parameters()}
+
+
+def test_weights_that_stay_are_held_in_what_layers_compute_in(ranks: Ranks, folder: str) -> None:
+    config = config_of(folder, dp_shard=2, ring=2, zero=3, precision="bf16")
+    plain = replace(config, lora=AdapterConfig())
+    (first, *_), _ = ranks.run(4, in_bf16, plain)[0]
+    losses, dtypes = ranks.run(4, in_bf16, config)[0]
+    assert losses[0] == first  # to the bit: gathered in bf16 either way
+    assert losses == pytest.approx(on_one_rank(folder)[0], rel=2e-3)
+    for name, dtype in dtypes.items():
+        assert dtype == (torch.float32 if ".lora_" in name else torch.bfloat16), name
+
+
 def started_from(config: Config) -> dict[str, Tensor]:
     model = setup.build(config, mesh_of(dims_of(config.mesh)), build_hollow(config))
     return {name: whole(weight.detach()) for name, weight in model.named_parameters()}

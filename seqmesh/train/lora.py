@@ -25,13 +25,16 @@ _ADAPTER = ".default."
 """The adapter's name inside a model, which files leave out."""
 
 
-def adapt(model: PreTrainedModel, settings: AdapterConfig, seed: int) -> PreTrainedModel:
+def adapt(
+    model: PreTrainedModel, settings: AdapterConfig, seed: int, dtype: torch.dtype = torch.float32
+) -> PreTrainedModel:
     """Put adapters into a model, which train alone from then on. Nothing is done if none are asked for.
 
     Args:
         model: with weights, or on the meta device; changed in place.
         settings: rank 0 asks for none.
         seed: of the A matrices.
+        dtype: of the weights that stay. What layers compute in is enough: nothing is added to them.
 
     Returns:
         The model.
@@ -54,13 +57,20 @@ def adapt(model: PreTrainedModel, settings: AdapterConfig, seed: int) -> PreTrai
             f"lora.targets={settings.targets!r} with {type(model).__name__} ({what}); name its linear layers"
         ) from None
     check_adapters(model)
-    for name, parameter in list(model.named_parameters()):
-        if is_adapter(name):
-            owner, _, own = name.rpartition(".")
-            setattr(
-                model.get_submodule(owner), own, nn.Parameter(starting_values(name, parameter.shape, seed))
-            )
+    made: dict[int, nn.Parameter] = {}
+    for name, parameter in list(model.named_parameters(remove_duplicate=False)):
+        owner, _, own = name.rpartition(".")
+        if id(parameter) not in made:  # tied weights stay one
+            made[id(parameter)] = _started(name, parameter, seed, dtype)
+        setattr(model.get_submodule(owner), own, made[id(parameter)])
     return model
+
+
+def _started(name: str, parameter: nn.Parameter, seed: int, dtype: torch.dtype) -> nn.Parameter:
+    """An adapter's parameter as training begins, or one that stays."""
+    if is_adapter(name):
+        return nn.Parameter(starting_values(name, parameter.shape, seed))
+    return nn.Parameter(parameter.detach().to(dtype), requires_grad=False)
 
 
 def save(settings: AdapterConfig, model_folder: str, weights: dict[str, Tensor], folder: Path) -> None:

@@ -13,7 +13,9 @@ from seqmesh.train.sizes import ModelSizes
 
 
 def build(config: Config, vocabulary: TokenIds | None = None) -> PreTrainedModel:
-    """The model with random fp32 weights from the run's seed, the same wherever it is made, and its adapters.
+    """The model with random weights from the run's seed, the same wherever it is made, and its adapters.
+
+    Weights are fp32, but for those beside adapters: they are what layers compute in.
 
     Args:
         config: the run.
@@ -28,7 +30,8 @@ def build(config: Config, vocabulary: TokenIds | None = None) -> PreTrainedModel
         built = folders.build_random(config.model.folder, config.train.seed)
         _check_rows(config, built.config.vocab_size, known)
         check_pluggable(built)
-        return adapt(built, config.lora, config.train.seed)
+        computes_in = torch.bfloat16 if config.train.precision == "bf16" else torch.float32
+        return adapt(built, config.lora, config.train.seed, computes_in)
     built = _from_keys(config, known)
     check_pluggable(built)
     _check_sizes(built, config.model)

@@ -81,7 +81,7 @@ def test_json_has_the_promised_keys_best_first(plan: Run) -> None:
 def test_a_pinned_point_is_priced_alone_whether_it_fits_or_not(plan: Run) -> None:
     (fits,) = plan.json(*JOB, "--pin", HEADLINE)["candidates"]
     assert fits["fits"] is True
-    assert [fits[key] for key in KEYS] == [8, 1, 2, 1, 1, 1, "none", "none", "none", 1]
+    assert [fits[key] for key in KEYS] == [8, 1, 2, 1, 1, 1, "none", "none", "none", 1, False]
     on_the_ring = HEADLINE.replace("tp=8", "tp=1").replace("ring=2", "ring=16")
     (too_big,) = plan.json(*JOB, "--pin", on_the_ring)["candidates"]
     assert too_big["fits"] is False

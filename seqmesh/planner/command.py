@@ -65,7 +65,8 @@ def _plan(context: typer.Context, options: PlanOptions) -> int:
     request = _request(options)
     pins = parse_pins(options.pin or [])
     if options.kernel:
-        return _kernel(build_job(request, _one_attention(options)), pins, options)
+        alike = build_job(replace(request, global_batch=1), _one_attention(options))
+        return _kernel(_repeated(alike, options.global_batch), pins, options)
     if options.max_seq and options.documents is not None:
         request = replace(request, seq_len=SAMPLE)
     if options.trace_memory:
@@ -94,6 +95,7 @@ def _request(options: PlanOptions) -> Request:
         seq_len=options.seq_len,
         global_batch=options.global_batch,
         documents=options.documents,
+        dealing=options.dealing,
         layout=options.layout,
         stack=options.stack,
         precision=options.precision,
@@ -118,6 +120,11 @@ def _one_attention(options: PlanOptions) -> ModelShape:
     kv_heads = options.heads if options.kv_heads is None else options.kv_heads
     head_dim = 128 if options.head_dim is None else options.head_dim
     return attention_model(options.heads, kv_heads, head_dim)
+
+
+def _repeated(job: Job, sequences: int) -> Job:
+    """So many sequences with the documents of one."""
+    return replace(job, global_batch=sequences, documents=job.documents * sequences)
 
 
 def _kernel(job: Job, pins: Pins, options: PlanOptions) -> int:
@@ -171,8 +178,8 @@ def _answer(job: Job, pins: Pins, options: PlanOptions) -> int:
 
 
 def _is_point(pins: Pins) -> bool:
-    """Whether the pins leave nothing to choose."""
-    return set(pins) == set(KEYS)
+    """Whether the pins leave nothing to choose: the others say whether it is a pool."""
+    return set(KEYS) - set(pins) <= {"pool"}
 
 
 def _why(costs: CostModel, found: Found, estimate: StepEstimate, pins: Pins) -> list[str]:
@@ -242,7 +249,7 @@ def _trace_memory(job: Job, pins: Pins, as_json: bool) -> int:
 
     from seqmesh.planner.trainer.tracing import trace_rank  # loads torch and transformers
 
-    traced = trace_rank(fuller, job.documents or None)
+    traced = trace_rank(fuller, job.sequences[0] if job.documents else None)
     result = {
         "ulysses": point.ulysses,
         "ring": point.ring,

@@ -35,6 +35,8 @@ class Point:
     offload: str = "none"
     tiling: str = "none"
     micro_batch: int = 1
+    pool: bool = False
+    """Whether the documents of a micro-batch's sequences lie in one row on the one ring there is."""
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
@@ -76,7 +78,8 @@ class Point:
         return {name: value for name, value in values.items() if value != "none"}
 
     def __str__(self) -> str:
-        knobs = [f"zero {self.zero}", f"micro-batch {self.micro_batch}"]
+        knobs = ["one pool"] if self.pool else []
+        knobs += [f"zero {self.zero}", f"micro-batch {self.micro_batch}"]
         knobs += [f"{name} {value}" for name, value in self.savers.items()]
         return f"tp{self.tp} u{self.ulysses} r{self.ring} dp{self.dp} pp{self.pp}, {', '.join(knobs)}"
 
@@ -87,3 +90,8 @@ class Point:
 
 KEYS = tuple(f.name for f in fields(Point))
 """What can be pinned."""
+
+
+def as_pin(key: str, value: object) -> str:
+    """A pin as it is written: tp=8, checkpointing=none, pool=true."""
+    return f"{key}={str(value).lower()}"

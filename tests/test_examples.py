@@ -11,6 +11,9 @@ import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TIMEOUT_S = 180
+PYTORCH_AT_EXIT = "terminate called without an active exception"
+"""What a process says if a thread of gloo lets go of a tensor while Python ends: rare, on loaded machines, and
+after everything was done (pytorch/pytorch pull request 179291)."""
 
 
 @cache
@@ -19,14 +22,17 @@ def numbers(name: str, ranks: int, arguments: tuple[str, ...]) -> list[list[floa
     launcher = (
         ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}") if ranks > 1 else ()
     )
-    done = subprocess.run(
-        [sys.executable, *launcher, str(EXAMPLES / name), *arguments],
-        env=os.environ | {"PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"},
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
+    for _ in range(3):
+        done = subprocess.run(
+            [sys.executable, *launcher, str(EXAMPLES / name), *arguments],
+            env=os.environ | {"PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"},
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+        if PYTORCH_AT_EXIT not in done.stderr:
+            break
     assert done.returncode == 0, done.stderr
     lines = [line for line in done.stdout.splitlines() if line.startswith("step ")]
     found = [[float(number) for number in re.findall(r"\d+\.\d+", line)] for line in lines]

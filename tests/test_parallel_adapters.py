@@ -16,6 +16,7 @@ from parallel_runs import (
     build,
     built,
     check,
+    gradients_of,
     on_mesh,
     on_meta,
     train,
@@ -25,6 +26,8 @@ from peft import LoraConfig, get_peft_model, inject_adapter_in_model
 from ranks import Ranks
 from torch import Tensor
 
+from seqmesh import Schedule, SequenceMesh, masks
+from seqmesh.integrations.transformers import plug_in
 from seqmesh.parallel import ParallelDims, ParallelPlan, load_folder, parallelize
 
 MIXES: dict[str, Run] = {
@@ -194,3 +197,35 @@ def test_other_adapters_of_layers_train_without_tp(ranks: Ranks) -> None:
     for got in ranks.run(4, dora, Run(dims=ParallelDims(ring=2, ulysses=2))):
         for name, gradient in want.gradients.items():
             assert_close(name, got.gradients[name], gradient, TOLERANCE)
+
+
+def plugged(ids: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+    """A rank's logits of a PeftModel that is plugged in, and its part of the adapters' gradients."""
+    model = plug_in(wrapped())
+    sequence = SequenceMesh.build(ulysses=2, ring=2)
+    schedule = Schedule.build(masks.documents([23, 14]), sequence)
+    positions = torch.cat([torch.arange(23), torch.arange(14)])[None]
+    mine, places = schedule.shard(ids, 1), schedule.shard(positions, 1)
+    logits = model(input_ids=mine, position_ids=places, schedule=schedule, use_cache=False).logits
+    logits.pow(2).sum().backward()
+    whole_logits = schedule.unshard(logits.detach(), 1)
+    return whole_logits, gradients_of(model.get_base_model().named_parameters())
+
+
+def wrapped() -> Any:
+    with warnings.catch_warnings(action="ignore", category=FutureWarning):
+        model = get_peft_model(build("llama", False, 2, 2), LoraConfig(**LORA))
+    model.get_base_model().load_state_dict(build("llama", False, 2, 2, "all-linear").state_dict())
+    return model
+
+
+def test_a_model_of_peft_is_plugged_in_as_it_is(ranks: Ranks) -> None:
+    ids = torch.randint(0, 96, (1, 37), generator=torch.Generator().manual_seed(1))
+    plain = wrapped()
+    logits = torch.cat([plain(input_ids=part, use_cache=False).logits for part in ids.split([23, 14], 1)], 1)
+    logits.pow(2).sum().backward()
+    found = ranks.run(4, plugged, ids)
+    for got, _ in found:
+        assert_close("logits", got, logits.detach(), 1e-5)
+    for name, gradient in gradients_of(plain.get_base_model().named_parameters()).items():
+        assert_close(name, torch.stack([part[name] for _, part in found]).sum(0), gradient, TOLERANCE)

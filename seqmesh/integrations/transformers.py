@@ -30,6 +30,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from seqmesh.engine.attention import attention
 from seqmesh.engine.sharding import Schedule
+from seqmesh.integrations.adapted import PeftModel, unwrapped
 from seqmesh.integrations.layers import LayerSchedules, chunk_of
 from seqmesh.integrations.refusals import check_forward, check_labels, check_pluggable, no_interface
 from seqmesh.integrations.temperature import counts_from_zero, scaled_by_position
@@ -37,7 +38,7 @@ from seqmesh.integrations.temperature import counts_from_zero, scaled_by_positio
 NAME = "seqmesh"
 """Our key in transformers' tables of attention and mask functions."""
 
-Model = TypeVar("Model", bound=PreTrainedModel)
+Model = TypeVar("Model", bound=PreTrainedModel | PeftModel)
 
 _HARMLESS = frozenset(
     {
@@ -79,7 +80,7 @@ def register() -> None:
 
 
 def plug_in(model: Model) -> Model:
-    """Let a transformers model attend through seqmesh. Changes the model in place and returns it.
+    """Let a transformers model, or one in a PeftModel, attend through seqmesh: in place; returned as it came.
 
     From then on its forward needs `schedule=` and `position_ids=`, both for this rank's tokens. Save it with
     `save_pretrained` as usual: the attention implementation is not part of a checkpoint.
@@ -87,19 +88,20 @@ def plug_in(model: Model) -> Model:
     Raises:
         ValueError: the model's attention cannot be plugged in, or other layers of it need the whole sequence.
     """
-    check_pluggable(model)
+    own = unwrapped(model)
+    check_pluggable(own)
     register()
-    before = model.config._attn_implementation
-    model.set_attn_implementation(NAME)
-    parts = [part for part in model.modules() if isinstance(part, PreTrainedModel)]
+    before = own.config._attn_implementation
+    own.set_attn_implementation(NAME)
+    parts = [part for part in own.modules() if isinstance(part, PreTrainedModel)]
     # transformers only warns where a part cannot change its attention, and leaves it as it was.
     if any(part.config._attn_implementation != NAME for part in parts):
-        model.set_attn_implementation(before)
-        raise ValueError(no_interface(model))
-    model.register_forward_pre_hook(check_labels, with_kwargs=True)
+        own.set_attn_implementation(before)
+        raise ValueError(no_interface(own))
+    own.register_forward_pre_hook(check_labels, with_kwargs=True)
     for part in parts:
         # The inner model too: it may be called without the outer one, whose hook would not see it.
-        if part is model or "position_ids" in inspect.signature(part.forward).parameters:
+        if part is own or "position_ids" in inspect.signature(part.forward).parameters:
             part.register_forward_pre_hook(check_forward, with_kwargs=True)
     return model
 

@@ -14,7 +14,7 @@ Source: LoRA (Hu et al. 2021); peft.
 import math
 import zlib
 from collections.abc import Iterator, Mapping
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -30,18 +30,6 @@ _DOWN, _UP = "lora_A", "lora_B"
 _BASE = "base_layer"
 _COLUMNS = "rowwise"
 """The style that shares a matrix by its columns, by the name of the activations' side."""
-
-
-class PeftModel(Protocol):
-    """What is used of peft's class."""
-
-    def get_base_model(self) -> PreTrainedModel:
-        """The transformers model inside, whose layers have the adapters."""
-
-
-def unwrapped(model: PreTrainedModel | PeftModel) -> PreTrainedModel:
-    """The transformers model inside a PeftModel; any other model as it is."""
-    return model if isinstance(model, PreTrainedModel) else model.get_base_model()
 
 
 def is_adapter(parameter: str) -> bool:

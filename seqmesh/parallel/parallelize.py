@@ -12,8 +12,9 @@ tp comes before fsdp, which shards the shards; recomputation before fsdp, whose 
 
 from transformers import PreTrainedModel
 
+from seqmesh.integrations.adapted import PeftModel, unwrapped
 from seqmesh.integrations.transformers import plug_in
-from seqmesh.parallel.adapters import PeftModel, check_adapters, unwrapped
+from seqmesh.parallel.adapters import check_adapters
 from seqmesh.parallel.balance import BalanceLoss
 from seqmesh.parallel.dims import ParallelMesh
 from seqmesh.parallel.experts import share_experts

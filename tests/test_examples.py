@@ -12,8 +12,10 @@ import pytest
 EXAMPLES = Path(__file__).parent.parent / "examples"
 TIMEOUT_S = 180
 PYTORCH_AT_EXIT = "terminate called without an active exception"
-"""What a process says if a thread of gloo lets go of a tensor while Python ends: rare, on loaded machines, after
-everything was done (pytorch/pytorch pull request 179291)."""
+"""What a process says if a thread of gloo lets go of a tensor while Python ends.
+
+Rare, on loaded machines, after all was done (pytorch/pytorch pull request 179291).
+"""
 
 
 @cache

@@ -58,9 +58,10 @@ def _plan(context: typer.Context, options: PlanOptions) -> int:
     """Answer the question that the options ask."""
     check_options(context)
     if options.published:
-        from seqmesh.planner.paper.published import render
+        from seqmesh.planner.paper import held_out, published
 
-        print(render())
+        print(published.render())
+        print(f"\n{held_out.render()}")
         return 0
     request = _request(options)
     pins = parse_pins(options.pin or [])

@@ -1,0 +1,315 @@
+"""Published runs of other programs beside what the planner predicts: what it was not built on.
+
+`seqmesh plan --published` prints them after the paper's tables: speed and memory with default assumptions,
+and the errors by GPU and by length. Nothing is fitted, neither to a row nor to the table; which rows had been
+seen when a constant was chosen is in docs/planner_results.md.
+
+Sources: torchtitan, benchmarks/llama3_h100_202412_torchtitan.md and docs/performance.md; Korthikanti et al.
+2022 (arXiv 2205.05198), Table 5; "The Llama 3 herd of models" (arXiv 2407.21783), Table 4. What these leave
+open is stated at the row.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import cache
+from statistics import fmean
+
+from seqmesh.planner.cost.estimate import StepEstimate
+from seqmesh.planner.cost.step import CostModel
+from seqmesh.planner.inputs.hardware import Cluster, load_gpu
+from seqmesh.planner.inputs.job import Job
+from seqmesh.planner.inputs.models import load_model
+from seqmesh.planner.inputs.point import Point
+from seqmesh.planner.inputs.request import assumptions_for
+from seqmesh.planner.inputs.stack import stack_named
+from seqmesh.planner.inputs.units import format_tokens
+
+GIB = 2**30
+MEAN_ERROR, LARGEST_ERROR, MEMORY_ERROR = 0.15, 0.35, 0.15
+"""Goals: of speeds on average, of any speed, and of memory on average."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class HeldOutRow:
+    """A published run."""
+
+    name: str
+    model: str
+    gpu: str
+    gpus: int
+    seq_len: int
+    batch: int
+    """Sequences of a step."""
+    point: Point
+    stack: str = "fused"
+    precision: str | None = None
+    tokens_per_s: float | None = None
+    """Of one GPU."""
+    step_s: float | None = None
+    tflops: float | None = None
+    """TFLOP/s of one GPU."""
+    memory_gib: float | None = None
+    """The allocator's peak."""
+
+    @property
+    def published(self) -> float:
+        """Tokens/s of one GPU, whichever way the speed was published."""
+        tokens = self.seq_len * self.batch / self.gpus
+        if self.tokens_per_s is not None:
+            return self.tokens_per_s
+        if self.step_s is not None:
+            return tokens / self.step_s
+        assert self.tflops is not None
+        return tokens * self.tflops * 1e12 * self.gpus / self.estimate.flops
+
+    @property
+    def estimate(self) -> StepEstimate:
+        """What the planner says of it."""
+        return _estimate(self)
+
+    @property
+    def error(self) -> float:
+        """Of the predicted speed, as a share of the published one."""
+        return self.estimate.tokens_per_second / self.gpus / self.published - 1
+
+    @property
+    def memory_error(self) -> float | None:
+        """The same of the memory that PyTorch's allocator holds."""
+        if self.memory_gib is None:
+            return None
+        return self.estimate.memory.total / GIB / self.memory_gib - 1
+
+
+@cache
+def _estimate(row: HeldOutRow) -> StepEstimate:
+    gpu = load_gpu(row.gpu)
+    stack = stack_named(row.stack)
+    job = Job(
+        model=load_model(row.model),
+        cluster=Cluster(gpu=gpu, nodes=row.gpus // 8, gpus_per_node=8),
+        seq_len=row.seq_len,
+        global_batch=row.batch,
+        stack=stack,
+        numerics=stack.numerics(row.precision, "fp32"),
+        assumptions=assumptions_for(gpu, ()),
+    )
+    return CostModel(job).estimate(row.point)
+
+
+_8B = "llama3-8b"
+_H100 = "h100-96gb-500w"
+_K = 1024
+_FSDP = Point(zero=3, checkpointing="selective")
+_FULL = Point(zero=3, checkpointing="full")
+_TP8 = Point(tp=8, zero=0)
+
+ROWS = (
+    HeldOutRow(
+        name="T1",
+        model=_8B,
+        gpu=_H100,
+        gpus=8,
+        seq_len=8 * _K,
+        batch=16,
+        point=_FSDP.but(dp=8, micro_batch=2),
+        tokens_per_s=5762,
+        memory_gib=82.4,
+    ),
+    HeldOutRow(
+        name="T1c",
+        model=_8B,
+        gpu=_H100,
+        gpus=8,
+        seq_len=8 * _K,
+        batch=16,
+        point=_FSDP.but(dp=8, micro_batch=2),
+        tokens_per_s=6667,
+        memory_gib=77.0,
+    ),
+    HeldOutRow(
+        name="T3c",
+        model=_8B,
+        gpu=_H100,
+        gpus=128,
+        seq_len=8 * _K,
+        batch=256,
+        point=_FSDP.but(dp=128, micro_batch=2),
+        tokens_per_s=6514,
+        memory_gib=62.0,
+    ),
+    HeldOutRow(
+        name="T2a",
+        model=_8B,
+        gpu=_H100,
+        gpus=8,
+        seq_len=32 * _K,
+        batch=8,
+        point=_FULL.but(dp=8),
+        tokens_per_s=3890,
+        memory_gib=83.9,
+    ),
+    HeldOutRow(
+        name="T2b",
+        model=_8B,
+        gpu=_H100,
+        gpus=8,
+        seq_len=64 * _K,
+        batch=4,
+        point=_FULL.but(dp=4, ring=2),
+        tokens_per_s=2540,
+        memory_gib=84.2,
+    ),
+    HeldOutRow(
+        name="T4",
+        model="llama3-70b",
+        gpu=_H100,
+        gpus=256,
+        seq_len=8 * _K,
+        batch=512,
+        point=_FULL.but(dp=32, tp=8, micro_batch=16),
+        tokens_per_s=829,
+        memory_gib=71.9,
+    ),
+    HeldOutRow(
+        name="T4a",
+        model="llama3-70b",
+        gpu=_H100,
+        gpus=256,
+        seq_len=8 * _K,
+        batch=512,
+        point=_FULL.but(dp=32, tp=8, micro_batch=16),
+        tokens_per_s=876,
+        memory_gib=67.6,
+    ),
+    HeldOutRow(
+        name="T5a",
+        model="llama3-405b",
+        gpu=_H100,
+        gpus=512,
+        seq_len=8 * _K,
+        batch=256,
+        # torchtitan cuts a batch in as many micro-batches as there are stages unless it is told to do else,
+        # and keeps weights whole under a pipeline: ZeRO-2.
+        point=_FULL.but(dp=8, tp=8, pp=8, micro_batch=4, zero=2),
+        tokens_per_s=100,
+        memory_gib=82.5,
+    ),
+    HeldOutRow(
+        name="A1",
+        model=_8B,
+        gpu="a100-sxm",
+        gpus=64,
+        seq_len=8 * _K,
+        batch=64,
+        point=_FSDP.but(dp=64),
+        tokens_per_s=2973,
+    ),
+    HeldOutRow(
+        name="A3",
+        model="llama2-13b",
+        gpu="a100-sxm",
+        gpus=64,
+        seq_len=4 * _K,
+        batch=128,
+        point=Point(zero=3, dp=64, micro_batch=2),
+        tokens_per_s=2162,
+    ),
+    HeldOutRow(
+        name="M22f",
+        model="gpt-22b",
+        gpu="a100-sxm",
+        gpus=8,
+        seq_len=2 * _K,
+        batch=4,
+        point=_TP8.but(micro_batch=4, checkpointing="full"),
+        step_s=1.42,
+    ),
+    HeldOutRow(
+        name="M22s",
+        model="gpt-22b",
+        gpu="a100-sxm",
+        gpus=8,
+        seq_len=2 * _K,
+        batch=4,
+        point=_TP8.but(micro_batch=4, checkpointing="selective"),
+        step_s=1.10,
+    ),
+    HeldOutRow(
+        name="M1Tf",
+        model="gpt-1t",
+        gpu="a100-sxm",
+        gpus=512,
+        seq_len=2 * _K,
+        batch=512,
+        point=_TP8.but(pp=64, checkpointing="full"),
+        step_s=94.42,
+    ),
+    HeldOutRow(
+        name="M1Ts",
+        model="gpt-1t",
+        gpu="a100-sxm",
+        gpus=512,
+        seq_len=2 * _K,
+        batch=512,
+        point=_TP8.but(pp=64, checkpointing="selective"),
+        step_s=71.49,
+    ),
+    HeldOutRow(
+        name="L8K",
+        model="llama3-405b",
+        gpu="h100-sxm",
+        gpus=8192,
+        seq_len=8 * _K,
+        batch=2048,
+        point=Point(tp=8, pp=16, dp=64, zero=1),
+        tflops=430,
+    ),
+)
+
+
+def render() -> str:
+    """The rows, and their errors by GPU and by length."""
+    lines = ["Held out: published runs of other programs, default assumptions, nothing fitted"]
+    lines.append(f"    {'':5}{'':34}{'published':>22}{'predicted':>12}{'speed':>8}{'GiB':>16}{'memory':>9}")
+    lines += [_line(row) for row in ROWS]
+    lines += _summary()
+    return "\n".join(lines)
+
+
+def _line(row: HeldOutRow) -> str:
+    setup = f"{row.model}, {format_tokens(row.seq_len)}, {row.gpus} {row.gpu}"
+    predicted = row.estimate.tokens_per_second / row.gpus
+    speed = f"{row.published:10,.1f} tokens/s/GPU{predicted:12,.1f}{row.error:+8.0%}"
+    memory = ""
+    if row.memory_gib is not None and row.memory_error is not None:
+        both = f"{row.memory_gib:.1f} {row.estimate.memory.total / GIB:.1f}"
+        memory = f"{both:>16}{row.memory_error:+9.0%}"
+    failed = "" if abs(row.error) <= LARGEST_ERROR else "  FAILS"
+    return f"    {row.name:5}{setup:34}{speed}{memory}{failed}"
+
+
+def _summary() -> Iterator[str]:
+    mean = fmean(abs(row.error) for row in ROWS)
+    worst = max(ROWS, key=lambda row: abs(row.error))
+    yield _verdict(f"speed: mean error {mean:.1%}", mean, MEAN_ERROR)
+    largest = abs(worst.error)
+    yield _verdict(f"speed: largest error {largest:.0%} ({worst.name})", largest, LARGEST_ERROR)
+    memory = fmean(abs(row.memory_error) for row in ROWS if row.memory_error is not None)
+    yield _verdict(f"memory: mean error {memory:.1%}", memory, MEMORY_ERROR)
+    yield f"  speed by GPU: {_by(lambda row: row.gpu)}"
+    yield f"  speed by length: {_by(lambda row: format_tokens(row.seq_len))}"
+
+
+def _verdict(what: str, error: float, goal: float) -> str:
+    return f"  {what}, goal {goal:.0%}: {'met' if error <= goal else 'MISSED'}"
+
+
+def _by(key: Callable[[HeldOutRow], str]) -> str:
+    """Mean error, with its sign and without, of the rows that are alike in something."""
+    groups: dict[str, list[float]] = {}
+    for row in ROWS:
+        groups.setdefault(key(row), []).append(row.error)
+    return ", ".join(
+        f"{name} {fmean(errors):+.0%} (absolute {fmean(map(abs, errors)):.0%}, {len(errors)} rows)"
+        for name, errors in groups.items()
+    )

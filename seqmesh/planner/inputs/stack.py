@@ -1,19 +1,24 @@
-"""The training stacks that can be planned for, behind one interface.
+"""The training stacks that can be planned for, behind one interface: what is a program's, not a machine's.
 
-    fused       bf16, flash attention, fused norms and activations, every parallelism: as Megatron-LM has
-    trainer     `seqmesh train`: transformers' modules, fp32 or bf16, what it recomputes and shards
-    paper       what the USP paper measured: fused, with an attention that hides no exchange of heads
+    seqmesh         seqmesh.attention in a program with fused kernels, ZeRO and every saver: the default
+    fsdp2           PyTorch: FSDP2, its tensor parallelism and pipelines, torch.compile, as torchtitan
+    fsdp2-eager     the same without torch.compile
+    fsdp2-async-tp  the same with asynchronous tensor parallelism
+    megatron        Megatron-LM: distributed optimizer (ZeRO-1), exchanges beside compute
+    trainer         `seqmesh train`: transformers' modules, fp32 or bf16, what it recomputes and shards
+    paper           what the USP paper measured: an attention that hides no exchange of heads
+    fused           seqmesh as it was priced before: no allowance for stragglers or fragmentation
 
 A `Job` holds one of them. What the planner does differently for them it asks the stack, by the questions
-of `Stack`. Only their memory models are in cost/, which this folder may not import: MEMORY_MODELS of
-cost/step.py says whose is which.
+of `Stack`; numbers that are theirs go before the defaults (`assumed`). Only their memory models are in cost/,
+which this folder may not import: MEMORY_MODELS of cost/step.py says whose is which.
 
 The time of all follows from the same costs: `trainer` knows what `seqmesh train` refuses, what it computes
 again, and what its modules keep.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 from seqmesh.planner.inputs.numerics import Numerics, numerics_for
@@ -61,6 +66,33 @@ class Stack(Protocol):
         """Whether full checkpoints keep attention's results, so that it is never computed again."""
 
     @property
+    def selective(self) -> str:
+        """What selective checkpoints keep beside attention: `products`, every second one (`half`), `all`."""
+
+    @property
+    def shards_masters(self) -> bool:
+        """Whether the weights are fp32 and sharded, and bf16 ones are made when they are gathered: FSDP2."""
+
+    @property
+    def keeps_gathered(self) -> bool:
+        """Whether tensor parallelism keeps the inputs that it gathered, and does not gather them again."""
+
+    @property
+    def gathers_ahead(self) -> bool:
+        """Whether what is exchanged once a step goes layer by layer, beside the last and the next pass."""
+
+    @property
+    def leaves_headroom(self) -> bool:
+        """Whether plans fill what a card reports as its memory, and not all that it is sold with."""
+
+    @property
+    def assumed(self) -> Mapping[str, float]:
+        """Assumptions that are the program's."""
+
+    def attention_kernel(self, generation: str) -> str:
+        """The kernel of attention that it runs on GPUs of a generation."""
+
+    @property
     def remedy(self) -> str | None:
         """What to do when nothing fits, where a larger machine or a shorter sequence is not the answer."""
 
@@ -75,9 +107,16 @@ class Stack(Protocol):
         """What it does not run of a point, each with what to do."""
 
 
+AS_BEFORE: Mapping[str, float] = {"fragmentation": 0.0, "straggler": 0.0, "matmul_half_outputs": 0.0}
+"""Stacks whose published comparisons allow for none of these."""
+
+
 @dataclass(frozen=True)
 class FusedStack:
     """bf16 training with every parallelism and memory saver, as Megatron-LM has it, and seqmesh.attention."""
+
+    attention: str | None = None
+    """Kernel of attention; None: what the program would run on the GPU."""
 
     zero_stages: ClassVar[tuple[int, ...]] = (1, 2, 3)
     """No 0: where there are replicas, ZeRO-1 sends no more and takes less memory."""
@@ -90,7 +129,21 @@ class FusedStack:
     overlaps_heads: ClassVar[bool] = True
     chooses_stages: ClassVar[bool] = True
     keeps_attention: ClassVar[bool] = False
+    selective: ClassVar[str] = "products"
+    shards_masters: ClassVar[bool] = False
+    keeps_gathered: ClassVar[bool] = False
+    gathers_ahead: ClassVar[bool] = False
+    leaves_headroom: ClassVar[bool] = False
     remedy: ClassVar[str | None] = None
+
+    @property
+    def assumed(self) -> Mapping[str, float]:
+        """None: as the paper's program, but for what seqmesh's attention hides."""
+        return AS_BEFORE
+
+    def attention_kernel(self, generation: str) -> str:  # noqa: ARG002
+        """aten's flash attention, FlashAttention-2, wherever no other one is asked for."""
+        return self.attention or "fa2"
 
     def numerics(self, precision: str | None, gradients: str) -> Numerics:
         """Any precision that can be asked for, bf16 by default."""
@@ -99,6 +152,100 @@ class FusedStack:
     def violations(self, point: Point, job: PlannedJob) -> Iterator[str]:  # noqa: ARG002
         """None: it runs every point that the rules for all stacks allow."""
         return iter(())
+
+
+@dataclass(frozen=True)
+class SeqmeshStack(FusedStack):
+    """The same on a real machine: GPUs that differ, an allocator with gaps, memory that a card reports."""
+
+    leaves_headroom: ClassVar[bool] = True
+
+    @property
+    def assumed(self) -> Mapping[str, float]:
+        """The defaults."""
+        return {}
+
+
+@dataclass(frozen=True)
+class FsdpStack(SeqmeshStack):
+    """PyTorch's own parallelism, as torchtitan applies it: FSDP2 over dp x sp, torch.compile by layer."""
+
+    compiled: bool = True
+    async_tp: bool = False
+
+    savers: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "tiling": ("none",),
+        "checkpointing": CHECKPOINTING,
+        "offload": ("none",),
+    }
+    zero_stages: ClassVar[tuple[int, ...]] = (3, 2)
+    overlaps_heads: ClassVar[bool] = False
+    chooses_stages: ClassVar[bool] = False
+    selective: ClassVar[str] = "half"
+    shards_masters: ClassVar[bool] = True
+    keeps_gathered: ClassVar[bool] = True
+    gathers_ahead: ClassVar[bool] = True
+
+    @property
+    def assumed(self) -> Mapping[str, float]:
+        """FSDP2 exchanges all but the first and last layer's weights beside compute; TP hides nothing."""
+        found = {
+            "gradient_overlap": 1.0,
+            "prefetch": 1.0,
+            "tp_exposed": 0.4 if self.async_tp else 1.0,  # assumed: one of 8 pieces, and slower products
+            # cross_entropy of fp32 logits: log-softmax, its gradient and the loss's, 4 bytes each.
+            "logit_bytes": 12.0,
+            # torch/distributed/tensor/parallel/loss.py, backward: four of them at once.
+            "logit_bytes_tp": 16.0,
+            # Assumed: torchtitan does without expandable segments, and reports what is reserved.
+            "fragmentation": 0.05,
+        }
+        if not self.compiled:
+            # Operation by operation, in bytes of a hidden number: norms in fp32 64, rotary 25, residuals 12;
+            # SiLU and product apart.
+            found |= {"streamed_hidden": 50.0, "streamed_ffn": 5.0}
+        return found
+
+    def attention_kernel(self, generation: str) -> str:
+        """Its scaled_dot_product_attention: flash attention, on Blackwell cuDNN's."""
+        return self.attention or ("cudnn" if generation == "blackwell" else "fa2")
+
+    def violations(self, point: Point, job: PlannedJob) -> Iterator[str]:  # noqa: ARG002
+        """What FSDP2 and torchtitan do not have."""
+        if point.zero < 2 and point.replicas > 1:
+            yield f"zero={point.zero}: FSDP2 shards weights too; use zero=2 or 3, or another --stack"
+        if point.tiling != "none":
+            yield f"tiling={point.tiling}: --stack fsdp2 has none; use tiling=none, or --stack seqmesh"
+        if point.offload != "none":
+            yield f"offload={point.offload}: none is priced for --stack fsdp2; use none, or --stack seqmesh"
+
+
+@dataclass(frozen=True)
+class MegatronStack(SeqmeshStack):
+    """Megatron-LM with its distributed optimizer, gradients and weights exchanged beside compute.
+
+    Its selective checkpoints repeat attention's core, of which flash attention keeps nothing large: they are
+    priced as none.
+    """
+
+    savers: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "tiling": ("none",),
+        "checkpointing": CHECKPOINTING,
+        "offload": ("none", "optimizer"),
+    }
+    overlaps_heads: ClassVar[bool] = False
+    chooses_stages: ClassVar[bool] = False
+    selective: ClassVar[str] = "all"
+    gathers_ahead: ClassVar[bool] = True
+
+    @property
+    def assumed(self) -> Mapping[str, float]:
+        """--overlap-grad-reduce and --overlap-param-gather."""
+        return {"gradient_overlap": 1.0, "prefetch": 1.0}
+
+    def attention_kernel(self, generation: str) -> str:
+        """Transformer Engine's: cuDNN's from Hopper on."""
+        return self.attention or ("cudnn" if generation in ("hopper", "blackwell") else "fa2")
 
 
 @dataclass(frozen=True)
@@ -113,20 +260,17 @@ class PaperStack(FusedStack):
 
 
 @dataclass(frozen=True)
-class TrainerStack:
+class TrainerStack(FusedStack):
     """`seqmesh train`: its mixes, and its own memory (trainer/memory.py). Ranks of tp share norms."""
 
-    zero_stages: ClassVar[tuple[int, ...]] = (1, 2, 3)
     savers: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "tiling": ("loss", "mlp"),  # its loss always is
         "checkpointing": CHECKPOINTING,
         "offload": OFFLOAD,
     }
-    overlaps_heads: ClassVar[bool] = True
     chooses_stages: ClassVar[bool] = False
     """It builds its schedules with the default of `Schedule.build`."""
     keeps_attention: ClassVar[bool] = True
-    remedy: ClassVar[str | None] = None
 
     def numerics(self, precision: str | None, gradients: str) -> Numerics:
         """fp32 unless bf16 is asked for, whose gradients are summed in fp32."""
@@ -138,7 +282,9 @@ class TrainerStack:
         return numerics_for(precision or "fp32", gradients)
 
     def violations(self, point: Point, job: PlannedJob) -> Iterator[str]:
-        """What the trainer refuses of a recipe."""
+        """What the trainer refuses of a recipe, or its formula does not cover."""
+        if point.pipeline != "1f1b":
+            yield f"pipeline={point.pipeline}: the trainer's memory is known for 1f1b; use pipeline=1f1b"
         if job.numerics.element == 2 and point.zero < 2:
             yield (
                 f"bf16 with zero={point.zero}: seqmesh train makes weights in bf16 when it gathers them;"
@@ -159,20 +305,25 @@ class TrainerStack:
             yield f"pp={point.pp} with tied embeddings, which seqmesh train does not cut; use pp=1"
 
 
-STACKS: Mapping[str, Stack] = {
-    "fused": FusedStack(),
+STACKS: Mapping[str, FusedStack] = {
+    "seqmesh": SeqmeshStack(),
+    "fsdp2": FsdpStack(),
+    "fsdp2-eager": FsdpStack(compiled=False),
+    "fsdp2-async-tp": FsdpStack(async_tp=True),
+    "megatron": MegatronStack(),
     "trainer": TrainerStack(),
     "paper": PaperStack(),
+    "fused": FusedStack(),
 }
 """Values of `--stack`."""
 
 
-def stack_named(name: str) -> Stack:
-    """The stack of this name.
+def stack_named(name: str, attention: str | None = None) -> Stack:
+    """The stack of this name, with another kernel of attention than its own if one is named.
 
     Raises:
         ValueError: there is none.
     """
     if name not in STACKS:
         raise unknown("stack", name, STACKS)
-    return STACKS[name]
+    return replace(STACKS[name], attention=attention)

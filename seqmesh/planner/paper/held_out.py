@@ -20,7 +20,6 @@ from seqmesh.planner.inputs.hardware import Cluster, load_gpu
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.models import load_model
 from seqmesh.planner.inputs.point import Point
-from seqmesh.planner.inputs.request import assumptions_for
 from seqmesh.planner.inputs.stack import stack_named
 from seqmesh.planner.inputs.units import format_tokens
 
@@ -41,7 +40,7 @@ class HeldOutRow:
     batch: int
     """Sequences of a step."""
     point: Point
-    stack: str = "fused"
+    stack: str
     precision: str | None = None
     tokens_per_s: float | None = None
     """Of one GPU."""
@@ -77,7 +76,13 @@ class HeldOutRow:
         """The same of the memory that PyTorch's allocator holds."""
         if self.memory_gib is None:
             return None
-        return self.estimate.memory.total / GIB / self.memory_gib - 1
+        return self.allocated_gib / self.memory_gib - 1
+
+    @property
+    def allocated_gib(self) -> float:
+        """What of the predicted memory the allocator reserves."""
+        memory = self.estimate.memory
+        return (memory.total - memory.categories["overhead"]) / GIB
 
 
 @cache
@@ -91,7 +96,6 @@ def _estimate(row: HeldOutRow) -> StepEstimate:
         global_batch=row.batch,
         stack=stack,
         numerics=stack.numerics(row.precision, "fp32"),
-        assumptions=assumptions_for(gpu, ()),
     )
     return CostModel(job).estimate(row.point)
 
@@ -106,6 +110,7 @@ _TP8 = Point(tp=8, zero=0)
 ROWS = (
     HeldOutRow(
         name="T1",
+        stack="fsdp2-eager",
         model=_8B,
         gpu=_H100,
         gpus=8,
@@ -117,6 +122,7 @@ ROWS = (
     ),
     HeldOutRow(
         name="T1c",
+        stack="fsdp2",
         model=_8B,
         gpu=_H100,
         gpus=8,
@@ -128,6 +134,7 @@ ROWS = (
     ),
     HeldOutRow(
         name="T3c",
+        stack="fsdp2",
         model=_8B,
         gpu=_H100,
         gpus=128,
@@ -139,6 +146,8 @@ ROWS = (
     ),
     HeldOutRow(
         name="T2a",
+        stack="fsdp2",
+        precision="fp8-linear",
         model=_8B,
         gpu=_H100,
         gpus=8,
@@ -150,6 +159,8 @@ ROWS = (
     ),
     HeldOutRow(
         name="T2b",
+        stack="fsdp2",
+        precision="fp8-linear",
         model=_8B,
         gpu=_H100,
         gpus=8,
@@ -161,6 +172,8 @@ ROWS = (
     ),
     HeldOutRow(
         name="T4",
+        stack="fsdp2",
+        precision="fp8-linear",
         model="llama3-70b",
         gpu=_H100,
         gpus=256,
@@ -172,6 +185,8 @@ ROWS = (
     ),
     HeldOutRow(
         name="T4a",
+        stack="fsdp2-async-tp",
+        precision="fp8-linear",
         model="llama3-70b",
         gpu=_H100,
         gpus=256,
@@ -183,6 +198,8 @@ ROWS = (
     ),
     HeldOutRow(
         name="T5a",
+        stack="fsdp2-async-tp",
+        precision="fp8-linear",
         model="llama3-405b",
         gpu=_H100,
         gpus=512,
@@ -196,6 +213,7 @@ ROWS = (
     ),
     HeldOutRow(
         name="A1",
+        stack="fsdp2-eager",
         model=_8B,
         gpu="a100-sxm",
         gpus=64,
@@ -206,6 +224,7 @@ ROWS = (
     ),
     HeldOutRow(
         name="A3",
+        stack="fsdp2-eager",
         model="llama2-13b",
         gpu="a100-sxm",
         gpus=64,
@@ -216,6 +235,7 @@ ROWS = (
     ),
     HeldOutRow(
         name="M22f",
+        stack="megatron",
         model="gpt-22b",
         gpu="a100-sxm",
         gpus=8,
@@ -226,6 +246,7 @@ ROWS = (
     ),
     HeldOutRow(
         name="M22s",
+        stack="megatron",
         model="gpt-22b",
         gpu="a100-sxm",
         gpus=8,
@@ -236,6 +257,7 @@ ROWS = (
     ),
     HeldOutRow(
         name="M1Tf",
+        stack="megatron",
         model="gpt-1t",
         gpu="a100-sxm",
         gpus=512,
@@ -246,6 +268,7 @@ ROWS = (
     ),
     HeldOutRow(
         name="M1Ts",
+        stack="megatron",
         model="gpt-1t",
         gpu="a100-sxm",
         gpus=512,
@@ -256,12 +279,13 @@ ROWS = (
     ),
     HeldOutRow(
         name="L8K",
+        stack="megatron",
         model="llama3-405b",
         gpu="h100-sxm",
         gpus=8192,
         seq_len=8 * _K,
         batch=2048,
-        point=Point(tp=8, pp=16, dp=64, zero=1),
+        point=Point(tp=8, pp=16, dp=64, zero=1, pipeline="interleaved", virtual=8),
         tflops=430,
     ),
 )
@@ -282,7 +306,7 @@ def _line(row: HeldOutRow) -> str:
     speed = f"{row.published:10,.1f} tokens/s/GPU{predicted:12,.1f}{row.error:+8.0%}"
     memory = ""
     if row.memory_gib is not None and row.memory_error is not None:
-        both = f"{row.memory_gib:.1f} {row.estimate.memory.total / GIB:.1f}"
+        both = f"{row.memory_gib:.1f} {row.allocated_gib:.1f}"
         memory = f"{both:>16}{row.memory_error:+9.0%}"
     failed = "" if abs(row.error) <= LARGEST_ERROR else "  FAILS"
     return f"    {row.name:5}{setup:34}{speed}{memory}{failed}"

@@ -125,7 +125,7 @@ def test_orders_that_cannot_be_are_named(changes: dict[str, int | str], rule: st
 
 
 def test_an_order_is_pinned_and_kept_by_the_search() -> None:
-    pins = {"pp": 4, "pipeline": "interleaved", "virtual": 2}
+    pins: dict[str, int | str] = {"pp": 4, "pipeline": "interleaved", "virtual": 2}
     best = search(CostModel(job("megatron", batch=32)), pins).best
     assert best
     assert all(one.point.virtual == 2 for one in best)

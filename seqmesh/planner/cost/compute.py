@@ -60,7 +60,7 @@ class Compute:
         idle = 1 + job.assumptions.matmul_half_outputs / (m * n)
         operands = m * k + k * n
         element = job.numerics.element
-        moved = element * m * n + operands * (1 if fp8 else element)
+        moved: float = element * m * n + operands * (1 if fp8 else element)
         if fp8:
             moved += job.assumptions.fp8_cast_bytes * (operands if cast is None else cast)
         return 2.0 * m * k * n / rate * idle + self.streamed(moved)

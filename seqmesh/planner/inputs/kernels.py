@@ -1,4 +1,4 @@
-"""How fast attention's kernels are, by the generation of the GPU; and all assumptions of a GPU and a program.
+"""How fast attention's kernels are, by the generation of the GPU; and all assumptions of a GPU and a stack.
 
 Rates are of long blocks at head dim 128, as a share of the bf16 peak; how they fall with short blocks and
 small heads is in assumptions.py and cost/attention.py. FlashAttention-3 (Shah et al. 2024, arXiv 2407.08608),
@@ -8,10 +8,10 @@ causal mask costs the forward is taken off the backward too.
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 from seqmesh.planner.inputs.assumptions import Assumptions
 from seqmesh.planner.inputs.hardware import Gpu
+from seqmesh.planner.inputs.stack import Stack
 from seqmesh.planner.inputs.tables import unknown
 
 
@@ -76,17 +76,6 @@ NAMES = {"fa2": "FlashAttention-2", "fa3": "FlashAttention-3", "cudnn": "cuDNN"}
 """Kernels of attention: the values of `--attention`."""
 
 
-class TrainingProgram(Protocol):
-    """What of a training stack its assumptions follow from."""
-
-    @property
-    def assumed(self) -> Mapping[str, float]:
-        """Assumptions that are the program's."""
-
-    def attention_kernel(self, generation: str) -> str:
-        """The kernel of attention that it runs on GPUs of a generation."""
-
-
 def rates_of(kernel: str, gpu: Gpu) -> AttentionRates:
     """The rates of a kernel.
 
@@ -105,13 +94,13 @@ def rates_of(kernel: str, gpu: Gpu) -> AttentionRates:
     return found
 
 
-def assumptions_of(gpu: Gpu, program: TrainingProgram) -> Assumptions:
-    """The assumptions of a program on a GPU: the program's, its kernel's, then the GPU's own.
+def assumptions_of(gpu: Gpu, stack: Stack) -> Assumptions:
+    """The assumptions of a stack on a GPU: the stack's, its kernel's, then the GPU's own.
 
     Raises:
         ValueError: a GPU's own assumption that is none, or out of range; a kernel that it cannot run.
     """
-    kernel = program.attention_kernel(gpu.generation)
+    kernel = stack.attention_kernel(gpu.generation)
     rates = rates_of(kernel, gpu)
     of_kernel = {
         "attention_forward": rates.forward,
@@ -120,8 +109,8 @@ def assumptions_of(gpu: Gpu, program: TrainingProgram) -> Assumptions:
     }
     found = (
         Assumptions()
-        .override(program.assumed, "the training stack (inputs/stack.py)")
+        .override(stack.assumed, "the training stack (inputs/stack.py)")
         .override(of_kernel, f"{NAMES[kernel]}; {rates.source}")
         .override(gpu.overrides, f"[gpu.{gpu.name}.assumptions]")
     )
-    return replace(found, defaults_of=(gpu, program))
+    return replace(found, defaults_of=(gpu, stack))

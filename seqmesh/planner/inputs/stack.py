@@ -42,120 +42,80 @@ class PlannedJob(Protocol):
         """Forward and backward passes of a step on each rank."""
 
 
-class Stack(Protocol):
-    """What the planner asks of a training stack."""
-
-    @property
-    def zero_stages(self) -> tuple[int, ...]:
-        """ZeRO stages that a search tries where several ranks hold the same weights, the usual one first."""
-
-    @property
-    def savers(self) -> Mapping[str, tuple[str, ...]]:
-        """Values of each memory saver that a search tries, each one at least as slow as those before it."""
-
-    @property
-    def overlaps_heads(self) -> bool:
-        """Whether heads travel while others are computed, wherever seqmesh's engine does that."""
-
-    @property
-    def chooses_stages(self) -> bool:
-        """Whether the ring's exchanges may be merged, where that takes less time; else none are."""
-
-    @property
-    def keeps_attention(self) -> bool:
-        """Whether full checkpoints keep attention's results, so that it is never computed again."""
-
-    @property
-    def selective(self) -> str:
-        """What selective checkpoints keep beside attention: `products`, every second one (`half`), `all`."""
-
-    @property
-    def shards_masters(self) -> bool:
-        """Whether the weights are fp32 and sharded, and bf16 ones are made when they are gathered: FSDP2."""
-
-    @property
-    def keeps_gathered(self) -> bool:
-        """Whether tensor parallelism keeps the inputs that it gathered, and does not gather them again."""
-
-    @property
-    def gathers_ahead(self) -> bool:
-        """Whether what is exchanged once a step goes layer by layer, beside the last and the next pass."""
-
-    @property
-    def leaves_headroom(self) -> bool:
-        """Whether plans fill what a card reports as its memory, and not all that it is sold with."""
-
-    @property
-    def assumed(self) -> Mapping[str, float]:
-        """Assumptions that are the program's."""
-
-    def attention_kernel(self, generation: str) -> str:
-        """The kernel of attention that it runs on GPUs of a generation."""
-
-    @property
-    def remedy(self) -> str | None:
-        """What to do when nothing fits, where a larger machine or a shorter sequence is not the answer."""
-
-    def numerics(self, precision: str | None, gradients: str) -> Numerics:
-        """Bytes of numbers for `--precision` (None: the stack's own) and `--gradients`.
-
-        Raises:
-            ValueError: the stack does not compute in them.
-        """
-
-    def violations(self, point: Point, job: PlannedJob) -> Iterator[str]:
-        """What it does not run of a point, each with what to do."""
-
-
 AS_BEFORE: Mapping[str, float] = {"fragmentation": 0.0, "straggler": 0.0, "matmul_half_outputs": 0.0}
-"""Stacks whose published comparisons allow for none of these."""
+"""The published comparisons of these stacks allow for none of these."""
 
 
 @dataclass(frozen=True)
-class FusedStack:
-    """bf16 training with every parallelism and memory saver, as Megatron-LM has it, and seqmesh.attention."""
+class Stack:
+    """A program with fused kernels, every parallelism and memory saver, and seqmesh.attention.
+
+    Each other stack says in what it differs.
+    """
 
     attention: str | None = None
     """Kernel of attention; None: what the program would run on the GPU."""
 
     zero_stages: ClassVar[tuple[int, ...]] = (1, 2, 3)
-    """No 0: where there are replicas, ZeRO-1 sends no more and takes less memory."""
+    """ZeRO stages that a search tries where several ranks hold the same weights, the usual one first.
+
+    No 0: where there are replicas, ZeRO-1 sends no more and takes less memory.
+    """
     savers: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "tiling": TILING,
         # Selective ones where they are pinned: the published comparisons know none.
         "checkpointing": ("none", "full"),
         "offload": OFFLOAD,
     }
+    """Values of each memory saver that a search tries, each one at least as slow as those before it."""
     overlaps_heads: ClassVar[bool] = True
+    """Whether heads travel while others are computed, wherever seqmesh's engine does that."""
     chooses_stages: ClassVar[bool] = True
+    """Whether the ring's exchanges may be merged, where that takes less time; else none are."""
     keeps_attention: ClassVar[bool] = False
+    """Whether full checkpoints keep attention's results, so that it is never computed again."""
     selective: ClassVar[str] = "products"
+    """What selective checkpoints keep beside attention: `products`, every second one (`half`), or `all`."""
     shards_masters: ClassVar[bool] = False
+    """Whether weights are fp32 and sharded, and bf16 ones are made when they are gathered: FSDP2."""
     keeps_gathered: ClassVar[bool] = False
+    """Whether tensor parallelism keeps the inputs that it gathered, and does not gather them again."""
     gathers_ahead: ClassVar[bool] = False
+    """Whether what is exchanged once a step goes layer by layer, beside the last and the next pass."""
     leaves_headroom: ClassVar[bool] = False
+    """Whether plans fill what a card reports as its memory, and not all that it is sold with."""
     remedy: ClassVar[str | None] = None
+    """What to do when nothing fits, where a larger machine or a shorter sequence is not the answer."""
 
     @property
     def assumed(self) -> Mapping[str, float]:
-        """None: as the paper's program, but for what seqmesh's attention hides."""
+        """Assumptions that are the program's."""
         return AS_BEFORE
 
     def attention_kernel(self, generation: str) -> str:  # noqa: ARG002
-        """aten's flash attention, FlashAttention-2, wherever no other one is asked for."""
+        """The kernel of attention on GPUs of a generation: aten's FlashAttention-2, if none is asked for."""
         return self.attention or "fa2"
 
     def numerics(self, precision: str | None, gradients: str) -> Numerics:
-        """Any precision that can be asked for, bf16 by default."""
+        """Bytes of numbers for `--precision` (None: the stack's own, bf16) and `--gradients`.
+
+        Raises:
+            ValueError: the stack does not compute in them.
+        """
         return numerics_for(precision or "bf16", gradients)
 
     def violations(self, point: Point, job: PlannedJob) -> Iterator[str]:  # noqa: ARG002
-        """None: it runs every point that the rules for all stacks allow."""
+        """What it does not run of a point, each with what to do."""
         return iter(())
 
 
 @dataclass(frozen=True)
-class SeqmeshStack(FusedStack):
+class FusedStack(Stack):
+    """As it was priced when published rows were first compared."""
+
+
+@dataclass(frozen=True)
+class SeqmeshStack(Stack):
     """The same on a real machine: GPUs that differ, an allocator with gaps, memory that a card reports."""
 
     leaves_headroom: ClassVar[bool] = True
@@ -249,7 +209,7 @@ class MegatronStack(SeqmeshStack):
 
 
 @dataclass(frozen=True)
-class PaperStack(FusedStack):
+class PaperStack(Stack):
     """The system that the USP paper measured: all heads are exchanged at once, and ring hops one by one.
 
     Published figures are compared with this one (paper/published.py).
@@ -260,7 +220,7 @@ class PaperStack(FusedStack):
 
 
 @dataclass(frozen=True)
-class TrainerStack(FusedStack):
+class TrainerStack(Stack):
     """`seqmesh train`: its mixes, and its own memory (trainer/memory.py). Ranks of tp share norms."""
 
     savers: ClassVar[Mapping[str, tuple[str, ...]]] = {
@@ -305,7 +265,7 @@ class TrainerStack(FusedStack):
             yield f"pp={point.pp} with tied embeddings, which seqmesh train does not cut; use pp=1"
 
 
-STACKS: Mapping[str, FusedStack] = {
+STACKS: Mapping[str, Stack] = {
     "seqmesh": SeqmeshStack(),
     "fsdp2": FsdpStack(),
     "fsdp2-eager": FsdpStack(compiled=False),

@@ -10,9 +10,10 @@ open is stated at the row.
 """
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from statistics import fmean
+from typing import Any
 
 from seqmesh.planner.cost.estimate import StepEstimate
 from seqmesh.planner.cost.step import CostModel
@@ -23,6 +24,7 @@ from seqmesh.planner.inputs.point import Point
 from seqmesh.planner.inputs.stack import stack_named
 from seqmesh.planner.inputs.units import format_tokens
 
+K = 1024
 GIB = 2**30
 MEAN_ERROR, LARGEST_ERROR, MEMORY_ERROR = 0.15, 0.35, 0.15
 """Goals: of speeds on average, of any speed, and of memory on average."""
@@ -100,192 +102,98 @@ def _estimate(row: HeldOutRow) -> StepEstimate:
     return CostModel(job).estimate(row.point)
 
 
-_8B = "llama3-8b"
-_H100 = "h100-96gb-500w"
-_K = 1024
-_FSDP = Point(zero=3, checkpointing="selective")
-_FULL = Point(zero=3, checkpointing="full")
-_TP8 = Point(tp=8, zero=0)
+def _titan(
+    name: str,
+    model: str,
+    gpus: int,
+    batch: int,
+    point: Point,
+    tokens_per_s: float,
+    memory_gib: float | None = None,
+    *,
+    stack: str = "fsdp2",
+    precision: str | None = "fp8-linear",
+    seq_len: int = 8 * K,
+) -> HeldOutRow:
+    """A run of torchtitan."""
+    return HeldOutRow(
+        name=name,
+        model=model,
+        gpu="h100-96gb-500w",
+        gpus=gpus,
+        seq_len=seq_len,
+        batch=batch,
+        point=point,
+        stack=stack,
+        precision=precision,
+        tokens_per_s=tokens_per_s,
+        memory_gib=memory_gib,
+    )
 
-ROWS = (
-    HeldOutRow(
-        name="T1",
-        stack="fsdp2-eager",
-        model=_8B,
-        gpu=_H100,
-        gpus=8,
-        seq_len=8 * _K,
-        batch=16,
-        point=_FSDP.but(dp=8, micro_batch=2),
-        tokens_per_s=5762,
-        memory_gib=82.4,
-    ),
-    HeldOutRow(
-        name="T1c",
-        stack="fsdp2",
-        model=_8B,
-        gpu=_H100,
-        gpus=8,
-        seq_len=8 * _K,
-        batch=16,
-        point=_FSDP.but(dp=8, micro_batch=2),
-        tokens_per_s=6667,
-        memory_gib=77.0,
-    ),
-    HeldOutRow(
-        name="T3c",
-        stack="fsdp2",
-        model=_8B,
-        gpu=_H100,
-        gpus=128,
-        seq_len=8 * _K,
-        batch=256,
-        point=_FSDP.but(dp=128, micro_batch=2),
-        tokens_per_s=6514,
-        memory_gib=62.0,
-    ),
-    HeldOutRow(
-        name="T2a",
-        stack="fsdp2",
-        precision="fp8-linear",
-        model=_8B,
-        gpu=_H100,
-        gpus=8,
-        seq_len=32 * _K,
-        batch=8,
-        point=_FULL.but(dp=8),
-        tokens_per_s=3890,
-        memory_gib=83.9,
-    ),
-    HeldOutRow(
-        name="T2b",
-        stack="fsdp2",
-        precision="fp8-linear",
-        model=_8B,
-        gpu=_H100,
-        gpus=8,
-        seq_len=64 * _K,
-        batch=4,
-        point=_FULL.but(dp=4, ring=2),
-        tokens_per_s=2540,
-        memory_gib=84.2,
-    ),
-    HeldOutRow(
-        name="T4",
-        stack="fsdp2",
-        precision="fp8-linear",
-        model="llama3-70b",
-        gpu=_H100,
-        gpus=256,
-        seq_len=8 * _K,
-        batch=512,
-        point=_FULL.but(dp=32, tp=8, micro_batch=16),
-        tokens_per_s=829,
-        memory_gib=71.9,
-    ),
-    HeldOutRow(
-        name="T4a",
-        stack="fsdp2-async-tp",
-        precision="fp8-linear",
-        model="llama3-70b",
-        gpu=_H100,
-        gpus=256,
-        seq_len=8 * _K,
-        batch=512,
-        point=_FULL.but(dp=32, tp=8, micro_batch=16),
-        tokens_per_s=876,
-        memory_gib=67.6,
-    ),
-    HeldOutRow(
-        name="T5a",
-        stack="fsdp2-async-tp",
-        precision="fp8-linear",
-        model="llama3-405b",
-        gpu=_H100,
-        gpus=512,
-        seq_len=8 * _K,
-        batch=256,
-        # torchtitan cuts a batch in as many micro-batches as there are stages unless it is told to do else,
-        # and keeps weights whole under a pipeline: ZeRO-2.
-        point=_FULL.but(dp=8, tp=8, pp=8, micro_batch=4, zero=2),
-        tokens_per_s=100,
-        memory_gib=82.5,
-    ),
-    HeldOutRow(
-        name="A1",
-        stack="fsdp2-eager",
-        model=_8B,
-        gpu="a100-sxm",
-        gpus=64,
-        seq_len=8 * _K,
-        batch=64,
-        point=_FSDP.but(dp=64),
-        tokens_per_s=2973,
-    ),
-    HeldOutRow(
-        name="A3",
-        stack="fsdp2-eager",
-        model="llama2-13b",
-        gpu="a100-sxm",
-        gpus=64,
-        seq_len=4 * _K,
-        batch=128,
-        point=Point(zero=3, dp=64, micro_batch=2),
-        tokens_per_s=2162,
-    ),
-    HeldOutRow(
-        name="M22f",
+
+def _megatron(
+    name: str,
+    model: str,
+    gpu: str,
+    gpus: int,
+    seq_len: int,
+    batch: int,
+    point: Point,
+    *,
+    step_s: float | None = None,
+    tflops: float | None = None,
+) -> HeldOutRow:
+    """A run of Megatron-LM, or alike."""
+    return HeldOutRow(
+        name=name,
+        model=model,
+        gpu=gpu,
+        gpus=gpus,
+        seq_len=seq_len,
+        batch=batch,
+        point=point,
         stack="megatron",
-        model="gpt-22b",
-        gpu="a100-sxm",
-        gpus=8,
-        seq_len=2 * _K,
-        batch=4,
-        point=_TP8.but(micro_batch=4, checkpointing="full"),
-        step_s=1.42,
+        step_s=step_s,
+        tflops=tflops,
+    )
+
+
+_OF_8 = Point(dp=8, micro_batch=2, zero=3, checkpointing="selective")
+_FULL = Point(zero=3, checkpointing="full")
+_70B = _FULL.but(dp=32, tp=8, micro_batch=16)
+# torchtitan cuts a batch in as many micro-batches as there are stages unless it is told to do else, and keeps
+# weights whole under a pipeline: ZeRO-2.
+_405B = _FULL.but(dp=8, tp=8, pp=8, micro_batch=4, zero=2)
+_22B = Point(tp=8, zero=0, micro_batch=4, checkpointing="full")
+_1T = Point(tp=8, pp=64, zero=0, checkpointing="full")
+
+_A100: dict[str, Any] = {"gpu": "a100-sxm", "stack": "fsdp2-eager", "precision": None}
+
+ROWS = (  # name, model, GPUs, sequences of a step, point, tokens/s of a GPU, GiB
+    _titan("T1", "llama3-8b", 8, 16, _OF_8, 5762, 82.4, stack="fsdp2-eager", precision=None),
+    _titan("T1c", "llama3-8b", 8, 16, _OF_8, 6667, 77.0, precision=None),
+    _titan("T3c", "llama3-8b", 128, 256, _OF_8.but(dp=128), 6514, 62.0, precision=None),
+    _titan("T2a", "llama3-8b", 8, 8, _FULL.but(dp=8), 3890, 83.9, seq_len=32 * K),
+    _titan("T2b", "llama3-8b", 8, 4, _FULL.but(dp=4, ring=2), 2540, 84.2, seq_len=64 * K),
+    _titan("T4", "llama3-70b", 256, 512, _70B, 829, 71.9),
+    _titan("T4a", "llama3-70b", 256, 512, _70B, 876, 67.6, stack="fsdp2-async-tp"),
+    _titan("T5a", "llama3-405b", 512, 256, _405B, 100, 82.5, stack="fsdp2-async-tp"),
+    # Whether these two were compiled is not said; torchtitan's default then was not to.
+    replace(_titan("A1", "llama3-8b", 64, 64, _OF_8.but(dp=64, micro_batch=1), 2973), **_A100),
+    replace(
+        _titan("A3", "llama2-13b", 64, 128, _OF_8.but(dp=64, checkpointing="none"), 2162, seq_len=4 * K),
+        **_A100,
     ),
-    HeldOutRow(
-        name="M22s",
-        stack="megatron",
-        model="gpt-22b",
-        gpu="a100-sxm",
-        gpus=8,
-        seq_len=2 * _K,
-        batch=4,
-        point=_TP8.but(micro_batch=4, checkpointing="selective"),
-        step_s=1.10,
+    _megatron("M22f", "gpt-22b", "a100-sxm", 8, 2 * K, 4, _22B, step_s=1.42),
+    _megatron("M22s", "gpt-22b", "a100-sxm", 8, 2 * K, 4, _22B.but(checkpointing="selective"), step_s=1.10),
+    _megatron("M1Tf", "gpt-1t", "a100-sxm", 512, 2 * K, 512, _1T, step_s=94.42),
+    _megatron(
+        "M1Ts", "gpt-1t", "a100-sxm", 512, 2 * K, 512, _1T.but(checkpointing="selective"), step_s=71.49
     ),
-    HeldOutRow(
-        name="M1Tf",
-        stack="megatron",
-        model="gpt-1t",
-        gpu="a100-sxm",
-        gpus=512,
-        seq_len=2 * _K,
-        batch=512,
-        point=_TP8.but(pp=64, checkpointing="full"),
-        step_s=94.42,
-    ),
-    HeldOutRow(
-        name="M1Ts",
-        stack="megatron",
-        model="gpt-1t",
-        gpu="a100-sxm",
-        gpus=512,
-        seq_len=2 * _K,
-        batch=512,
-        point=_TP8.but(pp=64, checkpointing="selective"),
-        step_s=71.49,
-    ),
-    HeldOutRow(
-        name="L8K",
-        stack="megatron",
-        model="llama3-405b",
-        gpu="h100-sxm",
-        gpus=8192,
-        seq_len=8 * _K,
-        batch=2048,
-        point=Point(tp=8, pp=16, dp=64, zero=1, pipeline="interleaved", virtual=8),
+    # Interleaved; of how many stages is not said: one layer each.
+    _megatron(
+        *("L8K", "llama3-405b", "h100-sxm", 8192, 8 * K, 2048),
+        Point(tp=8, pp=16, dp=64, zero=1, pipeline="interleaved", virtual=8),
         tflops=430,
     ),
 )

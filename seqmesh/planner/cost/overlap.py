@@ -25,4 +25,4 @@ class OverlapBudget:
             return term
         hidden = min(term.seconds - term.exposed, self._left)
         self._left -= hidden
-        return replace(term, exposed=term.seconds - hidden)
+        return replace(term, exposed=term.seconds - hidden) if self._left == 0 else term

@@ -84,6 +84,13 @@ def test_evened_sequences_wait_less_than_those_in_turn_and_a_pool_hardly_at_all(
     assert 0 < busiest.values["rows_ratio"] < total.values["rows_ratio"]
 
 
+def test_one_pool_is_planned_to_be_faster_than_groups_that_are_packed_by_tokens() -> None:
+    """The claim of docs/planner_results.md, for the first draw of the longer documents."""
+    wide, ring = dealing.measure_planned([schedules.Tail(mu=8, sigma=1.5, seeds=1)])
+    assert wide.ok
+    assert 1 < ring.values["speedup_mean"] < wide.values["speedup_mean"] < 2.5
+
+
 def test_a_models_flops_are_those_of_the_trainer() -> None:
     from seqmesh.planner.inputs.models import load_model
     from seqmesh.train.config import Config, ModelConfig

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seqmesh.bench.dealing import in_turn
-from seqmesh.train.data.evening import MicroBatch, deal
+from seqmesh.planner.trainer.dealing import in_turn
+from seqmesh.train.evening import MicroBatch, deal
 
 pytestmark = pytest.mark.fast
 

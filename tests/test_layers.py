@@ -73,6 +73,7 @@ TORCH_FREE = [
     "train.config",
     "train.recipe",
     "train.events",
+    "train.evening",
 ]
 TRACES_THE_TRAINER = ["planner.trainer.tracing"]
 """That of the planner that loads torch; command.py imports the first when --trace-memory asks for it."""

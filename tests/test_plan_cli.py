@@ -83,7 +83,7 @@ def test_a_pinned_point_is_priced_alone_whether_it_fits_or_not(plan: Run) -> Non
     assert fits["fits"] is True
     assert [fits[key] for key in KEYS] == [
         *(8, 1, 2, 1, 1, 1, "none", "none", "none", 1),
-        *("1f1b", 1),
+        *("1f1b", 1, False),
     ]
     on_the_ring = HEADLINE.replace("tp=8", "tp=1").replace("ring=2", "ring=16")
     (too_big,) = plan.json(*JOB, "--pin", on_the_ring)["candidates"]

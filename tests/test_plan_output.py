@@ -190,7 +190,7 @@ POINTS = [
     (job("llama2-7b"), Point(ulysses=4, ring=4, checkpointing="full")),  # heads overlap
     (job("llama2-7b", nodes=1), Point(ulysses=2, ring=4)),
     (
-        replace(job(seq_len=16384, batch=2), documents=(9000, 7000, 384)),
+        replace(job(seq_len=16384, batch=2), documents=(9000, 7000, 384) * 2),
         Point(ulysses=2, ring=4, dp=2, offload="optimizer"),
     ),
     (

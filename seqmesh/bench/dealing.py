@@ -1,7 +1,7 @@
 """How long data-parallel ranks wait for the busiest one, by exact counts: nothing is run or timed.
 
     in turn    a step's sequences to one rank after the other
-    evened     as `seqmesh train` deals them (train/data/evening.py)
+    evened     as `seqmesh train` deals them (train/evening.py)
     one pool   no groups: all sequences of a step on one ring, by the balanced layout (mesh.pool)
 
 Documents are log-normal in length and packed as the trainer packs them, without padding. A rank's work is its
@@ -10,24 +10,30 @@ steps, in parts of the mean rank's work: the time of a step if only computing to
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from statistics import mean
 from typing import NamedTuple
 
 import numpy as np
 
 from seqmesh import layouts, masks
-from seqmesh.bench.figures import Figure
+from seqmesh.bench.figures import Figure, Spread
 from seqmesh.bench.schedules import TAILS, Tail, given_tail
 from seqmesh.layouts import Layout, load
 from seqmesh.masks import Mask
+from seqmesh.planner.cost.step import CostModel
+from seqmesh.planner.inputs.hardware import Cluster, load_gpu
+from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.models import load_model
+from seqmesh.planner.inputs.point import Point
+from seqmesh.planner.trainer.dealing import in_turn
 from seqmesh.train.data.corpus import Piece
-from seqmesh.train.data.evening import MicroBatch, deal
-from seqmesh.train.data.packing import Epoch, area_of
+from seqmesh.train.data.packing import Epoch, area_of, lengths_of
+from seqmesh.train.evening import MicroBatch, deal
 
 DEAL_SECTION = "data-parallel ranks, busiest / mean FLOPs of an 8B: evened (in turn)"
 POOL_SECTION = "64 ranks, 8 sequences of 131,072 tokens: one pool (dp 8 x cp 8)"
+PLANNED_SECTION = "64 H100, the same: predicted step of dp 8 x ring 8 zigzag, by tokens, over one pool's"
 MODEL = "llama3-8b"
 
 
@@ -88,13 +94,6 @@ def waiting(work: Sequence[float], dealt: Sequence[Sequence[MicroBatch]]) -> Wai
         each_micro_batch=sum(map(max, zip(*loads, strict=True))) / least,
         at_the_end=max(map(sum, loads)) / least,
     )
-
-
-def in_turn(count: int, ranks: int, micro_batches: int) -> list[list[MicroBatch]]:
-    """What `deal` is measured against: micro-batches in the sequences' order, to one rank after the other."""
-    size = count // (ranks * micro_batches)
-    cut = [tuple(range(first, first + size)) for first in range(0, count, size)]
-    return [cut[rank::ranks] for rank in range(ranks)]
 
 
 def measure_dealing(cases: Sequence[Steps] = CASES) -> Iterator[Figure]:
@@ -202,3 +201,49 @@ def _pool_figures(tail: Tail, pools: Sequence[RankLoads], apart: Sequence[RankLo
             exact=True,
             values={"rows_ratio": ratio},
         )
+
+
+PLANNED = {
+    "pool of ulysses 8 x ring 8": Point(ulysses=8, ring=8, zero=3, tiling="loss", micro_batch=8, pool=True),
+    "pool of ring 64": Point(ring=64, zero=3, tiling="loss", micro_batch=8, pool=True),
+}
+"""One pool on 8 x 8 GPUs, of `Point`s that fit."""
+GROUPS = Point(ring=8, dp=8, zero=3, tiling="loss")
+"""What is compared with them: a node a group, one sequence each, in zigzag."""
+
+
+def measure_planned(tails: Sequence[Tail] = TAILS, gpu: str = "h100-sxm") -> Iterator[Figure]:
+    """Two figures per distribution: the step that the planner predicts of groups, over that of one pool."""
+    for tail in tails:
+        ratios: dict[str, list[float]] = {what: [] for what in PLANNED}
+        for seed in range(tail.seeds):
+            job = _planned_job(tail, gpu, seed)
+            groups = CostModel(replace(job, layout="zigzag", evened=False)).seconds(GROUPS)
+            pools = CostModel(job)
+            for what, point in PLANNED.items():
+                ratios[what].append(groups / pools.seconds(point))
+        for what, found in ratios.items():
+            spread = Spread.of(found)
+            average = mean(found)
+            yield Figure(
+                section=PLANNED_SECTION,
+                what=f"mu {tail.mu:g}, sigma {tail.sigma:g}: {what}",
+                measured=f"mean {average:.2f}, median {spread.text(2)}",
+                target=">= 1.40",
+                ok=average >= 1.4 and spread.median >= 1.4,
+                exact=True,
+                values={"speedup_mean": average, **spread.values("speedup")},
+            )
+
+
+def _planned_job(tail: Tail, gpu: str, seed: int) -> Job:
+    """A step of 8 sequences on 8 nodes of 8 GPUs."""
+    seq_len = 131_072
+    step = sequences_of(tail, seq_len, 8, seed)
+    return Job(
+        model=load_model(MODEL),
+        cluster=Cluster(gpu=load_gpu(gpu), nodes=8, gpus_per_node=8),
+        seq_len=seq_len,
+        global_batch=8,
+        documents=tuple(length for sequence in step for length in lengths_of(sequence)),
+    )

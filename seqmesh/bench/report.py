@@ -119,7 +119,7 @@ def measure(quick: bool) -> Iterator[Figure]:
 
 def measure_balance() -> Iterator[Figure]:
     """How evenly data-parallel ranks are loaded: exact, in seconds."""
-    return chain(dealing.measure_dealing(), dealing.measure_pool())
+    return chain(dealing.measure_dealing(), dealing.measure_pool(), dealing.measure_planned())
 
 
 def header() -> dict[str, str]:

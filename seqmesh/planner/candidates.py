@@ -8,18 +8,19 @@ from functools import lru_cache
 from itertools import product
 
 from seqmesh.planner.inputs.job import Job
+from seqmesh.planner.inputs.legality import is_pool
 from seqmesh.planner.inputs.point import Point
 
 Pins = Mapping[str, int | str]
 """Values that are fixed, by the keys of `Point`."""
 
 Mesh = tuple[int, ...]
-"""The degrees of a point: tp, ulysses, ring, dp, pp."""
+"""The degrees of a point: tp, ulysses, ring, dp, pp; and 1 for one pool."""
 
 
 def mesh_of(point: Point) -> Mesh:
-    """The degrees of a point."""
-    return point.tp, point.ulysses, point.ring, point.dp, point.pp
+    """The degrees of a point. One pool is another mesh than the same ring for sequence after sequence."""
+    return point.tp, point.ulysses, point.ring, point.dp, point.pp, int(point.pool)
 
 
 def divisors(n: int) -> list[int]:
@@ -67,7 +68,10 @@ def _variants(job: Job, mesh: Point, pins: Pins) -> Iterator[Point]:
     if "micro_batch" in pins:
         micro_batches = [int(pins["micro_batch"])]
     for zero, micro_batch in product(zero_stages, micro_batches):
-        yield mesh.but(zero=zero, micro_batch=micro_batch)
+        point = mesh.but(zero=zero, micro_batch=micro_batch)
+        pooled = is_pool(job, point)  # the degrees say it: there is nothing to choose
+        if pins.get("pool", pooled) == pooled:
+            yield point.but(pool=pooled)
 
 
 def with_savers(job: Job, point: Point, pins: Pins) -> Iterator[Point]:

@@ -68,7 +68,8 @@ def _plan(context: typer.Context, options: PlanOptions) -> int:
     request = _request(options)
     pins = parse_pins(options.pin or [])
     if options.kernel:
-        return _kernel(build_job(request, _one_attention(options)), pins, options)
+        alike = build_job(replace(request, global_batch=1), _one_attention(options))
+        return _kernel(_repeated(alike, options.global_batch), pins, options)
     if options.max_seq and options.documents is not None:
         request = replace(request, seq_len=SAMPLE)
     if options.trace_memory:
@@ -99,6 +100,7 @@ def _request(options: PlanOptions) -> Request:
         seq_len=options.seq_len,
         global_batch=options.global_batch,
         documents=options.documents,
+        dealing=options.dealing,
         layout=options.layout,
         stack=options.stack,
         attention=options.attention,
@@ -124,6 +126,11 @@ def _one_attention(options: PlanOptions) -> ModelShape:
     kv_heads = options.heads if options.kv_heads is None else options.kv_heads
     head_dim = 128 if options.head_dim is None else options.head_dim
     return attention_model(options.heads, kv_heads, head_dim)
+
+
+def _repeated(job: Job, sequences: int) -> Job:
+    """So many sequences with the documents of one."""
+    return replace(job, global_batch=sequences, documents=job.documents * sequences)
 
 
 def _kernel(job: Job, pins: Pins, options: PlanOptions) -> int:
@@ -250,7 +257,7 @@ def _trace_memory(job: Job, pins: Pins, as_json: bool) -> int:
 
     from seqmesh.planner.trainer.tracing import trace_rank  # loads torch and transformers
 
-    traced = trace_rank(fuller, job.documents or None)
+    traced = trace_rank(fuller, job.sequences[0] if job.documents else None)
     result = {
         "ulysses": point.ulysses,
         "ring": point.ring,

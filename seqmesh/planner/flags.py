@@ -40,6 +40,13 @@ class PlanOptions:
             "Packed documents: lognormal:MU,SIGMA, fixed:LENGTH, lengths, or a file of lengths.",
         ),
     ] = None
+    dealing: Annotated[
+        str,
+        _option(
+            "--dealing",
+            "Sequences with --documents to dp groups: evened (by area, as seqmesh train) or in-turn.",
+        ),
+    ] = "evened"
     layout: Annotated[str, _option("--layout", "auto, contiguous, zigzag, striped or balanced.")] = "auto"
     pin: Annotated[
         list[str] | None,

@@ -60,10 +60,13 @@ def at_length(job: Job, seq_len: int) -> Job:
     Raises:
         ValueError: that takes more documents than can be laid out in reasonable time.
     """
-    if job.documents and len(job.documents) * seq_len > MOST_DOCUMENTS * job.seq_len:
+    if job.documents and len(job.documents) * seq_len > MOST_DOCUMENTS * job.global_batch * job.seq_len:
         raise ValueError(
             f"{format_tokens(seq_len)} tokens fit, but would be more than {MOST_DOCUMENTS} documents;"
             " use longer ones, or --seq-len"
         )
-    documents = fill(seq_len, cycle(job.documents), "--documents") if job.documents else ()
+    documents: tuple[int, ...] = ()
+    if job.documents:
+        most = MOST_DOCUMENTS * job.global_batch
+        documents = fill(seq_len * job.global_batch, cycle(job.documents), "--documents", most)
     return replace(job, seq_len=seq_len, documents=documents)

@@ -13,6 +13,7 @@ from seqmesh.planner.cost.attention import AttentionShape, Loads, Pass, attentio
 from seqmesh.planner.cost.estimate import COMPUTE
 from seqmesh.planner.cost.network import Group, Network, add_bytes, place
 from seqmesh.planner.inputs.job import Job
+from seqmesh.planner.inputs.point import as_pin
 from seqmesh.planner.inputs.shape import ModelShape
 
 
@@ -72,8 +73,9 @@ def splits(job: Job, pins: Pins) -> list[Split]:
     gpus = job.cluster.gpus
     heads = job.model.heads
     for key, value in pins.items():
-        if key not in ("ulysses", "ring") and value not in (1, "none"):
-            raise ValueError(f"--pin {key}={value} has no meaning with --kernel; pin ulysses or ring")
+        if key not in ("ulysses", "ring") and (key == "pool" or value not in (1, "none")):
+            pin = as_pin(key, value)
+            raise ValueError(f"--pin {pin} has no meaning with --kernel; pin ulysses or ring")
     loads = Loads(job)
     found = []
     for ulysses in divisors(gpus):
@@ -116,7 +118,7 @@ def _split(job: Job, loads: Loads, ulysses: int, ring: int) -> Split:
         links=links,
         bytes_sent=add_bytes(sent),
         imbalance=load.imbalance,
-        flops=4.0 * m.heads * m.head_dim * job.mask.area * job.global_batch,
+        flops=4.0 * m.heads * m.head_dim * job.area,
     )
 
 

@@ -6,6 +6,7 @@ the order of the axes on the links.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from seqmesh.planner.candidates import Pins, divisors
 from seqmesh.planner.cost.estimate import COMPUTE, PIPELINE, StepEstimate
@@ -15,6 +16,7 @@ from seqmesh.planner.inputs.legality import is_legal
 from seqmesh.planner.inputs.point import Point
 from seqmesh.planner.inputs.units import format_bytes, format_seconds
 from seqmesh.planner.remedies import shortfall
+from seqmesh.planner.search import search
 
 CAUSES = {
     COMPUTE: "compute",
@@ -32,6 +34,7 @@ def reasons(costs: CostModel, estimate: StepEstimate, pins: Pins) -> list[str]:
     return [
         *_limit(estimate),
         *_layout(estimate),
+        *_pool(costs, estimate, pins),
         *_unified(costs, estimate),
         *_data_parallel(costs, estimate),
         *_zero(costs, estimate, pins),
@@ -81,6 +84,40 @@ def _layout(estimate: StepEstimate) -> Iterator[str]:
             f" {estimate.exchanges} exchange{'s' if estimate.exchanges != 1 else ''}{merged}:"
             f" the busiest rank computes {estimate.imbalance:.3f}x the mean"
         )
+
+
+def _pool(costs: CostModel, estimate: StepEstimate, pins: Pins) -> Iterator[str]:
+    """The best with a pool against the best without, and against groups that are packed by tokens alone."""
+    job = costs.job
+    if not job.documents or job.global_batch == 1 or "pool" in pins:
+        return
+    p = estimate.point
+    found = []
+    if other := _best(costs, {**pins, "pool": not p.pool}):
+        name = "data-parallel groups" if p.pool else "one pool"
+        text = _difference(other.seconds / estimate.seconds - 1)
+        found.append(f"the best of {name}, {_degrees(other.point)}, {text}")
+    by_tokens = CostModel(replace(job, layout="zigzag", evened=False))
+    if other := _best(by_tokens, {**pins, "pool": False, "micro_batch": 1}):
+        text = _difference(other.seconds / estimate.seconds - 1)
+        found.append(f"zigzag and groups packed by tokens alone, {_degrees(other.point)}, {text}")
+    if found:
+        kind = f"one pool of {p.ring} ring ranks" if p.pool else f"no pool, dp {p.dp} evened by area"
+        yield f"{kind}: {'; '.join(found)}"
+
+
+def _best(costs: CostModel, pins: Pins) -> StepEstimate | None:
+    """The best point with these pins, if one is legal and fits."""
+    try:
+        best = search(costs, pins, top=1).best
+    except ValueError:
+        return None
+    return best[0] if best else None
+
+
+def _degrees(point: Point) -> str:
+    """tp2 u4 r2 dp2 pp1."""
+    return str(point).partition(",")[0]
 
 
 def _unified(costs: CostModel, estimate: StepEstimate) -> Iterator[str]:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from seqmesh.planner.candidates import Pins
 from seqmesh.planner.cost.estimate import StepEstimate
 from seqmesh.planner.cost.step import CostModel
+from seqmesh.planner.inputs.point import as_pin
 from seqmesh.planner.inputs.units import format_bytes, format_seconds, format_tokens
 from seqmesh.planner.longest import longest
 from seqmesh.planner.search import fits_at_all, search
@@ -76,8 +77,8 @@ def _one_pin(costs: CostModel, pins: Pins) -> str | None:
     if not found:
         return None
     fastest = min(found, key=lambda released: released.best.seconds)
-    value = getattr(fastest.best.point, fastest.pin)
-    return f"{fastest.pin}={value} would make it fit ({format_seconds(fastest.best.seconds)} a step)"
+    freed = as_pin(fastest.pin, getattr(fastest.best.point, fastest.pin))
+    return f"{freed} would make it fit ({format_seconds(fastest.best.seconds)} a step)"
 
 
 def _best(costs: CostModel, pins: Pins) -> StepEstimate | None:

@@ -18,8 +18,8 @@ from seqmesh.planner.candidates import Mesh, Pins, mesh_of, meshes, with_savers
 from seqmesh.planner.cost.estimate import StepEstimate
 from seqmesh.planner.cost.step import CostModel
 from seqmesh.planner.inputs.job import Job
-from seqmesh.planner.inputs.legality import is_legal, violations
-from seqmesh.planner.inputs.point import CHOICES, KEYS, Point
+from seqmesh.planner.inputs.legality import is_legal, is_pool, violations
+from seqmesh.planner.inputs.point import CHOICES, KEYS, Point, as_pin
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -192,6 +192,8 @@ def explain_pins(job: Job, pins: Pins) -> str:
     rest = job.cluster.gpus // max(1, point.gpus)
     if free and job.cluster.gpus % point.gpus == 0:
         point = point.but(**{free[0]: rest * getattr(point, free[0])})
+    if "pool" not in pins:
+        point = point.but(pool=is_pool(job, point))
     broken = next(violations(job, point), "no degrees divide these GPUs and this batch; change one of them")
-    what = ", ".join(f"{key}={value}" for key, value in pins.items()) or f"{job.cluster.gpus} GPUs"
+    what = ", ".join(as_pin(key, value) for key, value in pins.items()) or f"{job.cluster.gpus} GPUs"
     return f"no legal mesh with {what}: {broken}"

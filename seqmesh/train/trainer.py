@@ -1,7 +1,7 @@
 """A training step of one rank. Start reading here; loop.py takes the steps.
 
     sequences of a step, as pieces of documents         data/packing.py: the same on every rank
-      -> those of this data-parallel rank               data/evening.py: work that is even over ranks
+      -> those of this data-parallel rank               evening.py: work that is even over ranks
       -> its micro-batches, read and packed             (1, s); labels are shifted before anything is sharded
       -> this rank's tokens (1, n) and schedules        shard_micro_batches: one count of labels for all ranks
       -> sum of losses / labels of all ranks            ParallelModel.gradients: the model's own code, made

@@ -23,6 +23,7 @@ from math import isqrt
 
 from seqmesh import masks
 from seqmesh.layouts import split_evenly
+from seqmesh.masks import Mask
 from seqmesh.planner.cost.network import Group, Network, place
 from seqmesh.planner.cost.ring_load import RingLoad, StageLoad, ring_load
 from seqmesh.planner.inputs.assumptions import Assumptions
@@ -345,21 +346,24 @@ class Loads:
         return self._of(ring)
 
     def _load(self, ring: int) -> RingLoad:
-        job = self._job
-        half_rows = job.assumptions.attention_half_rows
-        found = ring_load(job.mask, job.layout, ring, half_rows, self._stages(ring))
+        return self.fastest(self._job.mask, self._job.layout, ring)
+
+    def fastest(self, mask: Mask, layout: str, ring: int) -> RingLoad:
+        """The load of some mask and layout with the fastest exchanges."""
+        half_rows = self._job.assumptions.attention_half_rows
+        found = ring_load(mask, layout, ring, half_rows, self._stages(mask, ring))
         if len(found) == 1:
             return found[0]
         return min(found, key=self._seconds)
 
-    def _stages(self, ring: int) -> Sequence[Stages]:
+    def _stages(self, mask: Mask, ring: int) -> Sequence[Stages]:
         """Values of `stages` to compare.
 
         A causal sequence needs all of its ring: merged by number, it would have too much to hide at once.
         """
         if ring <= 2 or not self._job.stack.chooses_stages:
             return [None]
-        if self._job.mask == masks.causal(self._job.mask.q_len):
+        if mask == masks.causal(mask.q_len):
             return [None, "auto"]
         return [None, "auto", *sorted({1, isqrt(ring)} - {ring - 1})]
 

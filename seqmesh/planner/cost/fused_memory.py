@@ -16,10 +16,11 @@ ulysses.py and merge.py for the attention's own buffers. What autograd keeps is 
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from seqmesh.planner.cost.attention import AttentionShape, Loads, hides_heads
+from seqmesh.planner.cost.attention import AttentionShape, hides_heads
 from seqmesh.planner.cost.memory import StepMemory, overhead
 from seqmesh.planner.cost.parameters import stage_parameters
 from seqmesh.planner.cost.pipeline import in_flight
+from seqmesh.planner.cost.step_loads import LoadKey, StepLoads
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.point import Point
 from seqmesh.schedule.heads import split_heads
@@ -41,7 +42,7 @@ class _Placed:
 class FusedMemory:
     """The `MemoryModel` of `FusedStack`."""
 
-    def __init__(self, job: Job, loads: Loads) -> None:
+    def __init__(self, job: Job, loads: StepLoads) -> None:
         self._job = job
         self._loads = loads
         self._attention_of = lru_cache(maxsize=None)(self._attention_moment)
@@ -64,7 +65,8 @@ class FusedMemory:
         last = pipeline_stage == point.pp - 1
         states = self._states(point, first=pipeline_stage == 0, last=last)
         activations = self._activations(point, pipeline_stage)
-        attention = self._attention_of(point.tp, point.ulysses, point.ring, point.micro_batch)
+        loads = self._loads
+        attention = self._attention_of(point.tp, point.ulysses, loads.key(point), loads.batch(point))
         moments = {
             "logits": self._logits(point) if last else {},
             "attention": {**activations.again, **attention},
@@ -230,14 +232,14 @@ class FusedMemory:
         gathered = m.hidden if point.tp > 1 else 0
         return {"mlp_gradients": self._job.numerics.element * rows * (ffn + gathered)}
 
-    def _attention_moment(self, tp: int, ulysses: int, ring: int, batch: int) -> dict[str, int]:
+    def _attention_moment(self, tp: int, ulysses: int, key: LoadKey, batch: int) -> dict[str, int]:
         """Buffers of one attention backward, the heads in chunks as engine/ulysses.py takes them."""
         job = self._job
-        load = self._loads(ring)
+        load = self._loads.of(key)
         element = job.numerics.element
         shape = AttentionShape.of(job, batch=batch, ulysses=ulysses, tp=tp)
         d = shape.head_dim * batch
-        chunks = shape.head_chunks(job.seq_len, ring)
+        chunks = shape.head_chunks(load.layout.s, key.ring)
         q = kv = 0
         for chunk in chunks:
             for share in chunk:

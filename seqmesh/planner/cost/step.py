@@ -16,7 +16,7 @@ from dataclasses import replace
 from functools import lru_cache
 from math import log, sqrt
 
-from seqmesh.planner.cost.attention import AttentionCost, AttentionShape, Loads, attention_cost
+from seqmesh.planner.cost.attention import AttentionCost, AttentionShape, attention_cost
 from seqmesh.planner.cost.compute import Compute
 from seqmesh.planner.cost.estimate import PIPELINE, CostTerm, StepEstimate, compute
 from seqmesh.planner.cost.fused_memory import FusedMemory
@@ -25,6 +25,8 @@ from seqmesh.planner.cost.network import PCIE, Group, Network, add_bytes, place
 from seqmesh.planner.cost.overlap import OverlapBudget
 from seqmesh.planner.cost.parameters import fullest_parameters, mean_parameters
 from seqmesh.planner.cost.pipeline import crossings, exposed_crossings, idle_seconds
+from seqmesh.planner.cost.ring_load import RingLoad
+from seqmesh.planner.cost.step_loads import LoadKey, StepLoads
 from seqmesh.planner.cost.tensor_parallel import tensor_calls
 from seqmesh.planner.cost.trainer_memory import TrainerMemory
 from seqmesh.planner.cost.weights import sent_for_weights
@@ -40,7 +42,7 @@ from seqmesh.planner.inputs.stack import (
     TrainerStack,
 )
 
-MEMORY_MODELS: Mapping[type[Stack], Callable[[Job, Loads], MemoryModel]] = {
+MEMORY_MODELS: Mapping[type[Stack], Callable[[Job, StepLoads], MemoryModel]] = {
     FusedStack: FusedMemory,
     SeqmeshStack: FusedMemory,
     FsdpStack: FusedMemory,
@@ -54,9 +56,9 @@ MEMORY_MODELS: Mapping[type[Stack], Callable[[Job, Loads], MemoryModel]] = {
 class CostModel:
     """Costs of the points of one job; what points share is computed once."""
 
-    def __init__(self, job: Job, loads: Loads | None = None) -> None:
+    def __init__(self, job: Job, loads: StepLoads | None = None) -> None:
         self.job = job
-        self.loads = loads or Loads(job)
+        self.loads = loads or StepLoads(job)
         self.memory = MEMORY_MODELS[type(job.stack)](job, self.loads)
         self.compute = Compute(job)
         self.network = Network(job.cluster, job.assumptions)
@@ -68,10 +70,9 @@ class CostModel:
         job = self.job
         m = job.model
         memory = self.memory.of(point)
-        load = self.loads(point.ring)
+        load = self.load(point)
         linear = 6.0 * m.matmul_parameters * job.seq_len * job.global_batch
-        pair = 12.0 * m.layers * m.heads * m.head_dim * job.global_batch
-        all_pairs = sum(length**2 for length in job.documents or (job.seq_len,))
+        pair = 12.0 * m.layers * m.heads * m.head_dim
         return StepEstimate(
             point=point,
             memory=memory,
@@ -84,8 +85,8 @@ class CostModel:
             stages=load.asked,
             exchanges=load.exchanges,
             imbalance=load.imbalance,
-            flops=linear + pair * job.mask.area,
-            flops_noncausal=linear + pair * all_pairs,
+            flops=linear + pair * job.area,
+            flops_noncausal=linear + pair * job.all_pairs,
             peak=job.peak,
         )
 
@@ -130,11 +131,22 @@ class CostModel:
     def attention(self, point: Point) -> AttentionCost:
         """One layer's attention for one micro-batch."""
         ulysses, ring = self.group(point, "ulysses"), self.group(point, "ring")
-        return self._attention(point.tp, point.micro_batch, ulysses, ring)
+        shape = self.attention_shape(point)
+        return self._attention(shape, self.loads.key(point), ulysses, ring)
 
-    def _attention_cost(self, tp: int, batch: int, ulysses: Group, ring: Group) -> AttentionCost:
-        shape = AttentionShape.of(self.job, batch=batch, ulysses=ulysses.size, tp=tp)
-        return attention_cost(self.job, self.loads(ring.size), shape, ulysses, ring)
+    def _attention_cost(
+        self, shape: AttentionShape, key: LoadKey, ulysses: Group, ring: Group
+    ) -> AttentionCost:
+        return attention_cost(self.job, self.loads.of(key), shape, ulysses, ring)
+
+    def attention_shape(self, point: Point) -> AttentionShape:
+        """The sizes of that attention."""
+        batch = self.loads.batch(point)
+        return AttentionShape.of(self.job, batch=batch, ulysses=point.ulysses, tp=point.tp)
+
+    def load(self, point: Point) -> RingLoad:
+        """The load of its ring."""
+        return self.loads.of(self.loads.key(point))
 
     def layer_runs(self, point: Point) -> int:
         """How often a rank computes a layer in a step."""
@@ -341,8 +353,12 @@ class CostModel:
         heads = times * forward.heads_bytes + backward.heads_bytes
         heads_off_node = self.group(point, "ulysses").off_node
         yield self.network.spread_bytes(heads_off_node, runs * heads / point.sp)
-        rows = times * forward.rows_bytes + backward.rows_bytes
-        rows_off_node = self.loads(point.ring).off_node(self.group(point, "ring").per_node)
+        load = self.load(point)
+        rows = float(times * forward.rows_bytes + backward.rows_bytes)
+        if load.rows_moved:
+            # The rows of the busiest micro-batch; on average over the step they are others.
+            rows *= self.loads.rows_moved(self.loads.key(point)) / load.rows_moved
+        rows_off_node = load.off_node(self.group(point, "ring").per_node)
         yield self.network.spread_bytes(rows_off_node, runs * rows / point.sp)
 
     def _pipeline_bytes(self, point: Point) -> dict[str, float]:

@@ -2,8 +2,8 @@
 
 from functools import lru_cache
 
-from seqmesh.planner.cost.attention import Loads
 from seqmesh.planner.cost.memory import StepMemory, overhead
+from seqmesh.planner.cost.step_loads import StepLoads
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.point import Point
 from seqmesh.planner.trainer.memory import trainer_moments
@@ -13,7 +13,7 @@ from seqmesh.planner.trainer.rank import TrainedRank
 class TrainerMemory:
     """The `MemoryModel` of `TrainerStack`."""
 
-    def __init__(self, job: Job, loads: Loads) -> None:  # noqa: ARG002
+    def __init__(self, job: Job, loads: StepLoads) -> None:  # noqa: ARG002
         """Made from what every memory model is made from; the formula needs no ring loads."""
         self._job = job
         self._of = lru_cache(maxsize=4096)(self._fuller)

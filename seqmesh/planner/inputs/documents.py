@@ -14,24 +14,30 @@ from pathlib import Path
 from seqmesh.planner.inputs.units import parse_tokens
 
 MOST_DOCUMENTS = 20_000
+"""Of a sequence: more take too long to lay out."""
+MOST_DRAWN = 1_000_000
+"""Of a step."""
 
 _MOST_DIGITS = 18
 """Digits of a length that are read: more would be a slip, and int() of very many is slow."""
 
 
-def parse_documents(text: str, seq_len: int, seed: int = 0) -> tuple[int, ...]:
-    """Lengths that fill a sequence; the last document is cut where the sequence ends.
+def parse_documents(text: str, seq_len: int, *, sequences: int = 1, seed: int = 0) -> tuple[int, ...]:
+    """Lengths that fill the sequences of a step; the last document is cut where the last sequence ends.
 
     Raises:
-        ValueError: another form, a length below 1, or more than MOST_DOCUMENTS documents.
+        ValueError: another form, a length below 1, or more than MOST_DOCUMENTS documents in a
+            sequence, or MOST_DRAWN in all.
     """
+    tokens = seq_len * sequences
+    most = min(MOST_DRAWN, MOST_DOCUMENTS * sequences)
     kind, colon, rest = text.partition(":")
     if colon and kind == "lognormal":
         mu, sigma = _two_numbers(text, rest)
-        return fill(seq_len, _lognormal(mu, sigma, seed), text)
+        return fill(tokens, _lognormal(mu, sigma, seed), text, most)
     if colon and kind == "fixed":
-        return fill(seq_len, repeat(parse_tokens(rest)), text)
-    return fill(seq_len, cycle(_lengths(text)), text)
+        return fill(tokens, repeat(parse_tokens(rest)), text, most)
+    return fill(tokens, cycle(_lengths(text)), text, most)
 
 
 def _lognormal(mu: float, sigma: float, seed: int) -> Iterator[int]:
@@ -77,19 +83,19 @@ def _is_length(part: str) -> bool:
     return part.isascii() and part.isdigit() and int(part[:_MOST_DIGITS]) > 0
 
 
-def fill(seq_len: int, lengths: Iterable[int], text: str) -> tuple[int, ...]:
-    """Documents of these lengths, in order, until they hold `seq_len` tokens; the last is cut.
+def fill(tokens: int, lengths: Iterable[int], text: str, most: int = MOST_DOCUMENTS) -> tuple[int, ...]:
+    """Documents of these lengths, in order, until they hold so many tokens; the last is cut.
 
     Raises:
-        ValueError: that takes more than MOST_DOCUMENTS; `text` is how the user gave them.
+        ValueError: that takes more than `most`; `text` is how the user gave them.
     """
     documents: list[int] = []
-    left = seq_len
+    left = tokens
     for length in lengths:
         documents.append(min(length, left))
         left -= documents[-1]
         if not left:
             return tuple(documents)
-        if len(documents) > MOST_DOCUMENTS:
+        if len(documents) > most:
             break
-    raise ValueError(f"--documents {text!r} gives more than {MOST_DOCUMENTS} documents; use longer ones")
+    raise ValueError(f"--documents {text!r} gives more than {most} documents; use longer ones")

@@ -1,7 +1,9 @@
 """What is to be planned: a model on a cluster, a sequence and its mask, a batch; a rank's share of it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
+from itertools import accumulate
 
 from seqmesh import layouts, masks
 from seqmesh.masks import Mask
@@ -34,7 +36,9 @@ class Job:
     global_batch: int = 1
     """Sequences of a step, over all ranks."""
     documents: tuple[int, ...] = ()
-    """Lengths of the packed documents; empty: one causal sequence."""
+    """Lengths of the packed documents of all sequences of a step, end to end; empty: sequences are causal."""
+    evened: bool = True
+    """Whether groups get sequences by their documents' area, as `seqmesh train` deals; else by tokens."""
     layout: str = "auto"
     """Layout on the ring: auto, contiguous, zigzag, striped, balanced."""
     numerics: Numerics = field(default_factory=Numerics)
@@ -64,10 +68,10 @@ class Job:
                 f"axes {','.join(self.axes)} must name each of {','.join(AXES)} once,"
                 " from the fastest links to the slowest"
             )
-        if self.documents and sum(self.documents) != self.seq_len:
+        if self.documents and sum(self.documents) != self.seq_len * self.global_batch:
             raise ValueError(
-                f"the documents hold {sum(self.documents)} tokens but seq_len={self.seq_len};"
-                " make them add up"
+                f"the documents hold {sum(self.documents)} tokens but seq_len={self.seq_len} x"
+                f" global_batch={self.global_batch} is {self.seq_len * self.global_batch}; make them add up"
             )
 
     def _check_sizes(self) -> None:
@@ -130,12 +134,45 @@ class Job:
 
     @cached_property
     def mask(self) -> Mask:
-        """Which query meets which key in one sequence."""
-        causal = masks.documents(self.documents) if self.documents else masks.causal(self.seq_len)
+        """Which query meets which key in one sequence; of packed ones, the first."""
+        return self.mask_of(self.sequences[0] if self.documents else (self.seq_len,))
+
+    def mask_of(self, documents: Sequence[int]) -> Mask:
+        """The same in a row of documents."""
+        tokens = sum(documents)
+        causal = masks.documents(documents) if len(documents) > 1 else masks.causal(tokens)
         window = self.model.sliding_window
-        if window is None or window >= self.seq_len:
+        if window is None or window >= tokens:
             return causal
-        return causal & masks.sliding_window(self.seq_len, window)
+        return causal & masks.sliding_window(tokens, window)
+
+    @cached_property
+    def sequences(self) -> tuple[tuple[int, ...], ...]:
+        """Documents of each sequence. One that a sequence ends in goes on as a document of the next."""
+        ends = {*accumulate(self.documents), *range(self.seq_len, sum(self.documents), self.seq_len)}
+        cut: list[list[int]] = [[] for _ in range(self.global_batch)]
+        start = 0
+        for end in sorted(ends):
+            cut[start // self.seq_len].append(end - start)
+            start = end
+        return tuple(map(tuple, cut))
+
+    @cached_property
+    def sequence_areas(self) -> tuple[int, ...]:
+        """Allowed (query, key) pairs of each packed sequence."""
+        return tuple(self.mask_of(documents).area for documents in self.sequences)
+
+    @cached_property
+    def area(self) -> int:
+        """Allowed (query, key) pairs of a step."""
+        return sum(self.sequence_areas) if self.documents else self.global_batch * self.mask.area
+
+    @cached_property
+    def all_pairs(self) -> int:
+        """Pairs of a step, allowed or not, of a query and a key of the same document."""
+        if not self.documents:
+            return self.global_batch * self.seq_len**2
+        return sum(length**2 for sequence in self.sequences for length in sequence)
 
     def micro_batches(self, point: Point) -> int:
         """Forward and backward passes of a step on each rank."""

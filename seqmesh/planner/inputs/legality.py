@@ -5,8 +5,18 @@ The search leaves illegal points out; for pins that allow no other, the first br
 
 from collections.abc import Iterator
 
+from seqmesh.planner.inputs.documents import MOST_DOCUMENTS
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.point import Point
+
+
+def is_pool(job: Job, point: Point) -> bool:
+    """Whether a point's documents are one pool, but for its word: several sequences in a row on one ring.
+
+    The balanced layout places them, or what `auto` finds as good.
+    """
+    on_one_ring = point.dp == 1 and point.ring > 1 and point.micro_batch > 1
+    return bool(job.documents) and on_one_ring and job.layout in ("auto", "balanced")
 
 
 def is_legal(job: Job, point: Point) -> bool:
@@ -26,6 +36,7 @@ def violations(job: Job, point: Point) -> Iterator[str]:
     yield from _sequences(job, point)
     yield from job.stack.violations(point, job)
     yield from _micro_batch(job, point)
+    yield from _pool(job, point)
     yield from _savers(point)
 
 
@@ -112,6 +123,41 @@ def _micro_batch(job: Job, point: Point) -> Iterator[str]:
         yield (
             f"micro_batch={point.micro_batch} is above the limit of {job.max_micro_batch};"
             " raise --max-micro-batch, or use a smaller one"
+        )
+    documents = len(job.documents) * point.micro_batch // job.global_batch
+    if documents > MOST_DOCUMENTS:
+        yield (
+            f"micro_batch={point.micro_batch} packs {documents} documents in a row, and the planner lays out"
+            f" at most {MOST_DOCUMENTS}; use a smaller one"
+        )
+
+
+def _pool(job: Job, point: Point) -> Iterator[str]:
+    """One pool is a row of several sequences' documents on the only ring."""
+    what = f"pool={str(point.pool).lower()}"
+    if point.pool == is_pool(job, point):
+        return
+    if not point.pool:
+        yield (
+            f"{what} with dp=1, ring={point.ring} and micro_batch={point.micro_batch}: documents of several"
+            " sequences in a row on one ring are a pool; use pool=true, or micro_batch=1"
+        )
+    elif not job.documents:
+        yield f"{what} without documents has nothing to place; add --documents, or use pool=false"
+    elif job.layout not in ("auto", "balanced"):
+        yield f"{what} with layout={job.layout}: a pool's layout is balanced; use it, or auto, or pool=false"
+    elif point.dp > 1:
+        ranks = point.dp * point.ring
+        yield (
+            f"{what} with dp={point.dp} and ring={point.ring}: a pool is one ring of all of them;"
+            f" use dp=1,ring={ranks}"
+        )
+    elif point.ring == 1:
+        yield f"{what} with ring=1: a pool spreads documents over a ring; use ring >= 2, or pool=false"
+    else:
+        yield (
+            f"{what} with micro_batch=1: a row of one sequence pools nothing; use micro_batch >= 2 (a larger"
+            " --global-batch), or pool=false"
         )
 
 

@@ -9,7 +9,7 @@ MOST_SHOWN = 100
 """Candidates that can be asked for."""
 
 MACHINE_OPTIONS = {"gpu", "cluster", "nodes", "gpus_per_node", "hardware", "profile"}
-TRAINING_OPTIONS = {"model", "stack", "gradients", "memory_limit", "max_micro_batch"}
+TRAINING_OPTIONS = {"model", "stack", "gradients", "memory_limit", "max_micro_batch", "dealing"}
 """Those that describe a whole training step, and mean nothing for one attention."""
 ATTENTION_OPTIONS = {
     "attention",

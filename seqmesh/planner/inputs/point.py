@@ -45,6 +45,8 @@ class Point:
     """Order of a pipeline's micro-batches."""
     virtual: int = 1
     """Stages of a rank in an interleaved pipeline."""
+    pool: bool = False
+    """Whether the documents of a micro-batch's sequences lie in one row on the one ring there is."""
 
     def __post_init__(self) -> None:
         for name, known in CHOICES.items():
@@ -86,7 +88,8 @@ class Point:
         return {name: value for name, value in values.items() if value != "none"}
 
     def __str__(self) -> str:
-        knobs = [f"zero {self.zero}", f"micro-batch {self.micro_batch}"]
+        knobs = ["one pool"] if self.pool else []
+        knobs += [f"zero {self.zero}", f"micro-batch {self.micro_batch}"]
         knobs += [f"{name} {value}" for name, value in self.savers.items()]
         if self.pipeline != "1f1b":
             knobs.append(self.pipeline + (f" x{self.virtual}" if self.virtual > 1 else ""))
@@ -99,5 +102,10 @@ class Point:
 
 KEYS = tuple(f.name for f in fields(Point))
 """What can be pinned."""
-SEARCHED = tuple(key for key in KEYS if key not in ("pipeline", "virtual"))
+SEARCHED = tuple(key for key in KEYS if key not in ("pipeline", "virtual", "pool"))
 """What a search varies: the others are as they are pinned, or as the default has them."""
+
+
+def as_pin(key: str, value: object) -> str:
+    """A pin as it is written: tp=8, checkpointing=none, pool=true."""
+    return f"{key}={str(value).lower()}"

@@ -18,6 +18,9 @@ from seqmesh.planner.inputs.stack import SeqmeshStack, Stack, stack_named
 from seqmesh.planner.inputs.tables import unknown
 from seqmesh.planner.inputs.units import parse_bytes, parse_tokens
 
+DEALINGS = ("evened", "in-turn")
+"""Values of `--dealing`: by the area of documents, as `seqmesh train` does, or by tokens alone."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
@@ -48,6 +51,8 @@ class Request:
     seq_len: str = "8K"
     global_batch: int = 1
     documents: str | None = None
+    dealing: str = "evened"
+    """Of sequences with documents to data-parallel groups: one of DEALINGS."""
     layout: str = "auto"
     stack: str = "seqmesh"
     attention: str | None = None
@@ -70,12 +75,17 @@ def build_job(request: Request, model: ModelShape) -> Job:
     _check_profiles(request.machine.profiles, cluster.gpu.name)
     seq_len = parse_tokens(request.seq_len)
     stack = stack_named(request.stack, request.attention)
+    if request.dealing not in DEALINGS:
+        raise unknown("dealing", request.dealing, DEALINGS)
+    if request.documents is None and request.dealing != DEALINGS[0]:
+        raise ValueError(f"--dealing {request.dealing} without --documents: sequences are alike; remove it")
     return Job(
         model=model,
         cluster=cluster,
         seq_len=seq_len,
         global_batch=request.global_batch,
-        documents=parse_documents(request.documents, seq_len) if request.documents else (),
+        documents=_documents(request, seq_len),
+        evened=request.dealing == "evened",
         layout=request.layout,
         stack=stack,
         numerics=stack.numerics(request.precision, request.gradients),
@@ -83,6 +93,12 @@ def build_job(request: Request, model: ModelShape) -> Job:
         memory_limit=None if request.memory_limit is None else parse_bytes(request.memory_limit),
         axes=parse_axes(request.axes),
     )
+
+
+def _documents(request: Request, seq_len: int) -> tuple[int, ...]:
+    if request.documents is None:
+        return ()
+    return parse_documents(request.documents, seq_len, sequences=request.global_batch)
 
 
 def build_cluster(machine: Machine) -> Cluster:
@@ -171,6 +187,10 @@ def _pin(key: str, text: str) -> int | str:
         if text not in CHOICES[key]:
             raise unknown(f"value of {key}", text, CHOICES[key])
         return text
+    if key == "pool":
+        if text not in ("true", "false"):
+            raise unknown("value of pool", text, ("true", "false"))
+        return text == "true"
     if not (text.isascii() and text.isdigit()) or len(text) > 9:
         raise ValueError(f"--pin {key}={text}: {text!r} is not a whole number; write for example {key}=2")
     number = int(text)

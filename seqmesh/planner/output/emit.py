@@ -2,6 +2,7 @@
 
     point                                      recipe
     tp 2, ulysses 4, ring 2, dp 2              [mesh]   tp = 2, ulysses = 4, ring = 2, dp_shard = 2
+    ring 16, one pool                          [mesh]   ring = 16, pool = true
     ZeRO-3, bf16, checkpointing full           [train]  zero = 3, precision = "bf16", checkpointing = "full"
     llama3-8b, 128K tokens, 4 sequences        [model], [data]
     what the trainer has no key for, or        "# - head_dim=256: ..."
@@ -77,6 +78,7 @@ def _mesh(job: Job, point: Point) -> dict[str, _Setting]:
         "ring": _Setting(point.ring),
         "ulysses": _Setting(point.ulysses),
         "tp": _Setting(point.tp),
+        "pool": _Setting(point.pool),
         "layout": _Setting(job.layout),
     }
 

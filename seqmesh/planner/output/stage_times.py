@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-from seqmesh.planner.cost.attention import AttentionCost, AttentionShape, Pass, attention_cost
+from seqmesh.planner.cost.attention import AttentionCost, Pass, attention_cost
 from seqmesh.planner.cost.ring_load import StageLoad
 from seqmesh.planner.cost.step import CostModel
 from seqmesh.planner.inputs.point import Point
@@ -35,8 +35,8 @@ def stage_times(costs: CostModel, point: Point) -> StageTimes:
     stage before: that is what the two together have more than the one before has alone.
     """
     job = costs.job
-    ring = costs.loads(point.ring)
-    shape = AttentionShape.of(job, batch=point.micro_batch, ulysses=point.ulysses, tp=point.tp)
+    ring = costs.load(point)
+    shape = costs.attention_shape(point)
     ulysses_group, ring_group = costs.group(point, "ulysses"), costs.group(point, "ring")
 
     def cost_of(*stages: StageLoad) -> AttentionCost:

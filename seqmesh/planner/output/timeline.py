@@ -21,7 +21,7 @@ from collections.abc import Sequence
 from math import isclose
 from typing import Any
 
-from seqmesh.planner.cost.attention import AttentionShape, Pass
+from seqmesh.planner.cost.attention import Pass
 from seqmesh.planner.cost.estimate import COMPUTE, PIPELINE
 from seqmesh.planner.cost.step import CostModel
 from seqmesh.planner.cost.tensor_parallel import tensor_calls
@@ -54,8 +54,7 @@ class _Step:
         self.stages = stage_times(costs, point)
         self.repeats_attention = costs.repeats_attention(point)
         self.tensor_calls = tensor_calls(self.job, point)
-        shape = AttentionShape.of(self.job, batch=point.micro_batch, ulysses=point.ulysses, tp=point.tp)
-        self.qkv_share = shape.qkv_share  # q, k and v go one way, and out the other
+        self.qkv_share = costs.attention_shape(point).qkv_share  # q, k and v go one way, and out the other
         self.mlp_share = self.layer.mlp_forward / self.layer.matmul_forward
 
     def draw(self) -> dict[str, Any]:

@@ -167,6 +167,8 @@ _405B = _FULL.but(dp=8, tp=8, pp=8, micro_batch=4, zero=2)
 _22B = Point(tp=8, zero=0, micro_batch=4, checkpointing="full")
 _1T = Point(tp=8, pp=64, zero=0, checkpointing="full")
 
+# Interleaved; in how many stages is not said: one layer each.
+_LLAMA_3 = Point(tp=8, pp=16, zero=1, pipeline="interleaved", virtual=8)
 _A100: dict[str, Any] = {"gpu": "a100-sxm", "stack": "fsdp2-eager", "precision": None}
 
 ROWS = (  # name, model, GPUs, sequences of a step, point, tokens/s of a GPU, GiB
@@ -190,11 +192,10 @@ ROWS = (  # name, model, GPUs, sequences of a step, point, tokens/s of a GPU, Gi
     _megatron(
         "M1Ts", "gpt-1t", "a100-sxm", 512, 2 * K, 512, _1T.but(checkpointing="selective"), step_s=71.49
     ),
-    # Interleaved; of how many stages is not said: one layer each.
+    _megatron("L8K", "llama3-405b", "h100-sxm", 8192, 8 * K, 2048, _LLAMA_3.but(dp=64), tflops=430),
+    _megatron("L8Kx2", "llama3-405b", "h100-sxm", 16384, 8 * K, 2048, _LLAMA_3.but(dp=128), tflops=400),
     _megatron(
-        *("L8K", "llama3-405b", "h100-sxm", 8192, 8 * K, 2048),
-        Point(tp=8, pp=16, dp=64, zero=1, pipeline="interleaved", virtual=8),
-        tflops=430,
+        "L128K", "llama3-405b", "h100-sxm", 16384, 128 * K, 128, _LLAMA_3.but(dp=8, ring=16), tflops=380
     ),
 )
 
@@ -202,7 +203,7 @@ ROWS = (  # name, model, GPUs, sequences of a step, point, tokens/s of a GPU, Gi
 def render() -> str:
     """The rows, and their errors by GPU and by length."""
     lines = ["Held out: published runs of other programs, default assumptions, nothing fitted"]
-    lines.append(f"    {'':5}{'':34}{'published':>22}{'predicted':>12}{'speed':>8}{'GiB':>16}{'memory':>9}")
+    lines.append(f"    {'':7}{'':34}{'published':>22}{'predicted':>12}{'speed':>8}{'GiB':>16}{'memory':>9}")
     lines += [_line(row) for row in ROWS]
     lines += _summary()
     return "\n".join(lines)
@@ -217,7 +218,7 @@ def _line(row: HeldOutRow) -> str:
         both = f"{row.memory_gib:.1f} {row.allocated_gib:.1f}"
         memory = f"{both:>16}{row.memory_error:+9.0%}"
     failed = "" if abs(row.error) <= LARGEST_ERROR else "  FAILS"
-    return f"    {row.name:5}{setup:34}{speed}{memory}{failed}"
+    return f"    {row.name:7}{setup:34}{speed}{memory}{failed}"
 
 
 def _summary() -> Iterator[str]:

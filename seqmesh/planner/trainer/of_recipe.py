@@ -45,6 +45,7 @@ def of_recipe(config: Config, cluster: Cluster, *, vocabulary: int) -> Priced:
         cluster=cluster,
         seq_len=config.data.seq_len,
         global_batch=config.data.sequences,
+        documents=_documents(config),
         layout=config.mesh.placement,
         numerics=numerics_for(config.train.precision, "fp32"),
         stack=TrainerStack(),
@@ -59,6 +60,8 @@ def _missing(config: Config) -> Iterator[str]:
         yield "train.shard_norms=false as true"
     if train.zero >= 2 and degrees["dp_replicate"] > 1:
         yield f"mesh.dp_replicate={degrees['dp_replicate']} as dp_shard"
+    if config.mesh.pool and degrees["dp_replicate"] > 1 and config.micro_batch > 1:
+        yield f"mesh.pool with dp_replicate={degrees['dp_replicate']}: sequences side by side, not end to end"
     if train.pipeline != "1f1b":
         yield f'train.pipeline="{train.pipeline}" as "1f1b"'
 
@@ -77,7 +80,20 @@ def _point(config: Config) -> Point:
         # The trainer's loss is always tiled.
         tiling="mlp" if train.tiling == "mlp" else "loss",
         micro_batch=config.micro_batch,
+        pool=_is_pool(config),
     )
+
+
+def _is_pool(config: Config) -> bool:
+    """Whether several sequences lie in a row on one ring, as a pool's do, and balanced."""
+    degrees = config.mesh.degrees
+    on_one_ring = config.mesh.data_parallel == 1 and degrees["ring"] > 1
+    return config.mesh.pool and on_one_ring and config.micro_batch > 1
+
+
+def _documents(config: Config) -> tuple[int, ...]:
+    """Each sequence of a pool as one document: it is documents that a pool places."""
+    return (config.data.seq_len,) * config.data.sequences if _is_pool(config) else ()
 
 
 def _shape(model: ModelConfig, vocabulary: int) -> ModelShape:

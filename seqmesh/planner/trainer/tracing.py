@@ -46,6 +46,7 @@ def config_of(rank: TrainedRank) -> Config:
             ring=point.ring,
             ulysses=point.ulysses,
             tp=point.tp,
+            pool=point.pool,
         ),
         model=_model(rank),
         data=DataConfig(seq_len=rank.seq_len, sequences=point.dp * point.micro_batch * rank.micro_batches),

@@ -5,7 +5,7 @@
                                                                                       token_folder.py
     sequences   the documents' tokens end to end, by seed and epoch, cut every        packing.py
                 `seq_len`
-    ranks       a step's sequences, dealt so that no data-parallel rank waits long    evening.py
+    ranks       a step's sequences, dealt so that no data-parallel rank waits long    ../evening.py
 
        document A        B    C                    D
     |a a a a a a a a $|b b $|c c c c c c c c c c c $|d ...        $ = end of document
@@ -18,7 +18,6 @@ Tokens are bytes (tokens.py), or those of a Hugging Face tokenizer (tokenizer.py
 """
 
 from seqmesh.train.data.corpus import Contents, Corpus, Document, Piece
-from seqmesh.train.data.evening import deal
 from seqmesh.train.data.packing import Epoch, area_of, assemble, check_enough, lengths_of, sequences
 from seqmesh.train.data.sources import read
 from seqmesh.train.data.text_files import STDLIB
@@ -32,6 +31,7 @@ from seqmesh.train.data.tokens import (
     decode,
     encode,
 )
+from seqmesh.train.evening import deal
 
 __all__ = [
     "BYTES",

@@ -81,7 +81,10 @@ def test_json_has_the_promised_keys_best_first(plan: Run) -> None:
 def test_a_pinned_point_is_priced_alone_whether_it_fits_or_not(plan: Run) -> None:
     (fits,) = plan.json(*JOB, "--pin", HEADLINE)["candidates"]
     assert fits["fits"] is True
-    assert [fits[key] for key in KEYS] == [8, 1, 2, 1, 1, 1, "none", "none", "none", 1, False]
+    assert [fits[key] for key in KEYS] == [
+        *(8, 1, 2, 1, 1, 1, "none", "none", "none", 1),
+        *("1f1b", 1, False),
+    ]
     on_the_ring = HEADLINE.replace("tp=8", "tp=1").replace("ring=2", "ring=16")
     (too_big,) = plan.json(*JOB, "--pin", on_the_ring)["candidates"]
     assert too_big["fits"] is False
@@ -336,6 +339,10 @@ def test_a_measured_profile_overrides_rates_and_assumptions(plan: Run, tmp_path:
         ((*JOB, "--assume", "network=nan"), "use a positive finite number"),
         ((*JOB, "--layout", "zickzack"), "did you mean 'zigzag'?"),
         ((*JOB, "--precision", "fp8"), "unknown precision 'fp8'"),
+        ((*JOB, "--precision", "fp8-linear"), "no tflops_fp8"),
+        ((*JOB, "--attention", "fa3"), "use --attention fa2"),
+        ((*JOB, "--attention", "fa4"), "unknown kernel of attention 'fa4'"),
+        ((*JOB, "--pin", "pipeline=interleaved,virtual=2,pp=1"), "use pp >= 2"),
         ((*JOB, "--documents", "normal:3"), "is none of: lognormal"),
         ((*JOB, "--documents", "lognormal:x,1"), "two numbers"),
         ((*JOB, "--axes", "tp,ulysses,ring,dp"), "must name each of"),

@@ -8,6 +8,7 @@ import pytest
 from wrong_input import refused, toml
 
 from seqmesh.planner.inputs.hardware import Cluster, known_clusters, known_gpus, load_cluster, load_gpu
+from seqmesh.planner.inputs.request import Machine, build_cluster
 
 pytestmark = pytest.mark.fast
 
@@ -31,10 +32,15 @@ def test_the_paper_s_node_is_known() -> None:
 
 
 def test_every_preset_says_its_source_and_is_unmeasured() -> None:
-    assert known_gpus() == ["a100-sxm", "a100-pcie", "a800-sxm", "h100-sxm", "h200-sxm", "b200", "l20", "h20"]
+    assert {"a100-sxm", "a800-sxm", "h100-sxm", "h100-96gb-500w", "b200", "l20"} <= set(known_gpus())
     gpus = [load_gpu(name) for name in known_gpus()]
-    assert all(gpu.source and not gpu.measured and (not gpu.overrides or gpu.name == "l20") for gpu in gpus)
-    assert [gpu.name for gpu in gpus if gpu.scale_up_bytes_per_s is None] == ["a100-pcie", "l20"]
+    assert all(gpu.source and not gpu.measured for gpu in gpus)
+    # What the paper's tables were seen for is of the paper's GPUs alone.
+    assert [gpu.name for gpu in gpus if "one_nic_per_partial_node" in gpu.overrides] == ["a800-sxm"]
+    assert [gpu.name for gpu in gpus if gpu.scale_up_bytes_per_s is None] == [
+        *("a100-pcie", "l20", "h100-pcie", "h100-nvl", "l40s", "rtx4090", "rtx5090")
+    ]
+    assert build_cluster(Machine(gpu="gb200-nvl72", nodes=2)).gpus == 144
     assert load_gpu("l20").node_bytes_per_s == 32e9
     assert load_gpu("h200-sxm").memory_bytes == 141 * 10**9
 
@@ -70,12 +76,13 @@ def test_a_gpu_is_like_another_but_for_what_it_says(tmp_path: Path) -> None:
         "memory_bytes": 40 * 10**9,
         "scale_up_bytes_per_s": None,
         "measured": True,
-        "overrides": {"x": 1, "y": 2},
+        "overrides": {"x": 1, "y": 2, "one_nic_per_partial_node": 1},
+        "reported_bytes": None,  # of another memory than this one's
     }
     assert a == replace(a800, name="a", source="like a800-sxm", **said)
     # b was not measured itself.
     assert b == replace(
-        a, name="b", flops_per_s=1e12, measured=False, overrides={"x": 1, "y": 3}, source="like a"
+        a, name="b", flops_per_s=1e12, measured=False, overrides={**a.overrides, "y": 3}, source="like a"
     )
 
 

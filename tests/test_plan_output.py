@@ -20,6 +20,7 @@ from seqmesh.planner.inputs.legality import violations
 from seqmesh.planner.inputs.models import load_model
 from seqmesh.planner.inputs.numerics import Numerics
 from seqmesh.planner.inputs.point import Point
+from seqmesh.planner.inputs.stack import FusedStack
 from seqmesh.planner.output import emit as emitted
 from seqmesh.planner.output.emit import emit
 from seqmesh.planner.output.plot import OTHER, label, parts, plot
@@ -296,7 +297,7 @@ def test_an_exchange_that_finds_nothing_to_hide_behind_stays_within_the_step() -
 
 
 def test_a_picture_is_drawn_of_points_that_fit_and_that_do_not(tmp_path: Path) -> None:
-    asked = job(seq_len=208 * 1024)
+    asked = replace(job(seq_len=208 * 1024), stack=FusedStack())
     costs = CostModel(asked)
     estimates = [costs.estimate(Point(ulysses=8, ring=2, zero=zero)) for zero in (3, 1)]
     assert [estimate.fits for estimate in estimates] == [True, False]

@@ -44,7 +44,14 @@ def job(
     limit: int | None = None,
 ) -> Job:
     cluster = Cluster(gpu=load_gpu("a800-sxm"), nodes=nodes, gpus_per_node=each)
-    return Job(model=model, cluster=cluster, seq_len=seq_len, global_batch=batch, memory_limit=limit)
+    return Job(
+        model=model,
+        cluster=cluster,
+        seq_len=seq_len,
+        global_batch=batch,
+        memory_limit=limit,
+        stack=FusedStack(),
+    )
 
 
 def brute_force(costs: CostModel, pins: Pins) -> list[StepEstimate]:

@@ -20,15 +20,17 @@ pytestmark = pytest.mark.fast
 
 
 CLUSTER = Cluster(gpu=load_gpu("a800-sxm"), nodes=1, gpus_per_node=4)
-FUSED = Job(model=load_model("llama3.2-1b"), cluster=CLUSTER, seq_len=8192)
+FUSED = Job(model=load_model("llama3.2-1b"), cluster=CLUSTER, seq_len=8192, stack=FusedStack())
 TRAINER = replace(FUSED, stack=TrainerStack(), numerics=FP32)
 
 
-def test_stacks_are_found_by_name_and_a_job_has_the_fused_one() -> None:
+def test_stacks_are_found_by_name_and_a_job_has_seqmeshs() -> None:
     named = {"fused": FusedStack(), "trainer": TrainerStack(), "paper": PaperStack()}
-    assert {name: stack_named(name) for name in STACKS} == named
-    assert FUSED.stack == FusedStack()
-    with pytest.raises(ValueError, match=r"unknown stack 'trainr'; did you mean 'trainer'\? known: fused"):
+    assert {name: stack_named(name) for name in named} == named
+    assert all(stack_named(name) == stack for name, stack in STACKS.items())
+    assert replace(FUSED).stack == stack_named("fused")
+    assert Job(model=FUSED.model, cluster=CLUSTER, seq_len=8192).stack == stack_named("seqmesh")
+    with pytest.raises(ValueError, match=r"unknown stack 'trainr'; did you mean 'trainer'\? known: seqmesh"):
         stack_named("trainr")
 
 

@@ -36,6 +36,7 @@ def meshes(job: Job, pins: Pins) -> Iterator[Point]:
     """
     m = job.model
     gpus = job.cluster.gpus
+    fixed = {key: pins[key] for key in ("pipeline", "virtual") if key in pins}
     for tp in _degrees("tp", gpus, m.kv_heads, pins):
         after_tp = gpus // tp
         for ulysses in _degrees("ulysses", after_tp, max(1, m.heads // tp), pins):
@@ -46,7 +47,7 @@ def meshes(job: Job, pins: Pins) -> Iterator[Point]:
                     ring = after_pp // dp
                     if pins.get("ring", ring) == ring and job.global_batch % dp == 0:
                         yield from _variants(
-                            job, Point(tp=tp, ulysses=ulysses, ring=ring, dp=dp, pp=pp), pins
+                            job, Point(tp=tp, ulysses=ulysses, ring=ring, dp=dp, pp=pp).but(**fixed), pins
                         )
 
 

@@ -20,7 +20,7 @@ from seqmesh.planner.inputs.hardware import known_gpus
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.models import known_models, load_model
 from seqmesh.planner.inputs.options import check_options
-from seqmesh.planner.inputs.point import KEYS
+from seqmesh.planner.inputs.point import KEYS, SEARCHED
 from seqmesh.planner.inputs.request import Machine, Request, build_job, parse_pins
 from seqmesh.planner.inputs.shape import ModelShape
 from seqmesh.planner.inputs.units import format_tokens
@@ -38,6 +38,8 @@ from seqmesh.planner.trainer.memory import traced_like
 
 UNLIMITED = 1 << 60
 """Bytes: a trace needs no memory, so whatever is traced fits."""
+HEADROOM = 0.05
+"""Share of a GPU's memory that a plan leaves free, where some plan does and no limit was given."""
 POOL = 12
 """Meshes that compete when an assumption moves, at least."""
 SAMPLE = "1M"
@@ -58,9 +60,10 @@ def _plan(context: typer.Context, options: PlanOptions) -> int:
     """Answer the question that the options ask."""
     check_options(context)
     if options.published:
-        from seqmesh.planner.paper.published import render
+        from seqmesh.planner.paper import held_out, published
 
-        print(render())
+        print(published.render())
+        print(f"\n{held_out.render()}")
         return 0
     request = _request(options)
     pins = parse_pins(options.pin or [])
@@ -72,6 +75,8 @@ def _plan(context: typer.Context, options: PlanOptions) -> int:
     if options.trace_memory:
         request = replace(request, stack="trainer")
     job = build_job(request, _model(options.model, request.machine))
+    if job.stack.leaves_headroom and options.memory_limit is None:
+        job = replace(job, headroom=HEADROOM)
     if options.compare:
         return _compare(job, options)
     if options.trace_memory:
@@ -98,6 +103,7 @@ def _request(options: PlanOptions) -> Request:
         dealing=options.dealing,
         layout=options.layout,
         stack=options.stack,
+        attention=options.attention,
         precision=options.precision,
         gradients=options.gradients,
         memory_limit=options.memory_limit,
@@ -162,6 +168,8 @@ def _answer(job: Job, pins: Pins, options: PlanOptions) -> int:
     """The search, or the one point that the pins leave."""
     costs = CostModel(job)
     found = search(costs, pins, max(options.top, POOL))
+    if not found.best and job.headroom:  # what fits without any is better than nothing
+        return _answer(replace(job, headroom=0.0), pins, options)
     # What does not fit is shown where it was asked for: as the pinned point, or to a program.
     if not found.best and not (_is_point(pins) or (pins and options.as_json)):
         raise ValueError(f"nothing fits: {shortfall(costs, found.infeasible[0], pins)}")
@@ -178,8 +186,8 @@ def _answer(job: Job, pins: Pins, options: PlanOptions) -> int:
 
 
 def _is_point(pins: Pins) -> bool:
-    """Whether the pins leave nothing to choose: the others say whether it is a pool."""
-    return set(KEYS) - set(pins) <= {"pool"}
+    """Whether the pins leave nothing to choose."""
+    return set(pins) >= set(SEARCHED)
 
 
 def _why(costs: CostModel, found: Found, estimate: StepEstimate, pins: Pins) -> list[str]:

@@ -56,15 +56,20 @@ class PlanOptions:
         str,
         _option(
             "--stack",
-            "fused (bf16, as Megatron-LM), trainer (seqmesh train on ulysses x ring, fp32)"
-            " or paper (fused, without seqmesh's overlap of heads).",
+            "The program: seqmesh, fsdp2, fsdp2-eager, fsdp2-async-tp, megatron, trainer (seqmesh train),"
+            " paper (of the published tables) or fused (seqmesh as priced before).",
         ),
-    ] = "fused"
+    ] = "seqmesh"
+    attention: Annotated[
+        str | None,
+        _option("--attention", "Kernel of attention: fa2, fa3 or cudnn; default: what the stack runs."),
+    ] = None
     precision: Annotated[
         str | None,
         _option(
             "--precision",
-            "bf16 (with fp32 master weights) or fp32; default: bf16, of --stack trainer fp32.",
+            "bf16 (with fp32 master weights), fp8-linear (bf16 but for the layers' products) or fp32;"
+            " default: bf16, of --stack trainer fp32.",
         ),
     ] = None
     gradients: Annotated[

@@ -13,12 +13,13 @@ Source: USP (Fang & Zhao 2024, arXiv 2405.07719), Table 2, for what ZeRO shards;
 ulysses.py and merge.py for the attention's own buffers. What autograd keeps is counted module by module.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import lru_cache
 
 from seqmesh.planner.cost.attention import AttentionShape, hides_heads
 from seqmesh.planner.cost.memory import StepMemory, overhead
 from seqmesh.planner.cost.parameters import stage_parameters
+from seqmesh.planner.cost.pipeline import in_flight
 from seqmesh.planner.cost.step_loads import LoadKey, StepLoads
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.point import Point
@@ -27,9 +28,6 @@ from seqmesh.schedule.heads import split_heads
 TILE_ROWS = 4096
 """Rows of a tile of the loss, and of the MLP."""
 
-LOGIT_BYTES = 6
-"""Of one logit: bf16, and fp32 for the loss."""
-
 
 @dataclass(frozen=True)
 class _Placed:
@@ -37,6 +35,8 @@ class _Placed:
 
     gpu: dict[str, int]
     host: int = 0
+    again: dict[str, int] = field(default_factory=dict)
+    """On the GPU while a layer goes backward: what it computes again."""
 
 
 class FusedMemory:
@@ -58,22 +58,26 @@ class FusedMemory:
         """A lower bound of the total that needs no schedule: states and activations of the first stage."""
         states = self._states(point, first=True, last=point.pp == 1)
         activations = self._activations(point, 0)
-        return sum(states.gpu.values()) + sum(activations.gpu.values())
+        parts = (states.gpu, activations.gpu, activations.again)
+        return sum(sum(part.values()) for part in parts)
 
     def _stage(self, point: Point, pipeline_stage: int) -> StepMemory:
         last = pipeline_stage == point.pp - 1
         states = self._states(point, first=pipeline_stage == 0, last=last)
         activations = self._activations(point, pipeline_stage)
+        loads = self._loads
+        attention = self._attention_of(point.tp, point.ulysses, loads.key(point), loads.batch(point))
         moments = {
             "logits": self._logits(point) if last else {},
-            "attention": self._attention_of(
-                point.tp, point.ulysses, self._loads.key(point), self._loads.batch(point)
-            ),
-            "mlp": self._mlp_moment(point),
+            "attention": {**activations.again, **attention},
+            "mlp": {**activations.again, **self._mlp_moment(point)},
         }
         peak = max(moments.values(), key=lambda moment: sum(moment.values()))
         categories = {**states.gpu, **activations.gpu, **peak}
         present = {name: size for name, size in categories.items() if size}
+        gaps = round(self._job.assumptions.fragmentation * sum(present.values()))
+        if gaps:
+            present["fragmentation"] = gaps
         return StepMemory(
             categories={**present, "overhead": overhead(self._job)},
             moments={name: sum(moment.values()) for name, moment in moments.items()},
@@ -89,22 +93,36 @@ class FusedMemory:
             return point.replicas if point.zero >= from_zero_stage else 1
 
         optimizer = numerics.optimizer * parameters // shards(1)
+        gradients = numerics.gradient * parameters // shards(2)
+        if self._job.stack.shards_masters:
+            # The masters are the parameters; what is whole is made of them, in bf16 and for a step at most.
+            if point.zero == 2 and self._job.micro_batches(point) > 1:
+                gradients += numerics.gradient * parameters
+            whole = 0 if point.zero == 3 else numerics.element * parameters
+        else:
+            whole = numerics.element * parameters // shards(3)
         gpu = {
-            "parameters": numerics.element * parameters // shards(3),
-            "gradients": numerics.gradient * parameters // shards(2),
+            "parameters": whole,
+            "gradients": gradients,
             "optimizer": 0 if point.offloads_optimizer else optimizer,
-            "zero_buffers": self._zero_buffers(point),
+            "zero_buffers": self._zero_buffers(point, ends=first + last),
         }
         return _Placed(gpu, host=optimizer if point.offloads_optimizer else 0)
 
-    def _zero_buffers(self, point: Point) -> int:
-        """Whole weights and gradients for as long as they are needed."""
+    def _zero_buffers(self, point: Point, ends: int) -> int:
+        """Whole weights and gradients for as long as they are needed, with so many of embedding and head."""
         numerics = self._job.numerics
         model = self._job.model
         layer = model.layer_parameters // point.tp
+        embedding = model.embedding_parameters // point.tp
+        if self._job.stack.shards_masters and point.zero >= 2:
+            # FSDP2's root has embedding and head, which stay whole from forward to backward. A layer's
+            # gradients are bf16, then fp32 to be scattered, while those of the layer before are.
+            gathered = 2 * layer + ends * embedding if point.zero == 3 else 0
+            return numerics.element * (gathered + layer) + 2 * numerics.gradient * layer
         size = 0
         if point.zero == 3:  # the layer in use and the one that is fetched; or the embedding
-            size = numerics.element * max(2 * layer, model.embedding_parameters // point.tp)
+            size = numerics.element * max(2 * layer, embedding)
         if point.zero >= 2:  # gradients of a layer, before they are scattered
             size += numerics.gradient * layer
         return size
@@ -117,8 +135,11 @@ class FusedMemory:
         m = self._job.model
         element = self._job.numerics.element
         ffn = (3 if m.gated else 2) * m.intermediate
+        norms = element * 4 * m.hidden * n // tp  # inputs and outputs of both norms
+        if self._job.stack.keeps_gathered:
+            norms += 2 * element * m.hidden * (n - n // tp)
         return {
-            "activations_norms": element * 4 * m.hidden * n // tp,  # inputs and outputs of both norms
+            "activations_norms": norms,
             "activations_attention": self._attention_activations(tp, ulysses, n),
             "activations_mlp": 0 if mlp_tiled else element * ffn * n // tp,
         }
@@ -142,26 +163,33 @@ class FusedMemory:
     def _activations(self, point: Point, pipeline_stage: int) -> _Placed:
         """Kept activations of a pipeline stage, of all its micro-batches in flight."""
         job = self._job
-        in_flight = min(point.pp - pipeline_stage, job.micro_batches(point))  # 1F1B
-        kept_layers = job.layers(point) * in_flight
+        held = in_flight(point, pipeline_stage, job.micro_batches(point))
+        kept_layers = job.layers(point) * held
         layer = self.layer_activations(point)
-        if point.checkpointing == "none":
-            return _Placed({name: size * kept_layers for name, size in layer.items()})
-        if point.checkpointing == "selective":
-            layer = self._made_again(point)
+        selective = point.checkpointing == "selective"
+        if point.checkpointing == "none" or (selective and job.stack.selective == "all"):
+            return _Placed({name: round(size * kept_layers) for name, size in layer.items()})
         checkpoint = job.numerics.element * job.model.hidden * job.tokens(point) // point.tp
-        checkpoints = checkpoint * kept_layers
+        checkpoints = round(checkpoint * kept_layers)
         # Two stay on the GPU: the one that is copied, and the one in use. Its layer is there, recomputed.
         offloaded = max(0, checkpoints - 2 * checkpoint) if point.offloads_activations else 0
-        gpu = {"checkpoints": checkpoints - offloaded, **layer}
-        if point.checkpointing == "selective":
-            gpu |= {name: size * kept_layers for name, size in self._kept_results(point).items()}
-        return _Placed(gpu, host=offloaded)
+        gpu = {"checkpoints": checkpoints - offloaded}
+        if selective:
+            gpu |= {name: round(size * kept_layers) for name, size in self._kept_results(point).items()}
+            layer = layer if job.stack.selective == "half" else self._made_again(point)
+        return _Placed(gpu, host=offloaded, again=layer)
 
     def _kept_results(self, point: Point) -> dict[str, int]:
         """What a selective checkpoint keeps of a layer beside its input: matrix products, and attention's."""
         job, m = self._job, self._job.model
         bytes_a_column = job.numerics.element * job.tokens(point) // point.tp
+        if (
+            job.stack.selective == "half"
+        ):  # q, v, attention's output and lse, the first of the MLP, and its last
+            attended = (2 * m.heads + m.kv_heads) * m.head_dim
+            mlp = m.intermediate + (m.hidden if m.gated else 0)
+            lse = 4 * m.heads * job.tokens(point) // point.tp
+            return {"activations_products": bytes_a_column * (attended + mlp) + lse}
         before_silu = 0 if point.tiling == "mlp" else (2 if m.gated else 1) * m.intermediate
         # Without ulysses q, k and v are what attention keeps already.
         qkv = (m.heads + 2 * m.kv_heads) * m.head_dim if point.ulysses > 1 else 0
@@ -184,8 +212,11 @@ class FusedMemory:
         if point.tiling != "none":
             rows = min(rows, TILE_ROWS)
         element = job.numerics.element
-        logit_bytes = LOGIT_BYTES if element == 2 else 2 * element
-        return {"logits": rows * job.model.vocabulary // point.tp * logit_bytes}
+        a = job.assumptions
+        logit_bytes = 2 * element if element == 4 else a.logit_bytes_tp if point.tp > 1 else a.logit_bytes
+        logits = round(rows * job.model.vocabulary // point.tp * logit_bytes)
+        gathered = element * rows * job.model.hidden if job.stack.shards_masters and point.tp > 1 else 0
+        return {"logits": logits, "head_input": gathered}
 
     def _mlp_moment(self, point: Point) -> dict[str, int]:
         """Gradients inside the MLP, and its gathered input under tensor parallelism.

@@ -29,11 +29,11 @@ class StepMemory:
 
     def fits(self, job: Job) -> bool:
         """Whether the GPU and its share of the host hold it."""
-        return self.total <= job.capacity and self.host <= job.assumptions.host_bytes
+        return self.total <= job.room and self.host <= job.assumptions.host_bytes
 
     def over(self, job: Job) -> int:
         """Bytes beyond the GPU's memory or its share of the host's, whichever is more."""
-        return max(self.total - job.capacity, self.host - round(job.assumptions.host_bytes))
+        return max(self.total - job.room, self.host - round(job.assumptions.host_bytes))
 
 
 class MemoryModel(Protocol):

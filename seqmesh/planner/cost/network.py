@@ -5,11 +5,12 @@
         a ring group       0 8                      two nodes: the network, one card each
         the replicas       0 2 4 6 8 10 12 14       two nodes, four GPUs of each: half a node
 
-Time of a message = latency + bytes / rate. A collective that goes round all ranks (all-gather,
-reduce-scatter, all-reduce) crosses from node to node through as many network cards as its group may use; an
-all-to-all sends most of its bytes off the node, from every GPU's own card.
+Time of a message = latency + bytes / rate. The latency of a collective grows with its group: a ring passes
+all ranks; a tree, at a lower rate, the logarithm of nodes; the faster one is taken. A collective that goes
+round all ranks (all-gather, reduce-scatter, all-reduce) crosses from node to node through as many network
+cards as its group may use; an all-to-all sends most of its bytes off the node, from every GPU's own card.
 
-Source: NCCL's bus bandwidth (nccl-tests); the alpha-beta model (Hockney 1994).
+Sources: NCCL's bus bandwidth (nccl-tests), its latencies (graph/tuning.cc); alpha-beta model (Hockney 1994).
 """
 
 from collections.abc import Iterable
@@ -121,7 +122,22 @@ class Network:
             partial = group.per_node < group.gpus_per_node and self.assumptions.one_nic_per_partial_node > 0
             cards = 1 if partial else group.per_node
             rate = min(rate, cards * self.rate(NETWORK))
-        return sent / rate + calls * self.latency(self.slowest_link(group))
+        ring = sent / rate + calls * self._round_latency(group, group.nodes, group.size - group.nodes)
+        if group.nodes == 1:
+            return ring
+        steps = 1 + (group.nodes - 1).bit_length()  # of a tree over the nodes, whose ranks are a chain each
+        tree = calls * self._round_latency(group, steps, group.per_node - 1)
+        return min(ring, sent / (rate * self.assumptions.tree_rate) + tree)
+
+    def _round_latency(self, group: Group, nodes: int, inside: int) -> float:
+        """Seconds of a collective that passes so many nodes and makes so many hops inside of them.
+
+        The first hop is in the latency of its link.
+        """
+        a = self.assumptions
+        hop = a.pcie_hop if self.local == PCIE else a.scale_up_hop
+        across = max(0, nodes - 2) * a.network_hop
+        return self.latency(self.slowest_link(group)) + across + (inside - (group.nodes == 1)) * hop
 
     def all_to_all_seconds(self, group: Group, sent: float, calls: float = 1) -> float:
         """Seconds of an all-to-all in which each rank sends `sent` bytes to the others, evenly.
@@ -136,7 +152,8 @@ class Network:
             crowd = 1 + self.assumptions.pcie_contention * (peers - 1)
         inside = sent * (1 - group.off_node) * crowd / self.rate(self.local)
         outside = sent * group.off_node / self.rate(NETWORK)
-        return max(inside, outside) + calls * self.latency(self.slowest_link(group))
+        latency = self.latency(self.slowest_link(group)) + (group.size - 2) * self.assumptions.peer
+        return max(inside, outside) + calls * latency
 
     def hop_seconds(self, group: Group, sent: float) -> float:
         """Seconds of one exchange between ring neighbours at some distance.

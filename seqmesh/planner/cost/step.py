@@ -3,16 +3,18 @@
     every micro-batch    matrix products, attention, head
                          ulysses, ring and tensor parallel exchange, activations to the host
     once a step          optimizer, gradients, weights          ZeRO-2 and 3: every micro-batch
-    pipeline             bubble = (pp - 1) micro-batches, boundary activations
+    pipeline             bubble and boundary activations: pipeline.py
+    everything           waits for the slowest GPU
 
 What hides what: ring stages behind the compute of the stage before, and heads behind that of other chunks of
 heads, where there are chunks enough (both in attention.py); offloaded activations behind the whole compute; a
 share of ZeRO-3's gathers, of gradients and of tensor parallelism by assumption.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from functools import lru_cache
+from math import log, sqrt
 
 from seqmesh.planner.cost.attention import AttentionCost, AttentionShape, attention_cost
 from seqmesh.planner.cost.compute import Compute
@@ -20,24 +22,31 @@ from seqmesh.planner.cost.estimate import PIPELINE, CostTerm, StepEstimate, comp
 from seqmesh.planner.cost.fused_memory import FusedMemory
 from seqmesh.planner.cost.memory import MemoryModel
 from seqmesh.planner.cost.network import PCIE, Group, Network, add_bytes, place
+from seqmesh.planner.cost.overlap import OverlapBudget
 from seqmesh.planner.cost.parameters import fullest_parameters, mean_parameters
+from seqmesh.planner.cost.pipeline import crossings, exposed_crossings, idle_seconds
 from seqmesh.planner.cost.ring_load import RingLoad
 from seqmesh.planner.cost.step_loads import LoadKey, StepLoads
+from seqmesh.planner.cost.tensor_parallel import tensor_calls
 from seqmesh.planner.cost.trainer_memory import TrainerMemory
+from seqmesh.planner.cost.weights import sent_for_weights
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.point import Point
-from seqmesh.planner.inputs.stack import FusedStack, PaperStack, Stack, TrainerStack
-
-TP_FORWARD = 4
-TP_BACKWARD = 6
-"""Collectives of (tokens, hidden) in a layer under tensor parallelism with its sequence parallelism.
-
-Forward: an all-gather before and a reduce-scatter after attention and the MLP, 4. Backward: those four and
-two gathers of inputs again, 6. USP (Fang & Zhao 2024, arXiv 2405.07719), Table 2, counts 10 of them.
-"""
+from seqmesh.planner.inputs.stack import (
+    FsdpStack,
+    FusedStack,
+    MegatronStack,
+    PaperStack,
+    SeqmeshStack,
+    Stack,
+    TrainerStack,
+)
 
 MEMORY_MODELS: Mapping[type[Stack], Callable[[Job, StepLoads], MemoryModel]] = {
     FusedStack: FusedMemory,
+    SeqmeshStack: FusedMemory,
+    FsdpStack: FusedMemory,
+    MegatronStack: FusedMemory,
     PaperStack: FusedMemory,
     TrainerStack: TrainerMemory,
 }
@@ -84,6 +93,17 @@ class CostModel:
     def seconds(self, point: Point) -> float:
         """The estimate of a step alone."""
         return sum(term.exposed for term in self._terms(point))
+
+    def notes(self, point: Point) -> Iterator[str]:
+        """Assumptions of one machine's that move this point's time by more than a percent."""
+        if self.job.assumptions.one_nic_per_partial_node:
+            without = self.with_assumption("one_nic_per_partial_node", 0.0).seconds(point)
+            less = 1 - without / self.seconds(point)
+            if less > 0.01:
+                yield (
+                    "groups with a part of a node's GPUs are taken to have one network card"
+                    f" (one_nic_per_partial_node, seen on one cluster): without that, {less:.0%} less time"
+                )
 
     def with_assumption(self, name: str, value: float) -> "CostModel":
         """The same job under another assumption; shares are kept below 1."""
@@ -141,18 +161,19 @@ class CostModel:
     def _terms(self, point: Point) -> tuple[CostTerm, ...]:
         """The terms of a step, those of 0 s left out.
 
-        What is hidden is taken from one `_OverlapBudget`: first by the exchanges inside the layers, then by
+        What is hidden is taken from one `OverlapBudget`: first by the exchanges inside the layers, then by
         the weights.
         """
         work = list(self._work(point))
         busy = sum(term.seconds for term in work)
-        budget = _OverlapBudget(busy)
+        budget = OverlapBudget(busy)
         in_layers = budget.hide((*self._exchanges(point), *self._activations_to_host(point, busy)))
         micro_batches = [*work, *in_layers]
         terms = [
             *micro_batches,
             *self._bubble(point, micro_batches),
             *budget.hide(self._weights(point, busy)),
+            *self._waiting(point, busy),
             *self._optimizer(point),
         ]
         return tuple(term for term in terms if term.seconds)
@@ -171,15 +192,34 @@ class CostModel:
         yield compute("norms, rotary, activation", runs * passes * layer.elementwise)
         # Work that the savers do twice; the exchanges of a repeated forward are counted with the exchanges.
         again = layer.mlp_forward if point.tiling == "mlp" else 0.0
-        if point.checkpointing != "none":
-            again += layer.elementwise
-        if point.checkpointing == "full":
-            again += layer.matmul_forward
+        again += self._repeated(point)
         if self.repeats_attention(point):
             again += forward.kernel_s + forward.merge_s
         yield compute("recomputation", runs * again)
         head = self.compute.head(point.tp, job.tokens(point), point.tiling != "none")
-        yield compute("output head and loss", job.micro_batches(point) * head)
+        yield compute("output head and loss", job.micro_batches(point) * self._beside_layers(point, head))
+
+    def _repeated(self, point: Point) -> float:
+        """Seconds of a layer's products and elementwise work that its backward computes again."""
+        layer = self.compute.layer(point.tp, self.job.tokens(point))
+        selective = self.job.stack.selective
+        if point.checkpointing == "none" or (point.checkpointing == "selective" and selective == "all"):
+            return 0.0
+        if point.checkpointing == "full":
+            return layer.elementwise + layer.matmul_forward
+        return layer.elementwise + (layer.half_forward if selective == "half" else 0.0)
+
+    def _beside_layers(self, point: Point, head: float) -> float:
+        """Seconds of the head beyond the layers that the last pipeline rank has fewer than the others."""
+        if point.pp == 1:
+            return head
+        job = self.job
+        fewer = point.pp * job.layers(point) - job.model.layers
+        layer = self.compute.layer(point.tp, job.tokens(point))
+        attention = self.attention(point)
+        seconds = layer.matmul_forward + layer.matmul_backward + layer.elementwise
+        seconds += attention.forward.kernel_s + attention.backward.kernel_s + self._repeated(point)
+        return max(0.0, head - min(fewer, job.layers(point) // point.virtual) * seconds)
 
     def _exchanges(self, point: Point) -> Iterator[CostTerm]:
         """Ulysses, ring and tensor parallelism, inside every layer. Recomputation repeats the forward's."""
@@ -200,7 +240,7 @@ class CostModel:
             runs * (times * forward.rows_exposed_s + backward.rows_exposed_s),
         )
         tp = self.group(point, "tp")
-        calls = tp_forwards(point) * TP_FORWARD + TP_BACKWARD
+        calls = sum(tensor_calls(self.job, point))
         seconds = runs * self.network.round_seconds(tp, calls * self._tp_call_bytes(point), calls)
         yield self._on_links(
             "tensor parallel exchange", tp, seconds, seconds * self.job.assumptions.tp_exposed
@@ -239,40 +279,43 @@ class CostModel:
         """Idle time while the pipeline fills and drains, and its boundaries."""
         if point.pp == 1:
             return
-        # 1F1B: the last stage waits for the first micro-batch to pass the pp - 1 stages before it, and the
-        # first stage for the last one's gradients. What a step does once comes after that.
-        count = self.job.micro_batches(point)
-        bubble = (point.pp - 1) * sum(term.exposed for term in micro_batches) / count
+        job = self.job
+        count = job.micro_batches(point)
+        layer = self.compute.layer(point.tp, job.tokens(point))
+        a_pass = sum(term.exposed for term in micro_batches) / count
+        bubble = idle_seconds(point, a_pass, job.layers(point) * layer.matmul_backward / 2)
         yield CostTerm(name="pipeline bubble", cause=PIPELINE, seconds=bubble, exposed=bubble)
         group = self.group(point, "pp")
-        sends = 2 * (count + point.pp - 1)
-        seconds = sends * self.network.hop_seconds(group, self._activation_bytes(point))
-        yield self._on_links("pipeline exchange", group, seconds, seconds)
+        one = self.network.hop_seconds(group, self._activation_bytes(point))
+        sent, exposed = crossings(point, count), exposed_crossings(point, count)
+        yield self._on_links("pipeline exchange", group, sent * one, exposed * one)
+
+    def _waiting(self, point: Point, busy: float) -> Iterator[CostTerm]:
+        """All wait for the slowest of N GPUs: about sqrt(2 ln N) standard deviations beyond the mean."""
+        spread = self.job.assumptions.straggler * sqrt(2 * log(point.gpus))
+        yield compute("waiting for the slowest GPU", spread * busy)
 
     def _weights(self, point: Point, busy: float) -> Iterator[CostTerm]:
         """Data parallelism and ZeRO, over all ranks that hold the same weights."""
         group = self.group(point, "ulysses", "ring", "dp")
-        runs = self.layer_runs(point)
-        sent = self._sent_for_weights(point, fullest_parameters(self.job, point))
-        reduce = self.network.round_seconds(group, sent.gradients, runs if point.zero >= 2 else 1)
-        exposed = reduce * (1 - self.job.assumptions.gradient_overlap)
-        yield self._on_links("gradient reduction", group, reduce, exposed)
+        job = self.job
+        a, layers = job.assumptions, job.layers(point)
+        sent = sent_for_weights(job, point, fullest_parameters(job, point))
+        # What is exchanged once a step has the last backward, or the first forward, to hide behind.
+        a_pass = busy / job.micro_batches(point)
+        reduce = self.network.round_seconds(group, sent.gradients, sent.reductions)
+        beside = 2 / 3 * (busy if sent.reductions > layers else a_pass)
+        yield self._hidden("gradient reduction", group, reduce, a.gradient_overlap * (1 - 1 / layers), beside)
         if point.zero:
-            # ZeRO-3: a gather in the forward and one in the backward of every layer and micro-batch.
-            gather = self.network.round_seconds(group, sent.weights, 2 * runs if point.zero == 3 else 1)
-            # The share is assumed; it cannot exceed the compute that there is.
-            hidden = min(self.job.assumptions.prefetch * gather, busy) if point.zero == 3 else 0.0
-            yield self._on_links("weight gathering", group, gather, gather - hidden)
+            gather = self.network.round_seconds(group, sent.weights, sent.gathers)
+            beside = busy if point.zero == 3 else a_pass / 3 * job.stack.gathers_ahead
+            yield self._hidden("weight gathering", group, gather, a.prefetch * (1 - 1 / (2 * layers)), beside)
 
-    def _sent_for_weights(self, point: Point, parameters: float) -> "_SentForWeights":
-        """What a rank with so many weights sends in a step."""
-        numerics = self.job.numerics
-        part = (point.replicas - 1) / point.replicas
-        rounds = _weight_rounds(point.zero, self.job.micro_batches(point))
-        return _SentForWeights(
-            gradients=numerics.gradient * parameters * part * rounds.reductions,
-            weights=numerics.element * parameters * part * rounds.gathers,
-        )
+    def _hidden(self, name: str, group: Group, seconds: float, share: float, beside: float) -> CostTerm:
+        """An exchange of which a share hides behind so much compute, and takes its tax of it."""
+        hidden = min(share * seconds, beside)
+        exposed = seconds - hidden * (1 - self.job.assumptions.overlap_tax)
+        return self._on_links(name, group, seconds, exposed)
 
     def _optimizer(self, point: Point) -> Iterator[CostTerm]:
         """AdamW streams its state through memory: the GPU's, or the host's after gradients came down."""
@@ -293,10 +336,10 @@ class CostModel:
     def _bytes(self, point: Point) -> Iterator[dict[str, float]]:
         """Bytes per link class that one GPU sends in a step, on average."""
         yield from self._attention_bytes(point)
-        tp_calls = tp_forwards(point) * TP_FORWARD + TP_BACKWARD
-        tp_bytes = self.layer_runs(point) * tp_calls * self._tp_call_bytes(point)
+        tp_calls = self.layer_runs(point) * sum(tensor_calls(self.job, point))
+        tp_bytes = tp_calls * self._tp_call_bytes(point)
         yield self.network.round_bytes(self.group(point, "tp"), tp_bytes)
-        sent = self._sent_for_weights(point, mean_parameters(self.job, point))
+        sent = sent_for_weights(self.job, point, mean_parameters(self.job, point))
         replicas = self.group(point, "ulysses", "ring", "dp")
         yield self.network.round_bytes(replicas, sent.gradients + sent.weights)
         yield self._pipeline_bytes(point)
@@ -322,8 +365,9 @@ class CostModel:
         """Activations and their gradients over pp - 1 boundaries, of which nodes - 1 leave a node."""
         boundaries = point.pp - 1
         crossing = (self.group(point, "pp").nodes - 1) / boundaries if boundaries else 0.0
-        sends = 2 * self.job.micro_batches(point)
-        sent = sends * self._activation_bytes(point) * boundaries / point.pp
+        # All ranks together: a boundary between any two stages that follow one another.
+        sends = 2 * self.job.micro_batches(point) * (point.virtual * point.pp - 1) / point.pp
+        sent = sends * self._activation_bytes(point) if boundaries else 0.0
         return self.network.spread_bytes(crossing, sent)
 
     def _host_bytes(self, point: Point) -> Iterator[dict[str, float]]:
@@ -333,64 +377,3 @@ class CostModel:
             yield {PCIE: mine * (numerics.gradient + numerics.element)}
         if point.offloads_activations:
             yield {PCIE: 2 * self._activation_bytes(point) * self.layer_runs(point)}
-
-
-@dataclass(frozen=True, kw_only=True)
-class _SentForWeights:
-    """Bytes that a rank sends in a step for its weights."""
-
-    gradients: float
-    """To reduce them."""
-    weights: float
-    """To gather them."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class _WeightRounds:
-    """How often a rank sends its share of the weights in a step."""
-
-    reductions: int
-    """As gradients."""
-    gathers: int
-    """As weights."""
-
-
-def _weight_rounds(zero: int, micro_batches: int) -> _WeightRounds:
-    """The rounds of a ZeRO stage."""
-    match zero:
-        case 0:  # an all-reduce sends what a reduce-scatter and an all-gather do
-            return _WeightRounds(reductions=2, gathers=0)
-        case 1:
-            return _WeightRounds(reductions=1, gathers=1)
-        case 2:
-            return _WeightRounds(reductions=micro_batches, gathers=1)
-        case _:
-            assert zero == 3, zero
-            return _WeightRounds(reductions=micro_batches, gathers=2 * micro_batches)
-
-
-class _OverlapBudget:
-    """Compute that exchanges can hide behind: no more, over all terms and links, than there is.
-
-    So no link is busy longer than the step. Links of two classes could hide at once; counting them one after
-    the other is a little pessimistic, and keeps a faster GPU from ever being slower.
-    """
-
-    def __init__(self, busy: float) -> None:
-        self._left = busy
-
-    def hide(self, terms: Iterable[CostTerm]) -> list[CostTerm]:
-        """The terms, each hidden only as far as there is compute left."""
-        return [self._hide(term) for term in terms]
-
-    def _hide(self, term: CostTerm) -> CostTerm:
-        if term.exposed >= term.seconds:
-            return term
-        hidden = min(term.seconds - term.exposed, self._left)
-        self._left -= hidden
-        return replace(term, exposed=term.seconds - hidden)
-
-
-def tp_forwards(point: Point) -> int:
-    """How often the exchanges of tensor parallelism in a forward are made for one backward."""
-    return 1 if point.checkpointing == "none" else 2

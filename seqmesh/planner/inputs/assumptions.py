@@ -1,14 +1,18 @@
 """Every constant of the cost model that is no fact of model, schedule or data sheet, with its source.
 
-A measured profile overrides any of them: `[gpu.NAME.assumptions]` in a TOML file given by `--profile`
-(hardware.py). None is fitted to a row of a published table. Three were chosen with a table in view, and say
-so: whether a group that holds a part of a node's GPUs gets more than one of its network cards (Table 6); how
-PCIe slows an all-to-all, and the L20's attention rate in hardware.toml (Table 3).
+Defaults are those of a100-sxm and of a fused program. A training program has its own (stack.py), so has the
+attention kernel of a GPU (kernels.py), and a GPU's table `[gpu.NAME.assumptions]` in hardware.toml or in a
+measured profile given by `--profile` goes before both.
+
+None is fitted to a row of a published table. Four were chosen with a table in view, and say so: whether a
+group that holds a part of a node's GPUs gets more than one of its network cards (Table 6, for a800-sxm only);
+how PCIe slows an all-to-all, what a copy over PCIe reaches, and the L20's attention rate (Table 3).
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields, replace
-from typing import NamedTuple
+from dataclasses import Field, dataclass, field, fields, replace
+from functools import cache
+from typing import Any, NamedTuple
 
 from seqmesh.planner.inputs.tables import unknown
 
@@ -42,8 +46,29 @@ class Assumptions:
     matmul: float = _assumed(
         0.68,
         "of peak",
-        "assumption; 0.65 to 0.75 is what large bf16 matrix products reach on A100-class GPUs",
+        "assumption; 0.65 to 0.75 is what large bf16 matrix products reach on A100-class GPUs: 0.78 of the"
+        " best that any reach (0.869, stas00/ml-engineering); other GPUs have the same share of their best",
         share=True,
+    )
+    matmul_fp8: float = _assumed(
+        0.55,
+        "of the fp8 peak",
+        "0.78 of the best that any product reaches on H100 (1403 of 1979, stas00/ml-engineering)",
+        share=True,
+    )
+    matmul_half_outputs: float = _assumed(
+        1e6,
+        "outputs",
+        "a product of so many numbers runs at half rate: it has a tile of 128 x 64 for each multiprocessor of"
+        " an A100 or H100; XLA's table for sm_90 has 0.44 of the largest's rate at 1M, 0.81 at 4M",
+        may_be_zero=True,
+    )
+    fp8_cast_bytes: float = _assumed(
+        6.0,
+        "bytes per operand element",
+        "torchao, dynamic tensorwise scales: bf16 read for its largest value, read again, fp8 written twice"
+        " (once transposed)",
+        may_be_zero=True,
     )
     attention_forward: float = _assumed(
         0.62, "of peak", "assumption; FlashAttention-2 reports 0.5 to 0.73 on A100", share=True
@@ -96,14 +121,40 @@ class Assumptions:
     scale_up_latency: float = _assumed(20e-6, "s per collective", "assumption", may_be_zero=True)
     pcie_latency: float = _assumed(40e-6, "s per collective", "assumption", may_be_zero=True)
     network_latency: float = _assumed(40e-6, "s per collective", "assumption", may_be_zero=True)
+    scale_up_hop: float = _assumed(
+        3.4e-6, "s per further hop", "NCCL, graph/tuning.cc, hwLat: ring, Simple, NVLink", may_be_zero=True
+    )
+    pcie_hop: float = _assumed(5.7e-6, "s per further hop", "the same, PCI", may_be_zero=True)
+    network_hop: float = _assumed(14e-6, "s per further hop", "the same, NET", may_be_zero=True)
+    peer: float = _assumed(
+        1e-6,
+        "s per further peer",
+        "assumption; an all-to-all is one send and one receive for each peer",
+        may_be_zero=True,
+    )
+    tree_rate: float = _assumed(
+        0.5,
+        "of a ring's rate",
+        "assumption; a collective over many nodes goes by a tree where that is faster: its latency grows with"
+        " the logarithm of the nodes",
+        share=True,
+    )
+    straggler: float = _assumed(
+        0.01,
+        "of compute",
+        "assumption; how far like GPUs differ in speed, one standard deviation: all wait for the slowest"
+        " of N, about sqrt(2 ln N) of them (1 to 5% apart in a node: stas00/ml-engineering)",
+        share=True,
+        may_be_zero=True,
+    )
     launch: float = _assumed(
         20e-6, "s per stage", "assumption; a handful of kernel launches for each ring stage", may_be_zero=True
     )
     one_nic_per_partial_node: float = _assumed(
-        1.0,
+        0.0,
         "1 yes, 0 no",
-        "inferred from Table 6: collectives of a group that holds only a part of a node's GPUs"
-        " run at one network card's rate",
+        "of a800-sxm alone, inferred from Table 6: collectives of a group that holds only a part of a node's"
+        " GPUs run at one network card's rate",
         share=True,
         may_be_zero=True,
     )
@@ -117,14 +168,15 @@ class Assumptions:
     gradient_overlap: float = _assumed(
         0.0,
         "of gradient traffic",
-        "seqmesh train reduces gradients after the backward; assumed of the paper's set-up",
+        "of all layers but the last; seqmesh train reduces gradients after the backward, and so is the"
+        " paper's set-up assumed to do",
         share=True,
         may_be_zero=True,
     )
     prefetch: float = _assumed(
         0.5,
         "of ZeRO-3's gathers",
-        "assumption; the share that hides behind compute: the first layers' and those of short layers do not",
+        "assumption; of all layers but the first, what hides behind compute",
         share=True,
         may_be_zero=True,
     )
@@ -178,6 +230,14 @@ class Assumptions:
         "loss: bf16 read, fp32 softmax written and read, gradient written, read twice",
         may_be_zero=True,
     )
+    logit_bytes: float = _assumed(
+        6.0,
+        "bytes per logit at the peak",
+        "Megatron-LM: bf16, and fp32 for the loss, whose softmax is in place",
+    )
+    logit_bytes_tp: float = _assumed(
+        6.0, "bytes per logit at the peak", "the same with the vocabulary divided over tp"
+    )
     host_copy: float = _assumed(0.75, "of the one-way PCIe rate", "assumption; pinned memory", share=True)
     host_memory: float = _assumed(
         20e9, "bytes/s per GPU", "assumption; for an optimizer step on the host's memory, shared by 8 GPUs"
@@ -186,13 +246,24 @@ class Assumptions:
     overhead: float = _assumed(
         0.01,
         "of memory",
-        "assumption; CUDA context, NCCL buffers, fragmentation. The paper's margins are 1 to 5 GB",
+        "assumption; what lies outside of PyTorch's allocator: CUDA context, NCCL buffers",
         share=True,
         may_be_zero=True,
     )
+    fragmentation: float = _assumed(
+        0.02,
+        "of what is allocated",
+        "assumption; what the allocator reserves and cannot use",
+        share=True,
+        may_be_zero=True,
+    )
+    sources: Mapping[str, str] = field(default_factory=dict, compare=False)
+    """Where the values come from that are not the defaults, by name."""
+    defaults_of: object = field(default=None, compare=False)
+    """The GPU and stack whose defaults these are; None: some were given."""
 
     def __post_init__(self) -> None:
-        for f in fields(self):
+        for f in _named():
             name, value = f.name, getattr(self, f.name)
             may_be_zero = f.metadata["may_be_zero"]
             if not (LEAST <= value <= MOST or (value == 0 and may_be_zero)):
@@ -207,21 +278,32 @@ class Assumptions:
         Raises:
             ValueError: an unknown name or a value out of range.
         """
-        known = [f.name for f in fields(self)]
+        known = [f.name for f in _named()]
         for name in given:
             if name not in known:
                 raise unknown(f"assumption in {where}", name, known)
-        return replace(self, **given)
+        sources = {**self.sources, **dict.fromkeys(given, where)}
+        changes: dict[str, Any] = {**given, "sources": sources, "defaults_of": None}
+        return replace(self, **changes)
 
     def moved(self, name: str, value: float) -> "Assumptions":
         """The same with one moved; a share stays a share."""
-        (moved,) = (f for f in fields(self) if f.name == name)
-        return replace(self, **{name: min(value, 1.0) if moved.metadata["share"] else value})
+        (moved,) = (f for f in _named() if f.name == name)
+        changes: dict[str, Any] = {name: min(value, 1.0) if moved.metadata["share"] else value}
+        return replace(self, defaults_of=None, **changes)
 
     def explain(self) -> list[Explained]:
         """Each of them, in the order of the fields."""
         found = []
-        for f in fields(self):
-            unit, source = f.metadata["unit"], f.metadata["source"]
-            found.append(Explained(f.name, getattr(self, f.name), unit, source))
+        for f in _named():
+            source = f.metadata["source"]
+            if f.name in self.sources:
+                source = f"{self.sources[f.name]}; else {source}"
+            found.append(Explained(f.name, getattr(self, f.name), f.metadata["unit"], source))
         return found
+
+
+@cache
+def _named() -> tuple[Field[float], ...]:
+    """The fields that are assumptions."""
+    return tuple(f for f in fields(Assumptions) if f.metadata)

@@ -29,6 +29,10 @@ _GPU_KEYS: Final = (
     "like",
     "tflops",
     "tflops_fp32",
+    "tflops_fp8",
+    "generation",
+    "reported_gib",
+    "gpus_per_node",
     *_MEMORY,
     "memory_tb_per_s",
     "scale_up_gb_per_s",
@@ -39,6 +43,10 @@ _GPU_KEYS: Final = (
     "assumptions",
 )
 _CLUSTER_KEYS: Final = ("gpu", "nodes", "gpus_per_node", "network_gb_per_s")
+
+
+GENERATIONS: Final = ("ampere", "ada", "hopper", "blackwell", "cdna3")
+"""Of GPUs, by the kernels of attention that they run (kernels.py)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,6 +73,14 @@ class Gpu:
     """This GPU's share of its node's network, in one direction."""
     fp32_flops_per_s: float | None = None
     """fp32 FLOP/s, not TF32; None: unknown."""
+    fp8_flops_per_s: float | None = None
+    """Dense fp8 FLOP/s; None: it has none, or they are unknown."""
+    generation: str = "ampere"
+    """Whose kernels it runs: ampere, ada, hopper, blackwell or cdna3."""
+    reported_bytes: int | None = None
+    """Memory that PyTorch reports; None: all of it."""
+    gpus_per_node: int = 8
+    """GPUs that its links inside a node join, where no other number is given."""
     source: str = ""
     """Where the numbers come from."""
     measured: bool = False
@@ -81,6 +97,7 @@ class Gpu:
         rates = (
             "flops_per_s",
             "fp32_flops_per_s",
+            "fp8_flops_per_s",
             "memory_bytes_per_s",
             "scale_up_bytes_per_s",
             "pcie_bytes_per_s",
@@ -88,13 +105,16 @@ class Gpu:
         )
         for name in ("memory_bytes", *rates):
             value = getattr(self, name)
-            if value is None and name in ("scale_up_bytes_per_s", "flops_per_s", "fp32_flops_per_s"):
+            if value is None and (name == "scale_up_bytes_per_s" or name.endswith("flops_per_s")):
                 continue
             if not 0 < value < math.inf:
                 raise ValueError(
                     f"GPU {self.name!r}: {name}={value} is not positive and finite;"
                     " give what the hardware has"
                 )
+
+        if self.generation not in GENERATIONS:
+            raise unknown(f"generation of GPU {self.name!r}", self.generation, GENERATIONS)
 
     def peak_flops_per_s(self, element: int) -> float:
         """FLOP/s in numbers of 2 bytes (bf16) or 4 (fp32).
@@ -252,7 +272,11 @@ def _read_gpu(table: Table, base: Gpu | None) -> Gpu:
         name=table.name,
         flops_per_s=_peak(table, "tflops", "tflops_fp32", base.flops_per_s if base else None),
         fp32_flops_per_s=_peak(table, "tflops_fp32", "tflops", base.fp32_flops_per_s if base else None),
+        fp8_flops_per_s=_peak(table, "tflops_fp8", "tflops", base.fp8_flops_per_s if base else None),
+        generation=_generation(table, base),
         memory_bytes=_memory(table, base),
+        reported_bytes=_reported(table, base),
+        gpus_per_node=_per_node(table, base),
         memory_bytes_per_s=_rate(table, "memory_tb_per_s", 1e12, base.memory_bytes_per_s if base else None),
         scale_up_bytes_per_s=_scale_up(table, base),
         pcie_bytes_per_s=_rate(table, "pcie_gb_per_s", 1e9, base.pcie_bytes_per_s if base else None),
@@ -271,7 +295,7 @@ def _source(table: Table, base: Gpu | None) -> str:
 
 def _peak(table: Table, key: str, other: str, inherited: float | None) -> float | None:
     """A peak rate, which may be left out where the other one is given (or both are inherited)."""
-    if key not in table and (other in table or "like" in table or key == "tflops_fp32"):
+    if key not in table and (other in table or "like" in table or key != "tflops"):
         return inherited
     return table.positive(key) * 1e12
 
@@ -281,6 +305,25 @@ def _rate(table: Table, key: str, unit: float, inherited: float | None) -> float
     if key not in table and inherited is not None:
         return inherited
     return table.positive(key) * unit
+
+
+def _generation(table: Table, base: Gpu | None) -> str:
+    if "generation" in table:
+        return table.text("generation")
+    return base.generation if base else "ampere"
+
+
+def _per_node(table: Table, base: Gpu | None) -> int:
+    if "gpus_per_node" in table:
+        return table.count("gpus_per_node")
+    return base.gpus_per_node if base else 8
+
+
+def _reported(table: Table, base: Gpu | None) -> int | None:
+    """As it is said; not inherited where the memory itself is another."""
+    if "reported_gib" in table:
+        return round(table.positive("reported_gib") * 2**30)
+    return base.reported_bytes if base and not any(key in table for key in _MEMORY) else None
 
 
 def _memory(table: Table, base: Gpu | None) -> int:

@@ -9,10 +9,11 @@ from seqmesh import layouts, masks
 from seqmesh.masks import Mask
 from seqmesh.planner.inputs.assumptions import Assumptions
 from seqmesh.planner.inputs.hardware import Cluster
+from seqmesh.planner.inputs.kernels import NAMES, assumptions_of
 from seqmesh.planner.inputs.numerics import Numerics
 from seqmesh.planner.inputs.point import AXES, Point
 from seqmesh.planner.inputs.shape import ModelShape
-from seqmesh.planner.inputs.stack import FusedStack, Stack
+from seqmesh.planner.inputs.stack import SeqmeshStack, Stack
 from seqmesh.planner.inputs.tables import unknown
 
 LARGEST = 1 << 40
@@ -41,21 +42,27 @@ class Job:
     layout: str = "auto"
     """Layout on the ring: auto, contiguous, zigzag, striped, balanced."""
     numerics: Numerics = field(default_factory=Numerics)
-    assumptions: Assumptions = field(default_factory=Assumptions)
-    stack: Stack = field(default_factory=FusedStack)
+    # None only until __post_init__: the defaults of stack and GPU, which go with them where one is replaced.
+    assumptions: Assumptions = None  # type: ignore[assignment]
+    stack: Stack = field(default_factory=SeqmeshStack)
     """What trains: it says which points are legal and how their memory is predicted."""
     memory_limit: int | None = None
     """Bytes per rank that may be used; default: the GPU's memory."""
+    headroom: float = 0.0
+    """Share of that memory that a plan leaves free."""
     max_micro_batch: int | None = None
     """Largest micro-batch to consider."""
     axes: tuple[str, ...] = AXES
     """Mesh axes from the fastest links to the slowest."""
 
     def __post_init__(self) -> None:
+        now = self.cluster.gpu, self.stack
+        if self.assumptions is None or self.assumptions.defaults_of not in (None, now):
+            object.__setattr__(self, "assumptions", assumptions_of(*now))
         self._check_sizes()
         if self.layout not in layouts.NAMES:
             raise unknown("layout", self.layout, layouts.NAMES)
-        _ = self.peak  # raises where the GPU has no rate for this precision
+        _ = self.peak, self.product_rate  # raises where the GPU has no rate for this precision
         if sorted(self.axes) != sorted(AXES):
             raise ValueError(
                 f"axes {','.join(self.axes)} must name each of {','.join(AXES)} once,"
@@ -71,7 +78,7 @@ class Job:
         sizes = f"seq_len={self.seq_len}, global_batch={self.global_batch}"
         if max(self.seq_len, self.global_batch) > LARGEST:
             raise ValueError(f"{sizes}: beyond {LARGEST} is a slip; use smaller numbers")
-        memory = self.cluster.gpu.memory_bytes
+        memory = max(self.cluster.gpu.memory_bytes, self.cluster.gpu.reported_bytes or 0)
         if self.memory_limit is not None and self.memory_limit > memory:
             raise ValueError(
                 f"a memory limit of {self.memory_limit} bytes on a GPU with {memory};"
@@ -86,6 +93,23 @@ class Job:
         return self.cluster.gpu.peak_flops_per_s(self.numerics.element)
 
     @property
+    def product_rate(self) -> float:
+        """FLOP/s that large linear products of the layers reach.
+
+        Raises:
+            ValueError: fp8 on a GPU that has no fp8.
+        """
+        if not self.numerics.fp8_products:
+            return self.peak * self.assumptions.matmul
+        fp8 = self.cluster.gpu.fp8_flops_per_s
+        if fp8 is None:
+            raise ValueError(
+                f"GPU {self.cluster.gpu.name!r} has no tflops_fp8, so fp8-linear cannot be priced;"
+                " add it, or use --precision bf16"
+            )
+        return fp8 * self.assumptions.matmul_fp8
+
+    @property
     def memory_rate(self) -> float:
         """Bytes/s through a GPU's memory that kernels reach."""
         return self.cluster.gpu.memory_bytes_per_s * self.assumptions.memory
@@ -93,7 +117,20 @@ class Job:
     @property
     def capacity(self) -> int:
         """Bytes of memory that one rank may use."""
-        return self.cluster.gpu.memory_bytes if self.memory_limit is None else self.memory_limit
+        gpu = self.cluster.gpu
+        if self.memory_limit is not None:
+            return self.memory_limit
+        return gpu.reported_bytes or gpu.memory_bytes if self.stack.leaves_headroom else gpu.memory_bytes
+
+    @property
+    def attention_kernel(self) -> str:
+        """The kernel of attention that is assumed, as people call it."""
+        return NAMES[self.stack.attention_kernel(self.cluster.gpu.generation)]
+
+    @property
+    def room(self) -> int:
+        """Bytes of it that a plan fills."""
+        return round(self.capacity * (1 - self.headroom))
 
     @cached_property
     def mask(self) -> Mask:
@@ -146,5 +183,5 @@ class Job:
         return point.micro_batch * -(-self.seq_len // point.sp)
 
     def layers(self, point: Point) -> int:
-        """Layers of the fullest pipeline stage."""
-        return -(-self.model.layers // point.pp)
+        """Layers of the fullest pipeline rank: each of its stages, if it has several, has as many."""
+        return -(-self.model.layers // (point.pp * point.virtual)) * point.virtual

@@ -81,6 +81,18 @@ def _layers(job: Job, point: Point) -> Iterator[str]:
     layers = job.model.layers
     if point.pp > layers:
         yield f"pp={point.pp} with {layers} layers leaves stages empty; use pp <= {layers}"
+    elif point.pp * point.virtual > layers:
+        yield (
+            f"pp={point.pp} x virtual={point.virtual} with {layers} layers leaves stages empty;"
+            f" use virtual <= {layers // point.pp}"
+        )
+    if point.pipeline != "1f1b" and point.pp == 1:
+        yield f"pipeline={point.pipeline} with pp=1 has no stages; use pp >= 2, or pipeline=1f1b"
+    if (point.virtual > 1) != (point.pipeline == "interleaved"):
+        yield (
+            f"pipeline={point.pipeline} with virtual={point.virtual}: stages are interleaved where a rank has"
+            " several; use pipeline=interleaved and virtual >= 2, or neither"
+        )
 
 
 def _tokens(job: Job, point: Point) -> Iterator[str]:
@@ -98,6 +110,11 @@ def _sequences(job: Job, point: Point) -> Iterator[str]:
         yield (
             f"dp={point.dp} x micro_batch={point.micro_batch} does not divide"
             f" global_batch={job.global_batch}; use degrees whose product divides {job.global_batch}"
+        )
+    elif point.pipeline == "interleaved" and job.micro_batches(point) % point.pp:
+        yield (
+            f"pipeline=interleaved with {job.micro_batches(point)} micro-batches on pp={point.pp}: it takes"
+            f" {point.pp} at a time round the stages; use a batch that makes a multiple of {point.pp}"
         )
 
 

@@ -1,6 +1,6 @@
 """Bytes of one number, by what it is, for each of the precisions that can be asked for."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from seqmesh.planner.inputs.tables import unknown
 
@@ -18,6 +18,8 @@ class Numerics:
     """
     optimizer: int = 12
     """Per parameter: Adam's two moments, and an fp32 master copy unless the weights are fp32 themselves."""
+    fp8_products: bool = False
+    """Whether the layers' linear products take their operands in fp8; attention and head stay in bf16."""
 
     @property
     def update(self) -> int:
@@ -32,7 +34,7 @@ class Numerics:
 BF16 = Numerics()
 FP32 = Numerics(element=4, gradient=4, optimizer=8)
 
-PRECISIONS = {"bf16": BF16, "fp32": FP32}
+PRECISIONS = {"bf16": BF16, "fp8-linear": replace(BF16, fp8_products=True), "fp32": FP32}
 """Values of `--precision`."""
 GRADIENTS = {"fp32": 4, "bf16": 2}
 """Values of `--gradients`, and bytes of a gradient."""
@@ -56,4 +58,4 @@ def numerics_for(precision: str, gradients: str) -> Numerics:
                 " remove --gradients"
             )
         return chosen
-    return Numerics(element=chosen.element, gradient=GRADIENTS[gradients], optimizer=chosen.optimizer)
+    return replace(chosen, gradient=GRADIENTS[gradients])

@@ -11,7 +11,16 @@ MOST_SHOWN = 100
 MACHINE_OPTIONS = {"gpu", "cluster", "nodes", "gpus_per_node", "hardware", "profile"}
 TRAINING_OPTIONS = {"model", "stack", "gradients", "memory_limit", "max_micro_batch", "dealing"}
 """Those that describe a whole training step, and mean nothing for one attention."""
-ATTENTION_OPTIONS = {"seq_len", "global_batch", "documents", "layout", "precision", "axes", "assume"}
+ATTENTION_OPTIONS = {
+    "attention",
+    "seq_len",
+    "global_batch",
+    "documents",
+    "layout",
+    "precision",
+    "axes",
+    "assume",
+}
 JOB_OPTIONS = MACHINE_OPTIONS | TRAINING_OPTIONS | ATTENTION_OPTIONS
 FILE_OPTIONS = {"emit", "trace", "plot"}
 

@@ -13,7 +13,13 @@ AXES = ("tp", "ulysses", "ring", "dp", "pp")
 CHECKPOINTING = ("none", "selective", "full")
 OFFLOAD = ("none", "activations", "optimizer", "both")
 TILING = ("none", "loss", "mlp")
-CHOICES: dict[str, tuple[str, ...]] = {"checkpointing": CHECKPOINTING, "offload": OFFLOAD, "tiling": TILING}
+PIPELINES = ("1f1b", "interleaved", "zero-bubble")
+CHOICES: dict[str, tuple[str, ...]] = {
+    "checkpointing": CHECKPOINTING,
+    "offload": OFFLOAD,
+    "tiling": TILING,
+    "pipeline": PIPELINES,
+}
 """Values of the knobs of a `Point` that are words."""
 
 
@@ -35,6 +41,10 @@ class Point:
     offload: str = "none"
     tiling: str = "none"
     micro_batch: int = 1
+    pipeline: str = "1f1b"
+    """Order of a pipeline's micro-batches."""
+    virtual: int = 1
+    """Stages of a rank in an interleaved pipeline."""
     pool: bool = False
     """Whether the documents of a micro-batch's sequences lie in one row on the one ring there is."""
 
@@ -42,7 +52,7 @@ class Point:
         for name, known in CHOICES.items():
             if getattr(self, name) not in known:
                 raise unknown(f"value of {name}", str(getattr(self, name)), known)
-        smallest = min(self.tp, self.ulysses, self.ring, self.dp, self.pp, self.micro_batch)
+        smallest = min(self.tp, self.ulysses, self.ring, self.dp, self.pp, self.micro_batch, self.virtual)
         if smallest < 1 or not 0 <= self.zero <= 3:
             raise ValueError(f"{self}: degrees are at least 1, and ZeRO has stages 0 to 3; correct them")
 
@@ -81,6 +91,8 @@ class Point:
         knobs = ["one pool"] if self.pool else []
         knobs += [f"zero {self.zero}", f"micro-batch {self.micro_batch}"]
         knobs += [f"{name} {value}" for name, value in self.savers.items()]
+        if self.pipeline != "1f1b":
+            knobs.append(self.pipeline + (f" x{self.virtual}" if self.virtual > 1 else ""))
         return f"tp{self.tp} u{self.ulysses} r{self.ring} dp{self.dp} pp{self.pp}, {', '.join(knobs)}"
 
     def but(self, **changes: int | str) -> "Point":
@@ -90,6 +102,8 @@ class Point:
 
 KEYS = tuple(f.name for f in fields(Point))
 """What can be pinned."""
+SEARCHED = tuple(key for key in KEYS if key not in ("pipeline", "virtual", "pool"))
+"""What a search varies: the others are as they are pinned, or as the default has them."""
 
 
 def as_pin(key: str, value: object) -> str:

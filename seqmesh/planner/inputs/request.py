@@ -11,9 +11,10 @@ from seqmesh.planner.inputs.assumptions import Assumptions
 from seqmesh.planner.inputs.documents import parse_documents
 from seqmesh.planner.inputs.hardware import Cluster, Gpu, known_gpus_of, load_cluster, load_gpu
 from seqmesh.planner.inputs.job import Job
+from seqmesh.planner.inputs.kernels import assumptions_of
 from seqmesh.planner.inputs.point import AXES, CHOICES, KEYS
 from seqmesh.planner.inputs.shape import ModelShape
-from seqmesh.planner.inputs.stack import stack_named
+from seqmesh.planner.inputs.stack import SeqmeshStack, Stack, stack_named
 from seqmesh.planner.inputs.tables import unknown
 from seqmesh.planner.inputs.units import parse_bytes, parse_tokens
 
@@ -53,7 +54,9 @@ class Request:
     dealing: str = "evened"
     """Of sequences with documents to data-parallel groups: one of DEALINGS."""
     layout: str = "auto"
-    stack: str = "fused"
+    stack: str = "seqmesh"
+    attention: str | None = None
+    """Kernel of attention; None: the stack's own."""
     precision: str | None = None
     """None: the stack's own."""
     gradients: str = "fp32"
@@ -71,7 +74,7 @@ def build_job(request: Request, model: ModelShape) -> Job:
     cluster = build_cluster(request.machine)
     _check_profiles(request.machine.profiles, cluster.gpu.name)
     seq_len = parse_tokens(request.seq_len)
-    stack = stack_named(request.stack)
+    stack = stack_named(request.stack, request.attention)
     if request.dealing not in DEALINGS:
         raise unknown("dealing", request.dealing, DEALINGS)
     if request.documents is None and request.dealing != DEALINGS[0]:
@@ -86,7 +89,7 @@ def build_job(request: Request, model: ModelShape) -> Job:
         layout=request.layout,
         stack=stack,
         numerics=stack.numerics(request.precision, request.gradients),
-        assumptions=assumptions_for(cluster.gpu, request.assume),
+        assumptions=assumptions_for(cluster.gpu, request.assume, stack),
         memory_limit=None if request.memory_limit is None else parse_bytes(request.memory_limit),
         axes=parse_axes(request.axes),
     )
@@ -101,7 +104,7 @@ def _documents(request: Request, seq_len: int) -> tuple[int, ...]:
 def build_cluster(machine: Machine) -> Cluster:
     """The cluster; numbers given beside a named cluster override its own.
 
-    One node of 8 GPUs unless said otherwise.
+    One node, of 8 GPUs (of GB200 NVL72: 72), unless said otherwise.
 
     Raises:
         ValueError: no GPU, an unknown one, or one that the named cluster does not have.
@@ -110,10 +113,11 @@ def build_cluster(machine: Machine) -> Cluster:
         return _named_cluster(machine.cluster, machine)
     if machine.gpu is None:
         raise ValueError("no GPU given; add --gpu NAME (see --help), or --cluster NAME with --hardware FILE")
+    gpu = load_gpu(machine.gpu, machine.files)
     return Cluster(
-        gpu=load_gpu(machine.gpu, machine.files),
+        gpu=gpu,
         nodes=1 if machine.nodes is None else machine.nodes,
-        gpus_per_node=8 if machine.gpus_per_node is None else machine.gpus_per_node,
+        gpus_per_node=gpu.gpus_per_node if machine.gpus_per_node is None else machine.gpus_per_node,
     )
 
 
@@ -141,13 +145,13 @@ def _check_profiles(profiles: Iterable[Path], gpu: str) -> None:
             raise ValueError(f"--profile {str(path)!r} measures {named}, not {gpu}; {remedy}")
 
 
-def assumptions_for(gpu: Gpu, given: Sequence[str]) -> Assumptions:
-    """The assumptions, overridden by the GPU's own (a measured profile's), then by `--assume name=value`.
+def assumptions_for(gpu: Gpu, given: Sequence[str], stack: Stack | None = None) -> Assumptions:
+    """The assumptions of a stack on a GPU, overridden by `--assume name=value`.
 
     Raises:
         ValueError: an unknown name, text that is no number, or a number out of range.
     """
-    assumed = Assumptions().override(gpu.overrides, f"[gpu.{gpu.name}.assumptions]")
+    assumed = assumptions_of(gpu, stack or SeqmeshStack())
     wanted: dict[str, float] = {}
     for name, text in _pairs(given, "--assume", "network=0.7"):
         try:

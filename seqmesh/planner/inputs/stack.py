@@ -1,19 +1,24 @@
-"""The training stacks that can be planned for, behind one interface.
+"""The training stacks that can be planned for, behind one interface: what is a program's, not a machine's.
 
-    fused       bf16, flash attention, fused norms and activations, every parallelism: as Megatron-LM has
-    trainer     `seqmesh train`: transformers' modules, fp32 or bf16, what it recomputes and shards
-    paper       what the USP paper measured: fused, with an attention that hides no exchange of heads
+    seqmesh         seqmesh.attention in a program with fused kernels, ZeRO and every saver: the default
+    fsdp2           PyTorch: FSDP2, its tensor parallelism and pipelines, torch.compile, as torchtitan
+    fsdp2-eager     the same without torch.compile
+    fsdp2-async-tp  the same with asynchronous tensor parallelism
+    megatron        Megatron-LM: distributed optimizer (ZeRO-1), exchanges beside compute
+    trainer         `seqmesh train`: transformers' modules, fp32 or bf16, what it recomputes and shards
+    paper           what the USP paper measured: an attention that hides no exchange of heads
+    fused           seqmesh as it was priced before: no allowance for stragglers or fragmentation
 
 A `Job` holds one of them. What the planner does differently for them it asks the stack, by the questions
-of `Stack`. Only their memory models are in cost/, which this folder may not import: MEMORY_MODELS of
-cost/step.py says whose is which.
+of `Stack`; numbers that are theirs go before the defaults (`assumed`). Only their memory models are in cost/,
+which this folder may not import: MEMORY_MODELS of cost/step.py says whose is which.
 
 The time of all follows from the same costs: `trainer` knows what `seqmesh train` refuses, what it computes
 again, and what its modules keep.
 """
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Protocol
 
 from seqmesh.planner.inputs.numerics import Numerics, numerics_for
@@ -37,72 +42,174 @@ class PlannedJob(Protocol):
         """Forward and backward passes of a step on each rank."""
 
 
-class Stack(Protocol):
-    """What the planner asks of a training stack."""
-
-    @property
-    def zero_stages(self) -> tuple[int, ...]:
-        """ZeRO stages that a search tries where several ranks hold the same weights, the usual one first."""
-
-    @property
-    def savers(self) -> Mapping[str, tuple[str, ...]]:
-        """Values of each memory saver that a search tries, each one at least as slow as those before it."""
-
-    @property
-    def overlaps_heads(self) -> bool:
-        """Whether heads travel while others are computed, wherever seqmesh's engine does that."""
-
-    @property
-    def chooses_stages(self) -> bool:
-        """Whether the ring's exchanges may be merged, where that takes less time; else none are."""
-
-    @property
-    def keeps_attention(self) -> bool:
-        """Whether full checkpoints keep attention's results, so that it is never computed again."""
-
-    @property
-    def remedy(self) -> str | None:
-        """What to do when nothing fits, where a larger machine or a shorter sequence is not the answer."""
-
-    def numerics(self, precision: str | None, gradients: str) -> Numerics:
-        """Bytes of numbers for `--precision` (None: the stack's own) and `--gradients`.
-
-        Raises:
-            ValueError: the stack does not compute in them.
-        """
-
-    def violations(self, point: Point, job: PlannedJob) -> Iterator[str]:
-        """What it does not run of a point, each with what to do."""
+AS_BEFORE: Mapping[str, float] = {"fragmentation": 0.0, "straggler": 0.0, "matmul_half_outputs": 0.0}
+"""The published comparisons of these stacks allow for none of these."""
 
 
 @dataclass(frozen=True)
-class FusedStack:
-    """bf16 training with every parallelism and memory saver, as Megatron-LM has it, and seqmesh.attention."""
+class Stack:
+    """A program with fused kernels, every parallelism and memory saver, and seqmesh.attention.
+
+    Each other stack says in what it differs.
+    """
+
+    attention: str | None = None
+    """Kernel of attention; None: what the program would run on the GPU."""
 
     zero_stages: ClassVar[tuple[int, ...]] = (1, 2, 3)
-    """No 0: where there are replicas, ZeRO-1 sends no more and takes less memory."""
+    """ZeRO stages that a search tries where several ranks hold the same weights, the usual one first.
+
+    No 0: where there are replicas, ZeRO-1 sends no more and takes less memory.
+    """
     savers: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "tiling": TILING,
         # Selective ones where they are pinned: the published comparisons know none.
         "checkpointing": ("none", "full"),
         "offload": OFFLOAD,
     }
+    """Values of each memory saver that a search tries, each one at least as slow as those before it."""
     overlaps_heads: ClassVar[bool] = True
+    """Whether heads travel while others are computed, wherever seqmesh's engine does that."""
     chooses_stages: ClassVar[bool] = True
+    """Whether the ring's exchanges may be merged, where that takes less time; else none are."""
     keeps_attention: ClassVar[bool] = False
+    """Whether full checkpoints keep attention's results, so that it is never computed again."""
+    selective: ClassVar[str] = "products"
+    """What selective checkpoints keep beside attention: `products`, every second one (`half`), or `all`."""
+    shards_masters: ClassVar[bool] = False
+    """Whether weights are fp32 and sharded, and bf16 ones are made when they are gathered: FSDP2."""
+    keeps_gathered: ClassVar[bool] = False
+    """Whether tensor parallelism keeps the inputs that it gathered, and does not gather them again."""
+    gathers_ahead: ClassVar[bool] = False
+    """Whether what is exchanged once a step goes layer by layer, beside the last and the next pass."""
+    leaves_headroom: ClassVar[bool] = False
+    """Whether plans fill what a card reports as its memory, and not all that it is sold with."""
     remedy: ClassVar[str | None] = None
+    """What to do when nothing fits, where a larger machine or a shorter sequence is not the answer."""
+
+    @property
+    def assumed(self) -> Mapping[str, float]:
+        """Assumptions that are the program's."""
+        return AS_BEFORE
+
+    def attention_kernel(self, generation: str) -> str:  # noqa: ARG002
+        """The kernel of attention on GPUs of a generation: aten's FlashAttention-2, if none is asked for."""
+        return self.attention or "fa2"
 
     def numerics(self, precision: str | None, gradients: str) -> Numerics:
-        """Any precision that can be asked for, bf16 by default."""
+        """Bytes of numbers for `--precision` (None: the stack's own, bf16) and `--gradients`.
+
+        Raises:
+            ValueError: the stack does not compute in them.
+        """
         return numerics_for(precision or "bf16", gradients)
 
     def violations(self, point: Point, job: PlannedJob) -> Iterator[str]:  # noqa: ARG002
-        """None: it runs every point that the rules for all stacks allow."""
+        """What it does not run of a point, each with what to do."""
         return iter(())
 
 
 @dataclass(frozen=True)
-class PaperStack(FusedStack):
+class FusedStack(Stack):
+    """As it was priced when published rows were first compared."""
+
+
+@dataclass(frozen=True)
+class SeqmeshStack(Stack):
+    """The same on a real machine: GPUs that differ, an allocator with gaps, memory that a card reports."""
+
+    leaves_headroom: ClassVar[bool] = True
+
+    @property
+    def assumed(self) -> Mapping[str, float]:
+        """The defaults."""
+        return {}
+
+
+@dataclass(frozen=True)
+class FsdpStack(SeqmeshStack):
+    """PyTorch's own parallelism, as torchtitan applies it: FSDP2 over dp x sp, torch.compile by layer."""
+
+    compiled: bool = True
+    async_tp: bool = False
+
+    savers: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "tiling": ("none",),
+        "checkpointing": CHECKPOINTING,
+        "offload": ("none",),
+    }
+    zero_stages: ClassVar[tuple[int, ...]] = (3, 2)
+    overlaps_heads: ClassVar[bool] = False
+    chooses_stages: ClassVar[bool] = False
+    selective: ClassVar[str] = "half"
+    shards_masters: ClassVar[bool] = True
+    keeps_gathered: ClassVar[bool] = True
+    gathers_ahead: ClassVar[bool] = True
+
+    @property
+    def assumed(self) -> Mapping[str, float]:
+        """FSDP2 exchanges all but the first and last layer's weights beside compute; TP hides nothing."""
+        found = {
+            "gradient_overlap": 1.0,
+            "prefetch": 1.0,
+            "tp_exposed": 0.4 if self.async_tp else 1.0,  # assumed: one of 8 pieces, and slower products
+            # cross_entropy of fp32 logits: log-softmax, its gradient and the loss's, 4 bytes each.
+            "logit_bytes": 12.0,
+            # torch/distributed/tensor/parallel/loss.py, backward: four of them at once.
+            "logit_bytes_tp": 16.0,
+            # Assumed: torchtitan does without expandable segments, and reports what is reserved.
+            "fragmentation": 0.05,
+        }
+        if not self.compiled:
+            # Operation by operation, in bytes of a hidden number: norms in fp32 64, rotary 25, residuals 12;
+            # SiLU and product apart.
+            found |= {"streamed_hidden": 50.0, "streamed_ffn": 5.0}
+        return found
+
+    def attention_kernel(self, generation: str) -> str:
+        """Its scaled_dot_product_attention: flash attention, on Blackwell cuDNN's."""
+        return self.attention or ("cudnn" if generation == "blackwell" else "fa2")
+
+    def violations(self, point: Point, job: PlannedJob) -> Iterator[str]:  # noqa: ARG002
+        """What FSDP2 and torchtitan do not have."""
+        if point.zero < 2 and point.replicas > 1:
+            yield f"zero={point.zero}: FSDP2 shards weights too; use zero=2 or 3, or another --stack"
+        if point.tiling != "none":
+            yield f"tiling={point.tiling}: --stack fsdp2 has none; use tiling=none, or --stack seqmesh"
+        if point.offload != "none":
+            yield f"offload={point.offload}: none is priced for --stack fsdp2; use none, or --stack seqmesh"
+
+
+@dataclass(frozen=True)
+class MegatronStack(SeqmeshStack):
+    """Megatron-LM with its distributed optimizer, gradients and weights exchanged beside compute.
+
+    Its selective checkpoints repeat attention's core, of which flash attention keeps nothing large: they are
+    priced as none.
+    """
+
+    savers: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "tiling": ("none",),
+        "checkpointing": CHECKPOINTING,
+        "offload": ("none", "optimizer"),
+    }
+    overlaps_heads: ClassVar[bool] = False
+    chooses_stages: ClassVar[bool] = False
+    selective: ClassVar[str] = "all"
+    gathers_ahead: ClassVar[bool] = True
+
+    @property
+    def assumed(self) -> Mapping[str, float]:
+        """--overlap-grad-reduce and --overlap-param-gather."""
+        return {"gradient_overlap": 1.0, "prefetch": 1.0}
+
+    def attention_kernel(self, generation: str) -> str:
+        """Transformer Engine's: cuDNN's from Hopper on."""
+        return self.attention or ("cudnn" if generation in ("hopper", "blackwell") else "fa2")
+
+
+@dataclass(frozen=True)
+class PaperStack(Stack):
     """The system that the USP paper measured: all heads are exchanged at once, and ring hops one by one.
 
     Published figures are compared with this one (paper/published.py).
@@ -113,20 +220,17 @@ class PaperStack(FusedStack):
 
 
 @dataclass(frozen=True)
-class TrainerStack:
+class TrainerStack(Stack):
     """`seqmesh train`: its mixes, and its own memory (trainer/memory.py). Ranks of tp share norms."""
 
-    zero_stages: ClassVar[tuple[int, ...]] = (1, 2, 3)
     savers: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "tiling": ("loss", "mlp"),  # its loss always is
         "checkpointing": CHECKPOINTING,
         "offload": OFFLOAD,
     }
-    overlaps_heads: ClassVar[bool] = True
     chooses_stages: ClassVar[bool] = False
     """It builds its schedules with the default of `Schedule.build`."""
     keeps_attention: ClassVar[bool] = True
-    remedy: ClassVar[str | None] = None
 
     def numerics(self, precision: str | None, gradients: str) -> Numerics:
         """fp32 unless bf16 is asked for, whose gradients are summed in fp32."""
@@ -138,7 +242,9 @@ class TrainerStack:
         return numerics_for(precision or "fp32", gradients)
 
     def violations(self, point: Point, job: PlannedJob) -> Iterator[str]:
-        """What the trainer refuses of a recipe."""
+        """What the trainer refuses of a recipe, or its formula does not cover."""
+        if point.pipeline != "1f1b":
+            yield f"pipeline={point.pipeline}: the trainer's memory is known for 1f1b; use pipeline=1f1b"
         if job.numerics.element == 2 and point.zero < 2:
             yield (
                 f"bf16 with zero={point.zero}: seqmesh train makes weights in bf16 when it gathers them;"
@@ -160,19 +266,24 @@ class TrainerStack:
 
 
 STACKS: Mapping[str, Stack] = {
-    "fused": FusedStack(),
+    "seqmesh": SeqmeshStack(),
+    "fsdp2": FsdpStack(),
+    "fsdp2-eager": FsdpStack(compiled=False),
+    "fsdp2-async-tp": FsdpStack(async_tp=True),
+    "megatron": MegatronStack(),
     "trainer": TrainerStack(),
     "paper": PaperStack(),
+    "fused": FusedStack(),
 }
 """Values of `--stack`."""
 
 
-def stack_named(name: str) -> Stack:
-    """The stack of this name.
+def stack_named(name: str, attention: str | None = None) -> Stack:
+    """The stack of this name, with another kernel of attention than its own if one is named.
 
     Raises:
         ValueError: there is none.
     """
     if name not in STACKS:
         raise unknown("stack", name, STACKS)
-    return STACKS[name]
+    return replace(STACKS[name], attention=attention)

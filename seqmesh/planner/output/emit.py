@@ -169,6 +169,8 @@ def _machine(job: Job, point: Point) -> Iterator[str]:
 def _schedule(job: Job, point: Point) -> Iterator[str]:
     """When weights are whole, and gradients reduced."""
     count = job.micro_batches(point)
+    if point.pipeline != "1f1b":
+        yield f"pipeline={point.pipeline}, virtual={point.virtual}: the recipe has 1f1b"
     if point.zero >= 2 and count > 1:
         yield (
             f"zero={point.zero} with {count} micro-batches: gradients are reduced once, after the last,"

@@ -66,7 +66,7 @@ def _heading(out: Console, job: Job) -> None:
         f"[bold]{escape(m.name)}[/] ({format_count(m.parameters)} parameters),"
         f" {about_tokens(job.seq_len)} tokens{packed}, global batch {job.global_batch},"
         f" on {c.nodes} x {c.gpus_per_node} {escape(c.gpu.name)}"
-        f" ({format_bytes(job.capacity)} each; {state})"
+        f" ({format_bytes(job.capacity)} each; {state}; attention by {job.attention_kernel})"
     )
 
 
@@ -134,6 +134,8 @@ def show_memory(out: Console, costs: CostModel, estimate: StepEstimate) -> None:
     )
     if memory.host:
         out.print(f"  on the host: {format_bytes(memory.host)}")
+    for note in costs.notes(estimate.point):
+        out.print(f"  {note}")
 
 
 def _show_time(out: Console, estimate: StepEstimate) -> None:
@@ -163,9 +165,7 @@ def show_assumptions(out: Console, job: Job) -> None:
     out.print(f"  {gpu.name}: {gpu.source or 'no source given'}", markup=False)
     table = plain_table(header=False)
     for one in job.assumptions.explain():
-        overridden = one.name in gpu.overrides
-        note = f"of {gpu.name}'s file; else {one.source}" if overridden else one.source
-        table.add_row(f"  {one.name}", f"{one.value:g} {one.unit}".strip(), escape(note))
+        table.add_row(f"  {one.name}", f"{one.value:g} {one.unit}".strip(), escape(one.source))
     out.print(table)
 
 

@@ -23,7 +23,8 @@ from typing import Any
 
 from seqmesh.planner.cost.attention import Pass
 from seqmesh.planner.cost.estimate import COMPUTE, PIPELINE
-from seqmesh.planner.cost.step import TP_BACKWARD, TP_FORWARD, CostModel, tp_forwards
+from seqmesh.planner.cost.step import CostModel
+from seqmesh.planner.cost.tensor_parallel import tensor_calls
 from seqmesh.planner.inputs.point import Point
 from seqmesh.planner.output.stage_times import StageTime, stage_times
 from seqmesh.planner.output.trace_rows import Trace
@@ -52,7 +53,7 @@ class _Step:
         self.attention = costs.attention(point)
         self.stages = stage_times(costs, point)
         self.repeats_attention = costs.repeats_attention(point)
-        self.repeats_tensor = tp_forwards(point) > 1
+        self.tensor_calls = tensor_calls(self.job, point)
         self.qkv_share = costs.attention_shape(point).qkv_share  # q, k and v go one way, and out the other
         self.mlp_share = self.layer.mlp_forward / self.layer.matmul_forward
 
@@ -108,10 +109,10 @@ class _Step:
         self._gather(at)
         self.trace.work("norms, rotary, activation", layer.elementwise, **at)
         self.trace.work("matrix products", in_attention, **at, part="attention")
-        self._tensor(TP_FORWARD / 2, at)
+        self._tensor(self.tensor_calls.forward / 2, at)
         self._attend(attention, self.stages.forward, self.qkv_share, at)
         self.trace.work("matrix products", layer.matmul_forward * self.mlp_share, **at, part="MLP")
-        self._tensor(TP_FORWARD / 2, at)
+        self._tensor(self.tensor_calls.forward / 2, at)
         # The copy begins here, and what follows hides it.
         self._host_copy(at, start=self.trace.clock)
 
@@ -123,11 +124,11 @@ class _Step:
         self._host_copy(at)
         self._recompute(at)
         self.trace.work("matrix products", layer.matmul_backward * self.mlp_share, **at, part="MLP")
-        self._tensor(TP_BACKWARD / 2, at)
+        self._tensor(self.tensor_calls.backward / 2, at)
         self._attend(attention, self.stages.backward, 1 - self.qkv_share, at)
         self.trace.work("matrix products", in_attention, **at, part="attention")
         self.trace.work("norms, rotary, activation", 2 * layer.elementwise, **at)
-        self._tensor(TP_BACKWARD / 2, at)
+        self._tensor(self.tensor_calls.backward / 2, at)
         if self.point.zero >= 2:  # every layer's gradients are scattered as soon as they are there
             self._share("gradient reduction", 1 / self.layer_runs, **at)
 
@@ -143,8 +144,7 @@ class _Step:
             # Its stages are not drawn one by one: what is hidden runs beside the whole event.
             self._hidden_heads(forward, start, at)
             self.trace.exchange("ring exchange", forward.rows_s, forward.rows_exposed_s, start, **at)
-        if self.repeats_tensor:
-            self._tensor(TP_FORWARD, at)
+        self._tensor(self.tensor_calls.again, at)
 
     def _attend(
         self, attention: Pass, stages: Sequence[StageTime], there_share: float, at: dict[str, Any]
@@ -177,8 +177,9 @@ class _Step:
 
     def _tensor(self, calls: float, at: dict[str, Any]) -> None:
         """So many of a layer's collectives of tensor parallelism."""
-        of_a_layer = (2 if self.repeats_tensor else 1) * TP_FORWARD + TP_BACKWARD
-        self._share("tensor parallel exchange", calls / of_a_layer / self.layer_runs, **at)
+        if calls:
+            of_a_layer = sum(self.tensor_calls)
+            self._share("tensor parallel exchange", calls / of_a_layer / self.layer_runs, **at)
 
     def _host_copy(self, at: dict[str, Any], start: float | None = None) -> None:
         """A layer's checkpoint, to the host in the forward and back in the backward."""
@@ -200,7 +201,8 @@ class _Step:
         self._boundary("forward" if what == "fill" else "backward", self.point.pp - 1, part=what)
 
     def _after(self) -> None:
-        """Once a step: gradients, optimizer, weights."""
+        """Once a step: gradients, optimizer, weights, and what all ranks wait for."""
+        self._share("waiting for the slowest GPU", 1)
         numerics = self.job.numerics
         down = numerics.gradient / (numerics.gradient + numerics.element)
         host = "gradients and weights to and from the host"

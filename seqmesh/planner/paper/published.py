@@ -21,7 +21,6 @@ from seqmesh.planner.inputs.hardware import Cluster, load_gpu
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.models import load_model
 from seqmesh.planner.inputs.point import Point
-from seqmesh.planner.inputs.request import assumptions_for
 from seqmesh.planner.inputs.stack import PaperStack
 from seqmesh.planner.one_attention import attention_model, splits
 
@@ -161,7 +160,6 @@ def estimate_row(row: TrainingRow) -> StepEstimate:
         cluster=Cluster(gpu=gpu, nodes=row.nodes, gpus_per_node=8),
         seq_len=row.seq_len,
         global_batch=row.global_batch,
-        assumptions=assumptions_for(gpu, ()),
         stack=PaperStack(),
     )
     return CostModel(job).estimate(Point(tp=row.tp, ulysses=row.ulysses, ring=row.ring, dp=row.dp, zero=1))
@@ -175,7 +173,6 @@ def predict_attention(row: AttentionRow) -> float:
         cluster=Cluster(gpu=gpu, nodes=1, gpus_per_node=8),
         seq_len=row.seq_len,
         layout=row.layout,
-        assumptions=assumptions_for(gpu, ()),
         stack=PaperStack(),
     )
     return 1 / splits(job, {"ulysses": row.ulysses})[0].seconds

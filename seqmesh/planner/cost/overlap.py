@@ -1,0 +1,28 @@
+"""What exchanges hide behind: the compute of a step, each second of which hides one."""
+
+from collections.abc import Iterable
+from dataclasses import replace
+
+from seqmesh.planner.cost.estimate import CostTerm
+
+
+class OverlapBudget:
+    """Compute that exchanges can hide behind: no more, over all terms and links, than there is.
+
+    So no link is busy longer than the step. Links of two classes could hide at once; counting them one after
+    the other is a little pessimistic, and keeps a faster GPU from ever being slower.
+    """
+
+    def __init__(self, busy: float) -> None:
+        self._left = busy
+
+    def hide(self, terms: Iterable[CostTerm]) -> list[CostTerm]:
+        """The terms, each hidden only as far as there is compute left."""
+        return [self._hide(term) for term in terms]
+
+    def _hide(self, term: CostTerm) -> CostTerm:
+        if term.exposed >= term.seconds:
+            return term
+        hidden = min(term.seconds - term.exposed, self._left)
+        self._left -= hidden
+        return replace(term, exposed=term.seconds - hidden) if self._left == 0 else term

@@ -306,8 +306,8 @@ def test_a_picture_is_drawn_of_points_that_fit_and_that_do_not(tmp_path: Path) -
         "costs $x and y$",
         "u8 r2 zero3",
         "does not fit",
-        "capacity: 80 GiB",
-        "GiB",
+        "capacity: 85.9 GB",
+        "GB",
         "lower bound: everything overlaps",
     ):
         assert f"<!-- {written} -->" in svg

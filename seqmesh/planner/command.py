@@ -28,17 +28,17 @@ from seqmesh.planner.longest import at_length, longest
 from seqmesh.planner.one_attention import attention_model, split_record, splits
 from seqmesh.planner.output.console import console
 from seqmesh.planner.output.records import record
-from seqmesh.planner.output.report import show_found, show_one
+from seqmesh.planner.output.report import explain_found, show_found, show_one
 from seqmesh.planner.output.splits import show_splits
 from seqmesh.planner.output.traced import show_traced
 from seqmesh.planner.reasons import reasons, why_not
 from seqmesh.planner.remedies import overflow, remedy, shortfall
-from seqmesh.planner.search import Found, any_legal, explain_pins, search
+from seqmesh.planner.search import Found, Search, any_legal, explain_pins, search
 from seqmesh.planner.trainer.memory import traced_like
 
 UNLIMITED = 1 << 60
 """Bytes: a trace needs no memory, so whatever is traced fits."""
-POOL = 12
+RIVALS = 12
 """Meshes that compete when an assumption moves, at least."""
 SAMPLE = "1M"
 """Tokens of documents that --max-seq draws: long enough to be the distribution; they are repeated or cut."""
@@ -161,19 +161,25 @@ def _longest(job: Job, pins: Pins) -> int:
 def _answer(job: Job, pins: Pins, options: PlanOptions) -> int:
     """The search, or the one point that the pins leave."""
     costs = CostModel(job)
-    found = search(costs, pins, max(options.top, POOL))
+    searched = Search(costs, pins)
+    found = searched.found(max(options.top, RIVALS))
     # What does not fit is shown where it was asked for: as the pinned point, or to a program.
     if not found.best and not (_is_point(pins) or (pins and options.as_json)):
         raise ValueError(f"nothing fits: {shortfall(costs, found.infeasible[0], pins)}")
     shown = (*found.best[: options.top], *found.infeasible[: options.top])
-    _write_files(costs, shown, options)
+    first = found.tied[0] if found.tied else shown[0]
+    _write_files(costs, (first, *(one for one in shown if one is not first)), options)
+    out = console()
     if options.as_json:
-        records = [record(one, job.capacity, _why(costs, found, one, pins)) for one in shown]
-        print(json.dumps({"seq_len": job.seq_len, "candidates": records}, indent=2))
-    elif options.explain or _is_point(pins):
-        show_one(console(), costs, shown[0], pins)
+        records = [record(one, job.capacity, _why(searched, found, one)) for one in shown]
+        told = {"answer": asdict(first.point), "tied": [asdict(one.point) for one in found.tied]}
+        print(json.dumps({"seq_len": job.seq_len, **told, "candidates": records}, indent=2))
+    elif _is_point(pins):
+        show_one(out, costs, first, pins)
     else:
-        show_found(console(), costs, found, pins, options.top)
+        show_found(out, costs, found, options.top, None if options.emit is None else str(options.emit))
+        if options.explain:
+            explain_found(out, searched, found)
     return 0
 
 
@@ -182,13 +188,13 @@ def _is_point(pins: Pins) -> bool:
     return set(KEYS) - set(pins) <= {"pool"}
 
 
-def _why(costs: CostModel, found: Found, estimate: StepEstimate, pins: Pins) -> list[str]:
+def _why(searched: Search, found: Found, estimate: StepEstimate) -> list[str]:
     """In full for the first candidate, in a line for the others."""
     first = (found.best or found.infeasible)[0]
     if estimate is first:
-        return reasons(costs, estimate, pins)
+        return reasons(searched, estimate)
     if not estimate.fits:
-        return [overflow(costs, estimate)]
+        return [overflow(searched.costs, estimate)]
     return [why_not(found.best[0], estimate)]
 
 

@@ -170,7 +170,9 @@ def test_a_models_name_cannot_add_keys_to_a_recipe() -> None:
     assert read["run"] == {"device": "cuda"}
 
 
-@pytest.mark.parametrize("module", ["paper.compare", "output.emit", "output.timeline", "output.plot"])
+@pytest.mark.parametrize(
+    "module", ["paper.compare", "output.emit", "output.emit_for", "output.timeline", "output.plot"]
+)
 def test_making_outputs_loads_no_torch_and_no_matplotlib(module: str) -> None:
     code = f"import sys, seqmesh.planner.{module}; assert not {{'torch', 'matplotlib'}} & set(sys.modules)"
     done = subprocess.run(

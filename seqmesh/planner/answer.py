@@ -89,8 +89,8 @@ def _rests_on(costs: CostModel, best: StepEstimate) -> str:
     assumed = next(one for one in costs.job.assumptions.explain() if one.name == strongest.name)
     name = strongest.name.replace("_", " ")
     return (
-        f"It rests on {rates}, and most on {name}: with {trial.value:.3g} in place of {assumed.value:.3g} a step"
-        f" takes {trial.change:.0%} longer."
+        f"It rests on {rates}, and most on {name}: with {trial.value:.3g} in place of {assumed.value:.3g}"
+        f" a step takes {trial.change:.0%} longer."
     )
 
 

@@ -20,7 +20,7 @@ from seqmesh.planner.inputs.hardware import known_gpus
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.models import known_models, load_model
 from seqmesh.planner.inputs.options import check_options
-from seqmesh.planner.inputs.point import KEYS
+from seqmesh.planner.inputs.point import KEYS, Point
 from seqmesh.planner.inputs.request import Machine, Request, build_job, parse_pins
 from seqmesh.planner.inputs.shape import ModelShape
 from seqmesh.planner.inputs.units import format_tokens
@@ -177,10 +177,15 @@ def _answer(job: Job, pins: Pins, options: PlanOptions) -> int:
     elif _is_point(pins):
         show_one(out, costs, first, pins)
     else:
-        show_found(out, costs, found, options.top, None if options.emit is None else str(options.emit))
+        show_found(out, costs, found, options.top, _recipe(options))
         if options.explain:
             explain_found(out, searched, found)
     return 0
+
+
+def _recipe(options: PlanOptions) -> str | None:
+    """The file that `seqmesh train` is to run, if one is written for it."""
+    return str(options.emit) if options.emit is not None and options.emit_for == "seqmesh" else None
 
 
 def _is_point(pins: Pins) -> bool:
@@ -209,9 +214,7 @@ def _write_files(costs: CostModel, shown: Sequence[StepEstimate], options: PlanO
         except OSError as error:
             raise _unwritable(options.plot, error) from None
     if options.emit is not None:
-        from seqmesh.planner.output.emit import emit
-
-        text, missing = emit(costs.job, point)
+        text, missing = _emitted(costs.job, point, options.emit_for)
         _save(options.emit, text)
         for line in missing:
             print(f"seqmesh: {options.emit}: {line}", file=sys.stderr)
@@ -219,6 +222,17 @@ def _write_files(costs: CostModel, shown: Sequence[StepEstimate], options: PlanO
         from seqmesh.planner.output.timeline import timeline
 
         _save(options.trace, json.dumps(timeline(costs, point)))
+
+
+def _emitted(job: Job, point: Point, program: str) -> tuple[str, list[str]]:
+    """What to write for a program, and what it runs otherwise."""
+    if program == "seqmesh":
+        from seqmesh.planner.output.emit import emit
+
+        return emit(job, point)
+    from seqmesh.planner.output.emit_for import emit_for
+
+    return emit_for(program, job, point)
 
 
 def _title(job: Job) -> str:

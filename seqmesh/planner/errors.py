@@ -1,7 +1,6 @@
 """How far the planner is from the truth, as stated constants: what is a tie, what wins, and error bars.
 
-Source: `seqmesh plan --published`, the paper's measured steps (docs/planner_results.md). A test keeps the
-constants near what that comparison says.
+Source: `seqmesh plan --published`, the paper's measured steps (docs/planner_results.md).
 """
 
 from seqmesh.planner.cost.memory import StepMemory

@@ -1,12 +1,12 @@
-"""A point as a command line of another program: torchtitan or Megatron-LM, and what that program runs otherwise.
+"""A point as a command line of torchtitan or of Megatron-LM, and what that program runs otherwise.
 
-    point                torchtitan                                Megatron-LM
-    ulysses 8, ring 2    --parallelism.context_parallel_degree 16  --context-parallel-size 16 --cp-comm-type a2a+p2p
-    ZeRO-3               reshard after every forward               --use-megatron-fsdp ... optim_grads_params
-    loss in tiles        named as missing                          named as missing
+    point                torchtitan                      Megatron-LM
+    ulysses 8, ring 2    context parallelism of 16       the same, --cp-comm-type a2a+p2p over 8 and 2
+    ZeRO-3               reshard after every forward     --use-megatron-fsdp, optim_grads_params
+    loss in tiles        named as missing                named as missing
 
 Names of flags: torchtitan/config/configs.py (commit 0014ac2), whose README calls the command line frozen;
-Megatron-LM's megatron/training/arguments.py (commit 307dcf3). None of these commands was run here.
+Megatron-LM's megatron/training/arguments.py (commit d98e8a6). None of these commands was run here.
 """
 
 from collections.abc import Callable, Iterator, Mapping
@@ -61,6 +61,7 @@ def _alike(job: Job, point: Point) -> Iterator[str]:
     degrees = {"tp": point.tp, "ulysses": point.ulysses, "ring": point.ring, "dp": point.dp, "pp": point.pp}
     if [a for a in job.axes if degrees[a] > 1] != [a for a in AXES if degrees[a] > 1]:
         yield f"axes={','.join(job.axes)}: it has its own order"
+    yield "data: tokenizer, text, learning rate and what else it needs are its own flags"
     yield "time and memory: they were priced with seqmesh's attention, whose exchanges differ"
 
 
@@ -135,7 +136,7 @@ def _megatron(job: Job, point: Point) -> Command:
     kv_heads = job.model.kv_heads // point.tp
     if kv_heads % point.ulysses:
         command.missing.append(
-            f"ulysses={point.ulysses} with {kv_heads} K/V heads on a rank of tp: its a2a needs a divisor of them"
+            f"ulysses={point.ulysses} with {kv_heads} K/V heads on a rank of tp: its a2a needs a divisor"
         )
     return command
 

@@ -10,8 +10,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from seqmesh import cli
+from seqmesh.planner import command
 from seqmesh.planner.inputs.point import KEYS
 
 pytestmark = pytest.mark.fast
@@ -114,7 +116,7 @@ def test_kernel_mode_ranks_the_splits_by_iterations_per_second(plan: Run) -> Non
 
 
 def test_text_says_what_why_why_not_and_what_would_change_it(plan: Run) -> None:
-    code, out, error = plan(*JOB)
+    code, out, error = plan(*JOB, "--explain")
     assert (code, error) == (0, "")
     for part in (
         "34 legal meshes",
@@ -129,11 +131,38 @@ def test_text_says_what_why_why_not_and_what_would_change_it(plan: Run) -> None:
     assert max(map(len, out.splitlines())) <= 150
 
 
+@pytest.mark.parametrize("width", [80, 100, 160])
+def test_the_answer_and_the_mesh_are_readable_on_a_real_console(
+    plan: Run, monkeypatch: pytest.MonkeyPatch, width: int
+) -> None:
+    """Rendered by rich as wide as the terminal is: nothing that a choice needs is cut or squeezed away."""
+
+    def terminal() -> Console:
+        return Console(width=width, force_terminal=True, color_system=None, highlight=False)
+
+    monkeypatch.setattr(command, "console", terminal)
+    code, out, _ = plan(*JOB)
+    assert code == 0
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= width
+    assert "…" not in out
+    text = " ".join(out.split())
+    assert "Run u8 r2, zero 3, loss in tiles: add --emit plan.toml, then seqmesh train plan.toml" in text
+    assert text.index("Run u8 r2") < text.index("It takes") < text.index("Ties") < text.index("It rests on")
+    assert text.index("It rests on") < text.index("Try first") < text.index("34 legal meshes")
+    assert "Why this one" not in out
+    (row,) = (line for line in lines if line.startswith("run"))
+    for cell in ("u8 r2", "19.5 s", "46.4%", "79.4 GB", "compute"):
+        assert cell in row
+    assert [line.split()[0] for line in lines if line.startswith(("run", "tie"))] == ["run", "tie", "tie"]
+    assert ("tokens/s" in out) == (width >= 120)
+
+
 def test_an_assumption_of_zero_has_no_share_to_move(plan: Run) -> None:
     """What the answer rests on leaves it out; it is no error."""
-    code, out, error = plan(*JOB, "--assume", "launch=0")
+    code, out, error = plan(*JOB, "--assume", "launch=0", "--explain")
     assert (code, error) == (0, "")
-    assert "launch" not in out.partition("What would change")[2]
+    assert "launch" not in out.partition("What would change")[2].partition("Constants")[0]
 
 
 def test_explain_prices_the_best_point_in_full_with_every_constant_and_its_source(plan: Run) -> None:
@@ -391,7 +420,10 @@ def test_nothing_fits_names_the_shortfall_and_the_cheapest_remedy(plan: Run) -> 
 def test_planning_a_thousand_gpus_imports_no_torch() -> None:
     program = """
 import sys
+from rich.console import Console
+
 from seqmesh import cli
+from seqmesh.planner import command
 asked = "--model llama3-70b --gpu h100-sxm --nodes 128 --seq-len 128K --global-batch 256 --json"
 sys.argv = ["seqmesh", "plan", *asked.split()]
 try:

@@ -171,7 +171,9 @@ def test_a_models_name_cannot_add_keys_to_a_recipe() -> None:
     assert read["run"] == {"device": "cuda"}
 
 
-@pytest.mark.parametrize("module", ["paper.compare", "output.emit", "output.timeline", "output.plot"])
+@pytest.mark.parametrize(
+    "module", ["paper.compare", "output.emit", "output.emit_for", "output.timeline", "output.plot"]
+)
 def test_making_outputs_loads_no_torch_and_no_matplotlib(module: str) -> None:
     code = f"import sys, seqmesh.planner.{module}; assert not {{'torch', 'matplotlib'}} & set(sys.modules)"
     done = subprocess.run(
@@ -307,8 +309,8 @@ def test_a_picture_is_drawn_of_points_that_fit_and_that_do_not(tmp_path: Path) -
         "costs $x and y$",
         "u8 r2 zero3",
         "does not fit",
-        "capacity: 80 GiB",
-        "GiB",
+        "capacity: 85.9 GB",
+        "GB",
         "lower bound: everything overlaps",
     ):
         assert f"<!-- {written} -->" in svg

@@ -3,7 +3,7 @@
 Most of them are legal; the few that are not (inputs/legality.py) are left out by those who ask.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import product
 
@@ -25,8 +25,13 @@ def mesh_of(point: Point) -> Mesh:
 
 def divisors(n: int) -> list[int]:
     """The divisors of n, ascending."""
+    return list(_divisors(n))
+
+
+@lru_cache(maxsize=4096)
+def _divisors(n: int) -> tuple[int, ...]:
     small = [d for d in range(1, int(n**0.5) + 1) if n % d == 0]
-    return sorted({*small, *(n // d for d in small)})
+    return tuple(sorted({*small, *(n // d for d in small)}))
 
 
 def meshes(job: Job, pins: Pins) -> Iterator[Point]:
@@ -34,6 +39,12 @@ def meshes(job: Job, pins: Pins) -> Iterator[Point]:
 
     Each comes with every micro-batch and ZeRO stage that the pins allow and the stack tries.
     """
+    for mesh in bare_meshes(job, pins):
+        yield from variants(job, mesh, pins)
+
+
+def bare_meshes(job: Job, pins: Pins) -> Iterator[Point]:
+    """The same, each once: with any micro-batch and ZeRO stage."""
     m = job.model
     gpus = job.cluster.gpus
     fixed = {key: pins[key] for key in ("pipeline", "virtual") if key in pins}
@@ -46,9 +57,7 @@ def meshes(job: Job, pins: Pins) -> Iterator[Point]:
                 for dp in _degrees("dp", after_pp, job.global_batch, pins):
                     ring = after_pp // dp
                     if pins.get("ring", ring) == ring and job.global_batch % dp == 0:
-                        yield from _variants(
-                            job, Point(tp=tp, ulysses=ulysses, ring=ring, dp=dp, pp=pp).but(**fixed), pins
-                        )
+                        yield Point(tp=tp, ulysses=ulysses, ring=ring, dp=dp, pp=pp).but(**fixed)
 
 
 def _degrees(axis: str, left: int, most: int, pins: Pins) -> list[int]:
@@ -59,19 +68,29 @@ def _degrees(axis: str, left: int, most: int, pins: Pins) -> list[int]:
     return [degree for degree in divisors(left) if degree <= most]
 
 
-def _variants(job: Job, mesh: Point, pins: Pins) -> Iterator[Point]:
-    """A mesh with every ZeRO stage and micro-batch."""
-    zero_stages = job.stack.zero_stages if mesh.replicas > 1 else (0,)
+def zero_stages_of(job: Job, mesh: Point, pins: Pins) -> tuple[int, ...]:
+    """The ZeRO stages to try on a mesh, the usual one first."""
     if "zero" in pins:
-        zero_stages = (int(pins["zero"]),)
-    micro_batches = divisors(job.global_batch // mesh.dp)
+        return (int(pins["zero"]),)
+    return job.stack.zero_stages if mesh.replicas > 1 else (0,)
+
+
+def micro_batches_of(job: Job, mesh: Point, pins: Pins) -> Sequence[int]:
+    """The micro-batches to try on a mesh, ascending."""
     if "micro_batch" in pins:
-        micro_batches = [int(pins["micro_batch"])]
-    for zero, micro_batch in product(zero_stages, micro_batches):
-        point = mesh.but(zero=zero, micro_batch=micro_batch)
-        pooled = is_pool(job, point)  # the degrees say it: there is nothing to choose
-        if pins.get("pool", pooled) == pooled:
-            yield point.but(pool=pooled)
+        return (int(pins["micro_batch"]),)
+    return _divisors(job.global_batch // mesh.dp)
+
+
+def variants(job: Job, mesh: Point, pins: Pins) -> Iterator[Point]:
+    """A mesh with every ZeRO stage and micro-batch."""
+    micro_batches = micro_batches_of(job, mesh, pins)
+    for zero in zero_stages_of(job, mesh, pins):
+        for micro_batch in micro_batches:
+            point = mesh.but(zero=zero, micro_batch=micro_batch)
+            pooled = is_pool(job, point)  # the degrees say it: there is nothing to choose
+            if pins.get("pool", pooled) == pooled:
+                yield point.but(pool=True) if pooled else point
 
 
 def with_savers(job: Job, point: Point, pins: Pins) -> Iterator[Point]:

@@ -15,12 +15,13 @@ from seqmesh.planner.candidates import Pins
 from seqmesh.planner.cost.estimate import StepEstimate
 from seqmesh.planner.cost.step import CostModel
 from seqmesh.planner.cost.trainer_memory import rank_of
+from seqmesh.planner.errors import HEADROOM
 from seqmesh.planner.flags import PlanOptions, as_command
 from seqmesh.planner.inputs.hardware import known_gpus
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.models import known_models, load_model
 from seqmesh.planner.inputs.options import check_options
-from seqmesh.planner.inputs.point import KEYS, SEARCHED
+from seqmesh.planner.inputs.point import KEYS, SEARCHED, Point
 from seqmesh.planner.inputs.request import Machine, Request, build_job, parse_pins
 from seqmesh.planner.inputs.shape import ModelShape
 from seqmesh.planner.inputs.units import format_tokens
@@ -28,19 +29,17 @@ from seqmesh.planner.longest import at_length, longest
 from seqmesh.planner.one_attention import attention_model, split_record, splits
 from seqmesh.planner.output.console import console
 from seqmesh.planner.output.records import record
-from seqmesh.planner.output.report import show_found, show_one
+from seqmesh.planner.output.report import explain_found, show_found, show_one
 from seqmesh.planner.output.splits import show_splits
 from seqmesh.planner.output.traced import show_traced
 from seqmesh.planner.reasons import reasons, why_not
 from seqmesh.planner.remedies import overflow, remedy, shortfall
-from seqmesh.planner.search import Found, any_legal, explain_pins, search
+from seqmesh.planner.search import Found, Search, any_legal, explain_pins, search
 from seqmesh.planner.trainer.memory import traced_like
 
 UNLIMITED = 1 << 60
 """Bytes: a trace needs no memory, so whatever is traced fits."""
-HEADROOM = 0.05
-"""Share of a GPU's memory that a plan leaves free, where some plan does and no limit was given."""
-POOL = 12
+RIVALS = 12
 """Meshes that compete when an assumption moves, at least."""
 SAMPLE = "1M"
 """Tokens of documents that --max-seq draws: long enough to be the distribution; they are repeated or cut."""
@@ -167,22 +166,33 @@ def _longest(job: Job, pins: Pins) -> int:
 def _answer(job: Job, pins: Pins, options: PlanOptions) -> int:
     """The search, or the one point that the pins leave."""
     costs = CostModel(job)
-    found = search(costs, pins, max(options.top, POOL))
+    searched = Search(costs, pins)
+    found = searched.found(max(options.top, RIVALS))
     if not found.best and job.headroom:  # what fits without any is better than nothing
         return _answer(replace(job, headroom=0.0), pins, options)
     # What does not fit is shown where it was asked for: as the pinned point, or to a program.
     if not found.best and not (_is_point(pins) or (pins and options.as_json)):
         raise ValueError(f"nothing fits: {shortfall(costs, found.infeasible[0], pins)}")
     shown = (*found.best[: options.top], *found.infeasible[: options.top])
-    _write_files(costs, shown, options)
+    first = found.tied[0] if found.tied else shown[0]
+    _write_files(costs, (first, *(one for one in shown if one is not first)), options)
+    out = console()
     if options.as_json:
-        records = [record(one, job.capacity, _why(costs, found, one, pins)) for one in shown]
-        print(json.dumps({"seq_len": job.seq_len, "candidates": records}, indent=2))
-    elif options.explain or _is_point(pins):
-        show_one(console(), costs, shown[0], pins)
+        records = [record(one, job.capacity, _why(searched, found, one)) for one in shown]
+        told = {"answer": asdict(first.point), "tied": [asdict(one.point) for one in found.tied]}
+        print(json.dumps({"seq_len": job.seq_len, **told, "candidates": records}, indent=2))
+    elif _is_point(pins):
+        show_one(out, costs, first, pins)
     else:
-        show_found(console(), costs, found, pins, options.top)
+        show_found(out, costs, found, options.top, _recipe(options))
+        if options.explain:
+            explain_found(out, searched, found)
     return 0
+
+
+def _recipe(options: PlanOptions) -> str | None:
+    """The file that `seqmesh train` is to run, if one is written for it."""
+    return str(options.emit) if options.emit is not None and options.emit_for == "seqmesh" else None
 
 
 def _is_point(pins: Pins) -> bool:
@@ -190,13 +200,13 @@ def _is_point(pins: Pins) -> bool:
     return set(pins) >= set(SEARCHED)
 
 
-def _why(costs: CostModel, found: Found, estimate: StepEstimate, pins: Pins) -> list[str]:
+def _why(searched: Search, found: Found, estimate: StepEstimate) -> list[str]:
     """In full for the first candidate, in a line for the others."""
     first = (found.best or found.infeasible)[0]
     if estimate is first:
-        return reasons(costs, estimate, pins)
+        return reasons(searched, estimate)
     if not estimate.fits:
-        return [overflow(costs, estimate)]
+        return [overflow(searched.costs, estimate)]
     return [why_not(found.best[0], estimate)]
 
 
@@ -211,9 +221,7 @@ def _write_files(costs: CostModel, shown: Sequence[StepEstimate], options: PlanO
         except OSError as error:
             raise _unwritable(options.plot, error) from None
     if options.emit is not None:
-        from seqmesh.planner.output.emit import emit
-
-        text, missing = emit(costs.job, point)
+        text, missing = _emitted(costs.job, point, options.emit_for)
         _save(options.emit, text)
         for line in missing:
             print(f"seqmesh: {options.emit}: {line}", file=sys.stderr)
@@ -221,6 +229,17 @@ def _write_files(costs: CostModel, shown: Sequence[StepEstimate], options: PlanO
         from seqmesh.planner.output.timeline import timeline
 
         _save(options.trace, json.dumps(timeline(costs, point)))
+
+
+def _emitted(job: Job, point: Point, program: str) -> tuple[str, list[str]]:
+    """What to write for a program, and what it runs otherwise."""
+    if program == "seqmesh":
+        from seqmesh.planner.output.emit import emit
+
+        return emit(job, point)
+    from seqmesh.planner.output.emit_for import emit_for
+
+    return emit_for(program, job, point)
 
 
 def _title(job: Job) -> str:

@@ -126,6 +126,9 @@ class PlanOptions:
     emit: Annotated[Path | None, _option("--emit", "Write the best point as a recipe for seqmesh train.")] = (
         None
     )
+    emit_for: Annotated[
+        str, _option("--emit-for", "Which program --emit writes for: seqmesh, torchtitan or megatron.")
+    ] = "seqmesh"
     trace: Annotated[
         Path | None, _option("--trace", "Write a step's predicted timeline in the Chrome trace format.")
     ] = None

@@ -1,22 +1,23 @@
-"""Why the best point is the best: each reason is a comparison with a point that differs in one thing.
+"""Why a point is the answer: what the best of its rivals takes, by the search that made the table.
 
 The practices are the paper's: (1) unified rather than pure sequence parallelism, (2) data parallelism before
 sequence parallelism, (3) ZeRO-1 or 2 with it, ZeRO-3 and offload for memory, (4, 5) tensor parallelism, (7)
 the order of the axes on the links.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 
-from seqmesh.planner.candidates import Pins, divisors
 from seqmesh.planner.cost.estimate import COMPUTE, PIPELINE, StepEstimate
 from seqmesh.planner.cost.network import NETWORK, PCIE, SCALE_UP
 from seqmesh.planner.cost.step import CostModel
-from seqmesh.planner.inputs.legality import is_legal
+from seqmesh.planner.errors import TIE
 from seqmesh.planner.inputs.point import Point
 from seqmesh.planner.inputs.units import format_bytes, format_seconds
 from seqmesh.planner.remedies import shortfall
-from seqmesh.planner.search import search
+from seqmesh.planner.search import Search
+from seqmesh.planner.words import mesh_words, point_words
 
 CAUSES = {
     COMPUTE: "compute",
@@ -27,20 +28,20 @@ CAUSES = {
 }
 
 
-def reasons(costs: CostModel, estimate: StepEstimate, pins: Pins) -> list[str]:
+def reasons(searched: Search, estimate: StepEstimate) -> list[str]:
     """Why a point is as it is; for a point that does not fit, what would make it fit."""
     if not estimate.fits:
-        return [shortfall(costs, estimate, pins)]
+        return [shortfall(searched.costs, estimate, searched.pins)]
     return [
         *_limit(estimate),
         *_layout(estimate),
-        *_pool(costs, estimate, pins),
-        *_unified(costs, estimate),
-        *_data_parallel(costs, estimate),
-        *_zero(costs, estimate, pins),
-        *_tensor(costs, estimate),
-        *_savers(costs, estimate, pins),
-        *_order(costs, estimate),
+        *_pool(searched, estimate),
+        *_unified(searched, estimate),
+        *_data_parallel(searched, estimate),
+        *_zero(searched, estimate),
+        *_tensor(searched, estimate),
+        *_savers(searched, estimate),
+        *_order(searched.costs, estimate),
     ]
 
 
@@ -59,14 +60,12 @@ def _cause(cause: str) -> str:
     return CAUSES.get(cause, cause)
 
 
-def _compared(costs: CostModel, estimate: StepEstimate, other: Point) -> str | None:
-    """How another point does, or None if it is not legal."""
-    if not is_legal(costs.job, other):
-        return None
-    memory = costs.memory.of(other)
-    if not memory.fits(costs.job):
-        return f"does not fit ({format_bytes(memory.over(costs.job))} too much)"
-    return _difference(costs.seconds(other) / estimate.seconds - 1)
+def _best_of(searched: Search, estimate: StepEstimate, accept: Callable[[Point], bool]) -> str:
+    """How the best of all points that are accepted does: found by the search, as every line of its table."""
+    other = searched.best_where(accept)
+    if other is None:
+        return "fits nowhere, whatever is saved"
+    return f"at best, {point_words(other.point)}, {_difference(other.seconds / estimate.seconds - 1)}"
 
 
 def _difference(share: float) -> str:
@@ -86,68 +85,50 @@ def _layout(estimate: StepEstimate) -> Iterator[str]:
         )
 
 
-def _pool(costs: CostModel, estimate: StepEstimate, pins: Pins) -> Iterator[str]:
+def _pool(searched: Search, estimate: StepEstimate) -> Iterator[str]:
     """The best with a pool against the best without, and against groups that are packed by tokens alone."""
-    job = costs.job
-    if not job.documents or job.global_batch == 1 or "pool" in pins:
+    job, p = searched.costs.job, estimate.point
+    if not job.documents or job.global_batch == 1 or "pool" in searched.pins:
         return
-    p = estimate.point
-    found = []
-    if other := _best(costs, {**pins, "pool": not p.pool}):
-        name = "data-parallel groups" if p.pool else "one pool"
-        text = _difference(other.seconds / estimate.seconds - 1)
-        found.append(f"the best of {name}, {_degrees(other.point)}, {text}")
+    without = "groups" if p.pool else "one pool"
+    found = [f"{without} {_best_of(searched, estimate, lambda other: other.pool != p.pool)}"]
     by_tokens = CostModel(replace(job, layout="zigzag", evened=False))
-    if other := _best(by_tokens, {**pins, "pool": False, "micro_batch": 1}):
-        text = _difference(other.seconds / estimate.seconds - 1)
-        found.append(f"zigzag and groups packed by tokens alone, {_degrees(other.point)}, {text}")
-    if found:
-        kind = f"one pool of {p.ring} ring ranks" if p.pool else f"no pool, dp {p.dp} evened by area"
-        yield f"{kind}: {'; '.join(found)}"
-
-
-def _best(costs: CostModel, pins: Pins) -> StepEstimate | None:
-    """The best point with these pins, if one is legal and fits."""
     try:
-        best = search(costs, pins, top=1).best
-    except ValueError:
-        return None
-    return best[0] if best else None
+        other = Search(by_tokens, {**searched.pins, "pool": False, "micro_batch": 1}).best_where(
+            lambda _: True
+        )
+    except ValueError:  # nothing legal is left to pack by tokens
+        other = None
+    if other is not None:
+        text = _difference(other.seconds / estimate.seconds - 1)
+        found.append(f"zigzag in groups packed by tokens alone, {mesh_words(other.point)}, {text}")
+    kind = f"one pool of {p.ring} ring ranks" if p.pool else f"{p.dp} groups, evened by area"
+    yield f"{kind}: {'; '.join(found)}"
 
 
-def _degrees(point: Point) -> str:
-    """tp2 u4 r2 dp2 pp1."""
-    return str(point).partition(",")[0]
-
-
-def _unified(costs: CostModel, estimate: StepEstimate) -> Iterator[str]:
-    """The same ranks in one of the two forms of sequence parallelism alone."""
+def _unified(searched: Search, estimate: StepEstimate) -> Iterator[str]:
+    """The best of the two forms of sequence parallelism alone."""
     p = estimate.point
     if p.sp == 1:
         return
-    heads = costs.job.model.heads // p.tp
     found = []
-    for name, other in (
-        ("ring alone", p.but(ulysses=1, ring=p.sp)),
-        ("ulysses alone", p.but(ulysses=p.sp, ring=1)),
-    ):
-        if other == p:
-            continue
-        if other.ulysses > heads:
-            found.append(f"{name} is impossible with {heads} query heads a rank")
-        elif text := _compared(costs, estimate, other):
-            found.append(f"{name} {text}")
+    if p.ulysses > 1 and "ulysses" not in searched.pins:
+        alone = _best_of(searched, estimate, lambda other: other.ulysses == 1 and other.ring > 1)
+        found.append(f"ring alone {alone}")
+    if p.ring > 1 and "ring" not in searched.pins:
+        alone = _best_of(searched, estimate, lambda other: other.ring == 1 and other.ulysses > 1)
+        found.append(f"ulysses alone {alone}")
     if found:
         mixed = p.ulysses > 1 and p.ring > 1
         kind = "practice 1: unified, not pure" if mixed else "pure, where practice 1 is to mix"
         yield f"ulysses {p.ulysses} x ring {p.ring} ({kind}): {'; '.join(found)}"
 
 
-def _data_parallel(costs: CostModel, estimate: StepEstimate) -> Iterator[str]:
-    """Twice the data parallelism at half the sequence parallelism: less ring, or else less ulysses."""
+def _data_parallel(searched: Search, estimate: StepEstimate) -> Iterator[str]:
+    """More data parallelism."""
     p = estimate.point
-    batch = costs.job.global_batch
-    if p.sp == 1:
+    batch = searched.costs.job.global_batch
+    if p.sp == 1 or "dp" in searched.pins:
         return
     if p.dp == batch:
         yield (
@@ -155,95 +136,45 @@ def _data_parallel(costs: CostModel, estimate: StepEstimate) -> Iterator[str]:
             " (practice 2: dp first)"
         )
         return
-    for other in (
-        p.but(ring=max(1, p.ring // 2), dp=p.dp * 2),
-        p.but(ulysses=max(1, p.ulysses // 2), dp=p.dp * 2),
-    ):
-        if text := _compared(costs, estimate, other):
-            yield (
-                "more dp and less sequence parallelism (practice 2: dp first),"
-                f" u{other.ulysses} r{other.ring} dp{other.dp}: {text}"
-            )
-            return
+    text = _best_of(searched, estimate, lambda other: other.dp > p.dp)
+    yield f"more data parallelism (practice 2: dp first) {text}"
 
 
-def _zero(costs: CostModel, estimate: StepEstimate, pins: Pins) -> Iterator[str]:
+def _zero(searched: Search, estimate: StepEstimate) -> Iterator[str]:
     p = estimate.point
     if p.replicas == 1:
         return
-    if p.zero > 1 and (text := _compared(costs, estimate, p.but(zero=1))):
-        purpose = _purpose("zero", text, pins)
-        yield f"ZeRO-{p.zero} {purpose} (practice 3: ZeRO-1 or 2 where it fits): with ZeRO-1 it {text}"
+    if p.zero > 1 and "zero" not in searched.pins:
+        text = _best_of(searched, estimate, lambda other: other.zero <= 1)
+        yield f"ZeRO-{p.zero} (practice 3: ZeRO-1 or 2 where it fits): ZeRO-1 {text}"
     elif p.zero == 1:
         size = estimate.memory.categories.get("optimizer", 0)
         where = f"takes {format_bytes(size)} of a rank" if size else "is on the host"
         yield (f"ZeRO-1 over dp x sp = {p.replicas} ranks (practice 3: ZeRO-1 or 2): the optimizer {where}")
 
 
-def _purpose(key: str, compared: str, pins: Pins) -> str:
-    """Why a saver is there, by how the point without it does."""
-    if "does not fit" in compared:
-        return "for memory"
-    return "pinned" if key in pins else "chosen"
-
-
-def _tensor(costs: CostModel, estimate: StepEstimate) -> Iterator[str]:
-    """The best mesh without tensor parallelism if it is used, or with it if it is not, all else equal."""
+def _tensor(searched: Search, estimate: StepEstimate) -> Iterator[str]:
+    """The best without tensor parallelism if it is used, or with it if it is not."""
     used = estimate.point.tp > 1
-    others = _without_tensor(estimate.point) if used else _with_tensor(costs, estimate.point)
-    legal = [other for other in others if is_legal(costs.job, other)]
-    if not legal:
+    if "tp" in searched.pins:
         return
-    # The fairest rival is the fastest that fits; where none fits, any of them shows by how much.
-    fitting = [other for other in legal if costs.memory.of(other).fits(costs.job)]
-    best = min(fitting or legal, key=costs.seconds)
     name = "without tensor parallelism" if used else "with tensor parallelism"
-    yield (
-        f"{name} (practices 4 and 5: SP in place of TP),"
-        f" tp{best.tp} u{best.ulysses} r{best.ring} dp{best.dp} at best: {_compared(costs, estimate, best)}"
-    )
+    text = _best_of(searched, estimate, lambda other: (other.tp > 1) != used)
+    yield f"{name} (practices 4 and 5: SP in place of TP) {text}"
 
 
-def _without_tensor(point: Point) -> Iterator[Point]:
-    """Its tensor-parallel ranks given to one of the other axes."""
-    for axis in ("ulysses", "ring", "dp"):
-        yield point.but(tp=1, **{axis: getattr(point, axis) * point.tp})
-
-
-def _with_tensor(costs: CostModel, point: Point) -> Iterator[Point]:
-    """Some ranks of one of the other axes made tensor parallel: as many as split K/V heads evenly."""
-    for factor in divisors(costs.job.model.kv_heads)[1:]:
-        for axis in ("ulysses", "ring", "dp"):
-            degree = getattr(point, axis)
-            if degree % factor == 0:
-                yield point.but(tp=factor, **{axis: degree // factor})
-
-
-LOWER_TILING = {"none": "none", "loss": "none", "mlp": "loss"}
-OFFLOAD_WITHOUT_CHECKPOINTS = {
-    "none": "none",
-    "activations": "none",
-    "optimizer": "optimizer",
-    "both": "optimizer",
-}
-"""Without checkpoints there are none to offload."""
-
-
-def _savers(costs: CostModel, estimate: StepEstimate, pins: Pins) -> Iterator[str]:
-    """Each saver that is used against the next lower one."""
-    p = estimate.point
-    lower = {
-        "tiling": p.but(tiling=LOWER_TILING[p.tiling]),
-        "checkpointing": p.but(checkpointing="none", offload=OFFLOAD_WITHOUT_CHECKPOINTS[p.offload]),
-        "offload": p.but(offload="none"),
-    }
-    for key, other in lower.items():
-        value = p.savers.get(key)
-        if value is None:
+def _savers(searched: Search, estimate: StepEstimate) -> Iterator[str]:
+    """The best without each saver that is used."""
+    for key, value in estimate.point.savers.items():
+        if key in searched.pins:
+            yield f"{key}={value}: pinned"
             continue
-        if text := _compared(costs, estimate, other):
-            instead = f"with {key}={other.savers[key]}" if key in other.savers else "without"
-            yield f"{key}={value} {_purpose(key, text, pins)}: {instead} it {text}"
+        text = _best_of(searched, estimate, partial(_has, key, "none"))
+        yield f"{key}={value}: without {text}"
+
+
+def _has(key: str, value: str, point: Point) -> bool:
+    return bool(getattr(point, key) == value)
 
 
 def _order(costs: CostModel, estimate: StepEstimate) -> Iterator[str]:
@@ -261,7 +192,7 @@ def _order(costs: CostModel, estimate: StepEstimate) -> Iterator[str]:
 
 
 def why_not(best: StepEstimate, other: StepEstimate) -> str:
-    """What the runner-up loses by: its three largest losses, and what it wins if that is anything."""
+    """What another point loses by: its three largest losses, and what it wins if that is anything."""
     mine = {term.name: term.exposed for term in best.terms}
     theirs = {term.name: term.exposed for term in other.terms}
     lost = [(theirs.get(name, 0.0) - mine.get(name, 0.0), name) for name in {*mine, *theirs}]
@@ -272,7 +203,9 @@ def why_not(best: StepEstimate, other: StepEstimate) -> str:
     if won < -least:
         shown.append(f"though {where} {format_seconds(won)}")
     gap = other.seconds - best.seconds
+    tie = ", a tie" if abs(gap) <= TIE * best.seconds else ""
+    how = "slower" if gap >= 0 else "faster"
     return (
-        f"{other.point}: {format_seconds(gap)} slower ({gap / best.seconds:.1%}):"
+        f"{other.point}: {format_seconds(abs(gap))} {how} ({abs(gap) / best.seconds:.1%}{tie}):"
         f" {', '.join(shown) or 'a little of everything'}"
     )

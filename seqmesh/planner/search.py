@@ -1,22 +1,36 @@
 """The search: every legal point of a job, best first, in well under the time that pricing all would take.
 
-    1. every mesh, micro-batch and ZeRO stage     its time without a memory saver: a lower bound
-    2. in the order of that bound                 add savers (tiling, checkpointing, offload) until it fits
-    3. stop                                       when the next bound is above the worst of the best few
+    1. every mesh                        a floor of its time: work, weights and bubble, no exchange
+    2. the mesh with the lowest floor    its micro-batches and ZeRO stages without a memory saver: bounds
+    3. the point with the lowest bound   savers (tiling, checkpointing, offload) until it fits with room
+    4. stop                              when the next is above the worst of the best few, and no tie
 
-A saver never makes a step faster, so once a point fits, the same point with one saver more is dominated and
-never priced; and a mesh whose bound is above the best few cannot enter them. Nothing else is left out:
-`tests/test_plan_search.py` compares with brute force.
+A saver never makes a step faster, so once a point fits with room to spare, the same point with one saver more
+is dominated and never priced; and what has a floor above the best few cannot enter them. Nothing else is left
+out: `tests/test_plan_search.py` compares with brute force.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from heapq import nsmallest
+from functools import lru_cache
+from heapq import heapify, heappop, heappush, nsmallest
 from math import inf
 
-from seqmesh.planner.candidates import Mesh, Pins, mesh_of, meshes, with_savers
+from seqmesh.planner.candidates import (
+    Mesh,
+    Pins,
+    bare_meshes,
+    mesh_of,
+    meshes,
+    micro_batches_of,
+    variants,
+    with_savers,
+    zero_stages_of,
+)
 from seqmesh.planner.cost.estimate import StepEstimate
+from seqmesh.planner.cost.floor import FloorModel
 from seqmesh.planner.cost.step import CostModel
+from seqmesh.planner.errors import TIE, is_roomy
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.legality import is_legal, is_pool, violations
 from seqmesh.planner.inputs.point import CHOICES, KEYS, Point, as_pin
@@ -32,6 +46,8 @@ class Found:
     """Points that do not fit, the smallest shortfall first: filled if nothing fits or something is pinned."""
     meshes: int
     """Legal meshes that were compared."""
+    tied: tuple[StepEstimate, ...] = ()
+    """Points within TIE of the fastest, one for every mesh, the one that we would run first."""
 
 
 @dataclass(frozen=True)
@@ -39,12 +55,20 @@ class _Bound:
     """A legal point with the fewest savers, and the seconds that no point with more of them goes below."""
 
     seconds: float
-    """inf if it cannot fit with any savers."""
     point: Point
 
 
+@dataclass(frozen=True)
+class _LegalMesh:
+    """A mesh of which some point is legal, and the seconds that none of them goes below."""
+
+    floor: float
+    mesh: Point
+    """Its degrees."""
+
+
 def search(costs: CostModel, pins: Pins, top: int = 5) -> Found:
-    """The best points of a job.
+    """The best points of a job: see `Search`.
 
     Args:
         costs: of the job.
@@ -54,38 +78,138 @@ def search(costs: CostModel, pins: Pins, top: int = 5) -> Found:
     Raises:
         ValueError: no legal point has these pins; the message is the rule that they break.
     """
-    bounds = sorted(_bounds(costs, pins), key=lambda bound: bound.seconds)
-    if not bounds:
-        raise ValueError(explain_pins(costs.job, pins))
-    best = _best_of_meshes(costs, bounds, pins, top)
-    ranked = nsmallest(top, best.values(), key=lambda estimate: (estimate.seconds, estimate.memory.total))
-    infeasible = () if ranked and not pins else _infeasible(costs, pins, top)
-    compared = {mesh_of(bound.point) for bound in bounds}
-    return Found(best=tuple(ranked), infeasible=infeasible, meshes=len(compared))
+    return Search(costs, pins).found(top)
 
 
-def _best_of_meshes(costs: CostModel, bounds: list[_Bound], pins: Pins, top: int) -> dict[Mesh, StepEstimate]:
-    """The fastest point that fits of each mesh, of at least the `top` fastest meshes."""
-    best: dict[Mesh, StepEstimate] = {}
-    limit = inf
-    for bound in bounds:
-        if bound.seconds > limit or bound.seconds == inf:
-            break
-        for estimate in _fitting(costs, bound.point, pins):
-            mesh = mesh_of(estimate.point)
-            if mesh not in best or estimate.seconds < best[mesh].seconds:
-                best[mesh] = estimate
-        if len(best) >= top:
-            limit = nsmallest(top, (estimate.seconds for estimate in best.values()))[-1]
-    return best
+class Search:
+    """The legal points of a job, of which the best can be asked for again and again.
+
+    Raises:
+        ValueError: no legal point has these pins; the message is the rule that they break.
+    """
+
+    def __init__(self, costs: CostModel, pins: Pins) -> None:
+        self.costs = costs
+        self.pins = pins
+        self._meshes = list(self._legal_meshes())
+        if not self._meshes:
+            raise ValueError(explain_pins(costs.job, pins))
+        self._bounds = lru_cache(maxsize=None)(self._bounds_of_mesh)
+        self._fitting = lru_cache(maxsize=None)(self._fitting_of_bound)
+
+    def found(self, top: int) -> Found:
+        """The best few meshes, and those that tie with the first."""
+        priced = self._best_first(top, lambda _: True)
+        best = _of_meshes(priced, _by_time)
+        ties = [one for one in priced if one.seconds <= (1 + TIE) * best[0].seconds] if best else []
+        return Found(
+            best=best[:top],
+            infeasible=() if best and not self.pins else _infeasible(self.costs, self.pins, top),
+            meshes=len(self._meshes),
+            tied=_of_meshes(ties, lambda one: preference(self.costs.job, one)),
+        )
+
+    def best_where(self, accept: Callable[[Point], bool]) -> StepEstimate | None:
+        """The fastest of all points that fit and are accepted, or None."""
+        return min(self._best_first(1, accept), key=_by_time, default=None)
+
+    def _legal_meshes(self) -> Iterator[_LegalMesh]:
+        job, pins = self.costs.job, self.pins
+        floors = FloorModel(self.costs)
+        for mesh in bare_meshes(job, pins):
+            if any(self._with_fewest_savers(point) for point in variants(job, mesh, pins)):
+                zero_stages = zero_stages_of(job, mesh, pins)
+                floor = floors.floor(mesh, zero_stages, micro_batches_of(job, mesh, pins))
+                yield _LegalMesh(floor, mesh)
+
+    def _with_fewest_savers(self, point: Point) -> Point | None:
+        """The point with the fewest savers that the pins and the rules allow."""
+        job = self.costs.job
+        return next((p for p in with_savers(job, point, self.pins) if is_legal(job, p)), None)
+
+    def _best_first(self, top: int, accept: Callable[[Point], bool]) -> list[StepEstimate]:
+        """Points that fit: of the `top` fastest meshes, all that tie with the fastest, and some more."""
+        # (seconds, number, what): the number tells things of equal seconds apart.
+        queue: list[tuple[float, int, _LegalMesh | _Bound]] = []
+        queue += ((mesh.floor, number, mesh) for number, mesh in enumerate(self._meshes))
+        heapify(queue)
+        number = len(queue)
+        priced: list[StepEstimate] = []
+        fastest: dict[Mesh, float] = {}
+        limit = inf
+        while queue and queue[0][0] <= limit:
+            _, _, what = heappop(queue)
+            if isinstance(what, _LegalMesh):
+                for bound in self._bounds(what):
+                    if accept(bound.point):
+                        heappush(queue, (bound.seconds, number, bound))
+                        number += 1
+                continue
+            for one in self._fitting(what.point):
+                if accept(one.point):
+                    priced.append(one)
+                    mesh = mesh_of(one.point)
+                    fastest[mesh] = min(one.seconds, fastest.get(mesh, inf))
+            if len(fastest) >= top:
+                worst_shown = nsmallest(top, fastest.values())[-1]
+                limit = max(worst_shown, (1 + TIE) * min(fastest.values()))
+        return priced
+
+    def _bounds_of_mesh(self, legal: _LegalMesh) -> tuple[_Bound, ...]:
+        """The points of a mesh that could fit with savers, priced without them."""
+        found = []
+        too_large: set[int] = set()  # ZeRO stages of which a micro-batch cannot fit: no larger one can
+        for point in variants(self.costs.job, legal.mesh, self.pins):
+            if point.zero in too_large:  # micro-batches ascend
+                continue
+            if not _could_fit(self.costs, point, self.pins):
+                too_large.add(point.zero)
+                continue
+            fewest = self._with_fewest_savers(point)
+            if fewest is not None:
+                found.append(_Bound(self.costs.seconds(fewest), fewest))
+        return tuple(found)
+
+    def _fitting_of_bound(self, base: Point) -> tuple[StepEstimate, ...]:
+        """The points of a mesh that fit and that no other that fits with room dominates.
+
+        Savers are added one value at a time.
+        """
+        costs = self.costs
+        roomy: list[Point] = []
+        found = []
+        for point in with_savers(costs.job, base, self.pins):
+            if costs.memory.floor(point) > costs.job.capacity:
+                continue
+            if any(_dominates(smaller, point) for smaller in roomy) or not is_legal(costs.job, point):
+                continue
+            memory = costs.memory.of(point)
+            if memory.fits(costs.job):
+                found.append(costs.estimate(point))
+                if is_roomy(costs.job, memory):
+                    roomy.append(point)
+        return tuple(found)
 
 
-def _bounds(costs: CostModel, pins: Pins) -> Iterator[_Bound]:
-    """Every legal mesh, micro-batch and ZeRO stage with the fewest savers that the pins allow."""
-    for point in meshes(costs.job, pins):
-        legal = next((p for p in with_savers(costs.job, point, pins) if is_legal(costs.job, p)), None)
-        if legal is not None:
-            yield _Bound(costs.seconds(legal) if _could_fit(costs, point, pins) else inf, legal)
+def _by_time(one: StepEstimate) -> tuple[float, ...]:
+    return one.seconds, one.memory.total
+
+
+def preference(job: Job, one: StepEstimate) -> tuple[float, ...]:
+    """What comes first among ties: room to spare, then the fewest savers, then most headroom, then time."""
+    p = one.point
+    savers = sum(values.index(getattr(p, saver)) for saver, values in CHOICES.items())
+    return not is_roomy(job, one.memory), savers + (p.zero == 3), one.memory.total, one.seconds
+
+
+def _of_meshes(
+    priced: list[StepEstimate], key: Callable[[StepEstimate], tuple[float, ...]]
+) -> tuple[StepEstimate, ...]:
+    """The first of every mesh, in the order of `key`."""
+    first: dict[Mesh, StepEstimate] = {}
+    for one in sorted(priced, key=key):
+        first.setdefault(mesh_of(one.point), one)
+    return tuple(first.values())
 
 
 def _could_fit(costs: CostModel, point: Point, pins: Pins) -> bool:
@@ -98,22 +222,6 @@ def _could_fit(costs: CostModel, point: Point, pins: Pins) -> bool:
     # Neither kind is always the smaller: with checkpoints one layer's activations are there besides.
     kinds = [pins["checkpointing"]] if "checkpointing" in pins else savers["checkpointing"]
     return any(costs.memory.floor(smallest.but(checkpointing=kind)) <= costs.job.capacity for kind in kinds)
-
-
-def _fitting(costs: CostModel, base: Point, pins: Pins) -> Iterator[StepEstimate]:
-    """The points of a mesh that fit and that no other that fits dominates.
-
-    Savers are added one value at a time.
-    """
-    fitted: list[Point] = []
-    for point in with_savers(costs.job, base, pins):
-        if costs.memory.floor(point) > costs.job.capacity:
-            continue
-        if any(_dominates(smaller, point) for smaller in fitted):
-            continue
-        if is_legal(costs.job, point) and costs.memory.of(point).fits(costs.job):
-            fitted.append(point)
-            yield costs.estimate(point)
 
 
 def _dominates(a: Point, b: Point) -> bool:

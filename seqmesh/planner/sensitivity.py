@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from seqmesh.planner.candidates import Pins
 from seqmesh.planner.cost.estimate import StepEstimate
 from seqmesh.planner.cost.step import CostModel
+from seqmesh.planner.errors import TIE
 from seqmesh.planner.inputs.legality import is_legal
 from seqmesh.planner.inputs.point import Point
 
@@ -70,7 +71,7 @@ def _trial(costs: CostModel, best: StepEstimate, rivals: Sequence[Point], name: 
         times = [other.seconds(point) for point in fitting]
         first_seconds = min(times)
         first = fitting[times.index(first_seconds)]
-    lost = best.point not in fitting or first_seconds < seconds * (1 - 1e-6)  # not by rounding alone
+    lost = best.point not in fitting or first_seconds < seconds * (1 - TIE)
     return Trial(
         value=value,
         change=seconds / best.seconds - 1,

@@ -55,6 +55,14 @@ def place(
         members: the axes that the group spans.
         gpus_per_node: consecutive ranks that share a node.
     """
+    members = frozenset(
+        axis for axis, degree in zip(axes, degrees, strict=True) if axis in members and degree > 1
+    )
+    if (evenly := _evenly_spaced(axes, degrees, members)) is not None:
+        stride, size = evenly
+        alike = min(size, -(-gpus_per_node // stride))
+        nodes = size if stride >= gpus_per_node else (stride * (size - 1)) // gpus_per_node + 1
+        return Group(size=size, per_node=alike, nodes=nodes, gpus_per_node=gpus_per_node)
     steps = []
     for at, (axis, degree) in enumerate(zip(axes, degrees, strict=True)):
         if axis in members:
@@ -70,6 +78,19 @@ def place(
         nodes=len(on_node),
         gpus_per_node=gpus_per_node,
     )
+
+
+def _evenly_spaced(
+    axes: tuple[str, ...], degrees: tuple[int, ...], members: frozenset[str]
+) -> tuple[int, int] | None:
+    """The distance between ranks of a group, and their number; None if the distances differ."""
+    at = [number for number, axis in enumerate(axes) if axis in members]
+    if not at:
+        return 1, 1
+    between = degrees[at[0] : at[-1] + 1]
+    if any(degree > 1 and axis not in members for axis, degree in zip(axes[at[0] :], between, strict=False)):
+        return None
+    return prod(degrees[: at[0]]), prod(between)
 
 
 @dataclass(frozen=True)

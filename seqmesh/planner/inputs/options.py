@@ -22,7 +22,7 @@ ATTENTION_OPTIONS = {
     "assume",
 }
 JOB_OPTIONS = MACHINE_OPTIONS | TRAINING_OPTIONS | ATTENTION_OPTIONS
-FILE_OPTIONS = {"emit", "trace", "plot"}
+FILE_OPTIONS = {"emit", "emit_for", "trace", "plot"}
 
 MODES: Mapping[str, set[str]] = {
     "published": set(),
@@ -53,6 +53,9 @@ def check_options(context: typer.Context) -> None:
             raise ValueError(f"--{name.replace('_', '-')} {options[name]}: use a whole number of at least 1")
     if options["top"] > MOST_SHOWN:
         raise ValueError(f"--top {options['top']}: at most {MOST_SHOWN} are shown; use less")
+    program = options["emit_for"]
+    if program != "seqmesh" and options["emit"] is None:
+        raise ValueError(f"--emit-for {program} without --emit writes nothing; add --emit plan.sh")
     _check_kernel(options)
 
 

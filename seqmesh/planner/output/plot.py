@@ -15,6 +15,7 @@ from typing import Any
 
 from seqmesh.planner.cost.estimate import COMPUTE, PIPELINE, StepEstimate
 from seqmesh.planner.inputs.point import Point
+from seqmesh.planner.words import mesh_words
 
 MOST_BARS = 16
 SMALL = 0.01
@@ -27,7 +28,8 @@ WARM = ("#c8553d", "#f0a35e", "#f6d186", "#9c3848", "#e58f9c", "#d9a679", "#7a4b
 """Activations, and exchanges."""
 VIOLET = ("#6a4c93", "#9d86be", "#cdbfe0", "#4a3060")
 """Buffers of the moment of the peak, and the pipeline's idle time."""
-GIB = 2**30
+GB = 1e9
+"""As text has it."""
 KEPT = ("parameters", "gradients", "optimizer", "zero_buffers", "overhead")
 
 Bars = Sequence[Mapping[str, float]]
@@ -95,8 +97,7 @@ def _legend(figure: Any, axes: Any, side: str) -> None:
 
 def label(point: Point) -> str:
     """What sets a point apart: its degrees above 1, ZeRO stage, and memory savers."""
-    degrees = {"tp": point.tp, "u": point.ulysses, "r": point.ring, "dp": point.dp, "pp": point.pp}
-    words = [f"{name}{size}" for name, size in degrees.items() if size > 1] or ["1 GPU"]
+    words = mesh_words(point).split()
     words += [f"zero{point.zero}"] if point.zero else []
     words += [f"mb{point.micro_batch}"] if point.micro_batch > 1 else []
     words += ["ckpt"] if point.checkpointing != "none" else []
@@ -127,18 +128,18 @@ def _memory(axes: Any, estimates: Sequence[StepEstimate], capacity: int) -> None
         return WARM if name.startswith(("activations", "checkpoints")) else VIOLET
 
     categories = [estimate.memory.categories for estimate in estimates]
-    bars = [{name: size / GIB for name, size in sizes.items()} for sizes in categories]
+    bars = [{name: size / GB for name, size in sizes.items()} for sizes in categories]
     _bars(axes, bars, estimates, family)
     axes.axvline(
-        capacity / GIB,
+        capacity / GB,
         color="black",
         linestyle="--",
         linewidth=1.4,
-        label=f"capacity: {capacity / GIB:.4g} GiB",
+        label=f"capacity: {capacity / GB:.3g} GB",
     )
-    axes.set_xlim(right=1.04 * max(capacity, *(estimate.memory.total for estimate in estimates)) / GIB)
-    totals = [estimate.memory.total / GIB for estimate in estimates]
-    _finish(axes, "Memory of a GPU at its peak", "GiB", totals)
+    axes.set_xlim(right=1.04 * max(capacity, *(estimate.memory.total for estimate in estimates)) / GB)
+    totals = [estimate.memory.total / GB for estimate in estimates]
+    _finish(axes, "Memory of a GPU at its peak", "GB", totals)
 
 
 def _time(axes: Any, estimates: Sequence[StepEstimate]) -> None:

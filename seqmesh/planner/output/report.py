@@ -1,4 +1,4 @@
-"""What `seqmesh plan` prints: the best few, why, why not the next, and what the answer rests on."""
+"""What `seqmesh plan` prints: the answer in five lines and a table; with --explain all that is behind it."""
 
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -7,51 +7,72 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from seqmesh.planner.candidates import Pins
+from seqmesh.planner.answer import answer
+from seqmesh.planner.candidates import Pins, mesh_of
 from seqmesh.planner.cost.estimate import StepEstimate
 from seqmesh.planner.cost.step import CostModel
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.units import about_tokens, format_bytes, format_count, format_seconds
 from seqmesh.planner.output.console import link_bytes, link_name, plain_table, print_list
 from seqmesh.planner.reasons import reasons, why_not
-from seqmesh.planner.search import Found
+from seqmesh.planner.search import Found, Search
 from seqmesh.planner.sensitivity import Sensitivity, Trial, sensitivities
+from seqmesh.planner.words import knob_words, mesh_words
 
 MOST_SENSITIVITIES = 5
 """Assumptions that change the time only, of which so many are named."""
 
 
-def show_found(out: Console, costs: CostModel, found: Found, pins: Pins, top: int) -> None:
-    """The answer to a search.
-
-    `top` of what was found is shown; all of it competes in what would change the answer.
-    """
+def show_found(out: Console, costs: CostModel, found: Found, top: int, recipe: str | None = None) -> None:
+    """The answer to a search in five lines, and `top` of what was found as a table."""
     _heading(out, costs.job)
+    if found.tied:
+        out.print()
+        for line in answer(costs, found, recipe):
+            out.print(line, markup=False)
+    shown = in_order(found, top)
     out.print(
-        f"{found.meshes} legal meshes compared; one line for each of the best."
-        " Times are predicted, not measured.\n"
+        f"\n{found.meshes} legal meshes compared; one line for each of the best. Times are predicted, not"
+        " measured. Why: --explain."
     )
-    out.print(candidates_table((*found.best[:top], *found.infeasible[:top])))
-    if not found.best:
-        return
-    best = found.best[0]
+    out.print(candidates_table(shown, out.width, marks(found, shown)))
+
+
+def in_order(found: Found, top: int) -> list[StepEstimate]:
+    """What a table shows: the answer, what ties with it, the others by time, and what does not fit."""
+    tied = {mesh_of(one.point) for one in found.tied}
+    ties = sorted(found.tied[1:], key=lambda one: one.seconds)
+    others = (one for one in found.best if mesh_of(one.point) not in tied)
+    return [*[*found.tied[:1], *ties, *others][:top], *found.infeasible[:top]]
+
+
+def explain_found(out: Console, searched: Search, found: Found) -> None:
+    """What stands behind the answer: memory, time, bytes, reasons, sensitivities, constants."""
+    costs = searched.costs
+    best = found.tied[0]
     show_memory(out, costs, best)
-    why = reasons(costs, best, pins)
+    _show_time(out, best)
+    sent = ", ".join(link_bytes(best.bytes_per_step)) or "none"
+    out.print(f"\n[bold]Bytes that a GPU sends in a step, on average[/]: {sent}")
+    why = reasons(searched, best)
     print_list(out, "Why this one (the practices are listed in docs/planner.md)", why)
-    print_list(out, "Why not the next", [why_not(best, other) for other in found.best[1:3]])
-    print_list(out, "What would change the answer", _would_change(costs, found.best, pins))
+    others = [one for one in found.best if mesh_of(one.point) != mesh_of(best.point)]
+    print_list(out, "Why not the next", [why_not(best, other) for other in others[:2]])
+    rivals = [best, *others]
+    print_list(out, "What would change the answer", _would_change(costs, rivals, searched.pins))
+    show_assumptions(out, costs.job)
 
 
 def show_one(out: Console, costs: CostModel, estimate: StepEstimate, pins: Pins) -> None:
-    """One point in full: `--explain`."""
+    """One point in full: all of it pinned."""
     _heading(out, costs.job)
     out.print()
-    out.print(candidates_table([estimate]))
+    out.print(candidates_table([estimate], out.width))
     show_memory(out, costs, estimate)
     _show_time(out, estimate)
     sent = ", ".join(link_bytes(estimate.bytes_per_step)) or "none"
     out.print(f"\n[bold]Bytes that a GPU sends in a step, on average[/]: {sent}")
-    print_list(out, "Why", reasons(costs, estimate, pins))
+    print_list(out, "Why", reasons(Search(costs, pins), estimate))
     print_list(out, "What it rests on", _strongest(costs, estimate))
     show_assumptions(out, costs.job)
 
@@ -70,49 +91,58 @@ def _heading(out: Console, job: Job) -> None:
     )
 
 
-LEFT_COLUMNS = ("", "tp", "uly", "ring", "dp", "pp", "zero", "savers")
-RIGHT_COLUMNS = (
-    "step\n(lower - upper)",
-    "tokens/s",
-    "TFLOP/s\nper GPU",
-    "MFU\ncausal\n(non-causal)",
-    "memory",
-    "sent per GPU\nand step",
-    "limited\nby",
-)
+WIDE = 120
+"""Columns of a console from which on a table says more than what a choice needs."""
 
 
-def candidates_table(estimates: Sequence[StepEstimate]) -> Table:
-    """One line a point."""
+def marks(found: Found, shown: Sequence[StepEstimate]) -> list[str]:
+    """For each line of the table: the answer, a tie with it, or nothing."""
+    tied = [mesh_of(one.point) for one in found.tied]
+    words = dict.fromkeys(tied[1:], "tie") | dict.fromkeys(tied[:1], "run")
+    return [words.get(mesh_of(one.point), "") if one.fits else "" for one in shown]
+
+
+def candidates_table(estimates: Sequence[StepEstimate], width: int, marked: Sequence[str] = ()) -> Table:
+    """One line a point: the mesh, what it takes and what limits it; more where there is room.
+
+    Args:
+        estimates: the points.
+        width: columns of the console.
+        marked: a word for each.
+    """
     table = plain_table()
-    for title in LEFT_COLUMNS:
-        table.add_column(title, no_wrap=True)
-    for title in RIGHT_COLUMNS:
+    table.add_column("")
+    table.add_column("mesh", min_width=10)
+    titles = ["step", "MFU", "memory", "limited\nby"]
+    if width >= WIDE:
+        titles[1:2] = ["tokens/s", "TFLOP/s\nper GPU", "MFU\n(non-causal)"]
+        titles[-1:] = ["sent per GPU\nand step", "limited\nby"]
+    for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
-    for number, estimate in enumerate(estimates, 1):
-        table.add_row(str(number), *_point_cells(estimate), *_cost_cells(estimate))
+    for number, one in enumerate(estimates):
+        mark = marked[number] if number < len(marked) else ""
+        mesh = f"{mesh_words(one.point)}\n{knob_words(one.point)}"
+        cells = _wide_cells(one) if width >= WIDE else _narrow_cells(one)
+        table.add_row(mark, mesh, *cells)
     return table
 
 
-def _point_cells(estimate: StepEstimate) -> list[str]:
-    p = estimate.point
-    savers = [f"{saver} {value}" for saver, value in p.savers.items()]
-    if p.micro_batch > 1:
-        savers.append(f"micro-batch {p.micro_batch}")
-    return [*map(str, (p.tp, p.ulysses, p.ring, p.dp, p.pp, p.zero)), "\n".join(savers) or "-"]
+def _narrow_cells(one: StepEstimate) -> list[str]:
+    memory = format_bytes(one.memory.total) + ("" if one.fits else "\nDOES NOT FIT")
+    return [format_seconds(one.seconds), f"{one.mfu_causal:.1%}", memory, link_name(one.bound_by)]
 
 
-def _cost_cells(estimate: StepEstimate) -> list[str]:
-    bounds = f"({format_seconds(estimate.lower)} - {format_seconds(estimate.upper)})"
-    tflops = estimate.tflops_per_gpu
+def _wide_cells(one: StepEstimate) -> list[str]:
+    step, mfu, memory, limit = _narrow_cells(one)
+    tflops = one.tflops_per_gpu
     return [
-        f"{format_seconds(estimate.seconds)}\n{bounds}",
-        f"{estimate.tokens_per_second:,.0f}",
+        f"{step}\n({format_seconds(one.lower)} - {format_seconds(one.upper)})",
+        f"{one.tokens_per_second:,.0f}",
         f"{tflops:.3g}" if tflops < 10 else f"{tflops:.1f}",
-        f"{estimate.mfu_causal:.1%}\n({estimate.mfu_noncausal:.1%})",
-        format_bytes(estimate.memory.total) + ("" if estimate.fits else "\nDOES NOT FIT"),
-        "\n".join(link_bytes(estimate.bytes_per_step)) or "-",
-        link_name(estimate.bound_by),
+        f"{mfu}\n({one.mfu_noncausal:.1%})",
+        memory,
+        "\n".join(link_bytes(one.bytes_per_step)) or "-",
+        limit,
     ]
 
 

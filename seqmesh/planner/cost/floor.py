@@ -1,0 +1,75 @@
+"""Seconds that no point of a mesh goes below, without a schedule: what the search orders meshes by.
+
+    work        of the largest micro-batch: what weights cost is spread over most tokens there
+    attention   the mean ring rank's pairs, in blocks as large as its rows; no exchange, merge or launch
+    bubble      of the smallest micro-batch: most of them fill the pipeline best
+    weights     what no compute hides, with all the compute there could be
+
+A test compares it with the estimate of every point of many meshes (tests/test_plan_search.py).
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from math import inf
+
+from seqmesh import layouts
+from seqmesh.planner.cost.attention import AttentionCost, attention_cost
+from seqmesh.planner.cost.network import Group
+from seqmesh.planner.cost.ring_load import RingLoad, StageLoad
+from seqmesh.planner.cost.step import CostModel
+from seqmesh.planner.inputs.job import Job
+from seqmesh.planner.inputs.point import Point
+
+ALONE = Group(size=1, per_node=1, nodes=1, gpus_per_node=1)
+
+
+class FloorModel(CostModel):
+    """The cost model of a job whose attention exchanges nothing and is balanced."""
+
+    def __init__(self, costs: CostModel) -> None:
+        super().__init__(costs.job, costs.loads)
+        self._least = lru_cache(maxsize=None)(_least_load)
+
+    def attention(self, point: Point) -> AttentionCost:
+        """A layer's attention of one micro-batch, at the least."""
+        job = self.job
+        sequences = 1 if not job.documents else point.micro_batch
+        load = self._least(job, point.ring, sequences)
+        return attention_cost(job, load, self.attention_shape(point), ALONE, ALONE)
+
+    def floor(self, mesh: Point, zero_stages: Sequence[int], micro_batches: Sequence[int]) -> float:
+        """Seconds that a mesh takes with any of these, ascending micro-batches, and any savers."""
+        large = mesh.but(micro_batch=micro_batches[-1])
+        bubble = (mesh.pp - 1) / self.job.micro_batches(mesh.but(micro_batch=micro_batches[0]))
+        work = sum(term.seconds for term in self._work(large))
+        return (1 + bubble) * work + min(self._weights_floor(large.but(zero=zero)) for zero in zero_stages)
+
+    def _weights_floor(self, point: Point) -> float:
+        terms = (*self._weights(point, inf), *self._optimizer(point))
+        return sum(term.exposed for term in terms)
+
+
+def _least_load(job: Job, ring: int, sequences: int) -> RingLoad:
+    """A ring rank with the mean number of pairs of so many sequences in a row, as one block."""
+    tokens = job.seq_len * sequences
+    pairs = job.area * sequences / job.global_batch / ring
+    rows = -(-tokens // ring)
+    one = StageLoad(
+        count=1,
+        hop=0,
+        pairs=round(pairs),
+        slow_pairs=pairs * (1 + job.assumptions.attention_half_rows / rows),
+        blocks=0,
+        q_rows=0,
+        sent=0,
+        received=0,
+    )
+    return RingLoad(
+        layout=layouts.contiguous(tokens, ring),
+        stages=(one,),
+        asked=None,
+        exchanges=0,
+        hops=((),),
+        imbalance=1.0,
+        rows_moved=0,
+    )

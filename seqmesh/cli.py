@@ -41,6 +41,19 @@ def main() -> None:
         near = getattr(error, "possibilities", None)
         suggestion = f"; did you mean {near[0]}?" if near else ""
         code = _fail(f"{message}{suggestion} (see {_help_of(sys.argv)})", USAGE)
+    _end(code)
+
+
+def _end(code: int | None) -> None:
+    """Exit. One of torchrun's ranks does so at once, without Python's own end.
+
+    A thread of gloo that lets go of its last tensor then would abort the process after all was done, and
+    torchrun would take it for a failure (pytorch/pytorch pull request 179291).
+    """
+    if os.environ.keys() >= {"RANK", "WORLD_SIZE"}:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code or 0)
     sys.exit(code)
 
 

@@ -231,6 +231,30 @@ def test_no_command_shows_the_help() -> None:
     assert "train" in shown.stdout
 
 
+@pytest.mark.parametrize(
+    ("of_torchrun", "said"), [({}, "late"), ({"RANK": "0", "WORLD_SIZE": "1"}, "")], ids=["alone", "a rank"]
+)
+def test_a_rank_of_torchruns_ends_without_pythons_own_end(
+    of_torchrun: dict[str, str], said: str, tmp_path: Path
+) -> None:
+    """Where PyTorch's threads may abort it; what it printed is there, and its exit code."""
+    program = "import atexit, sys; atexit.register(print, 'late'); from seqmesh.cli import main; main()"
+    for argument, code in (("--version", 0), ("--nonsense", 2)):
+        done = subprocess.run(
+            [sys.executable, "-c", program, argument],
+            cwd=tmp_path,
+            env=environment() | of_torchrun,
+            capture_output=True,
+            text=True,
+            timeout=TIMEOUT_S,
+            check=False,
+        )
+        assert done.returncode == code
+        assert ("late" in done.stdout) == bool(said)
+        assert ("seqmesh 0" in done.stdout) == (code == 0)
+        assert ("seqmesh: error" in done.stderr) == (code == 2)
+
+
 def test_ranks_find_loaded_what_pytorch_loads_on_use(tmp_path: Path) -> None:
     """In a fresh process: this one may have loaded it already."""
     program = """

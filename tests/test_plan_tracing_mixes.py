@@ -51,13 +51,22 @@ def allocated(config: Config) -> int:
 
 
 def check_is_allocated(traced: int, ranks: Ranks, config: Config, rank: int) -> None:
-    """gloo's threads may hold a message's buffer for a while, more than a trace sees: the best try counts."""
+    """Within 1e-3, of the best try: gloo's threads may hold a message's buffer for longer than a trace sees.
+
+    On a loaded machine one may be held in every try: a pipeline's, or what a rank of ulysses sends another.
+    """
     found = []
     for _ in range(5):
         found.append(ranks.run(config.mesh.world, allocated, config)[rank])
         if traced == pytest.approx(found[-1], rel=1e-3):
             return
-    assert traced == pytest.approx(min(found), rel=1e-3)
+    mesh = config.mesh.degrees
+    message = 4 * config.model.hidden * config.data.seq_len * config.micro_batch
+    message //= mesh["ring"] * mesh["ulysses"]
+    over = min(found) - traced
+    assert over == pytest.approx(message, abs=1e-3 * traced) or over == pytest.approx(
+        message / mesh["ulysses"], abs=1e-3 * traced
+    ), f"{min(found)} bytes, and {traced} traced"
 
 
 MIXES = {

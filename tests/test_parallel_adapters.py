@@ -29,6 +29,7 @@ from torch import Tensor
 from seqmesh import Schedule, SequenceMesh, masks
 from seqmesh.integrations.transformers import plug_in
 from seqmesh.parallel import ParallelDims, ParallelPlan, load_folder, parallelize
+from seqmesh.parallel.gather import whole_weights
 
 MIXES: dict[str, Run] = {
     "ring, zero 3": Run(dims=ParallelDims(ring=4), micro_batches=2),
@@ -188,6 +189,17 @@ def weight_decomposed() -> Any:
     model = build("llama", False, 2, 2)
     inject_adapter_in_model(LoraConfig(r=2, target_modules=["q_proj", "down_proj"], use_dora=True), model)
     return model
+
+
+def test_all_that_peft_trains_is_gathered(ranks: Ranks) -> None:
+    for rank, found in enumerate(ranks.run(4, gathered_dora)):
+        kinds = {name.partition("lora_")[2].partition(".")[0] for name in found}
+        assert kinds == ({"A", "B", "magnitude_vector"} if rank == 0 else set())
+
+
+def gathered_dora() -> set[str]:
+    """Names of what a rank gathers of a model whose adapters have magnitudes."""
+    return set(whole_weights(parallelize(weight_decomposed(), mesh_of(ParallelDims(ring=2, ulysses=2)))))
 
 
 def test_other_adapters_of_layers_train_without_tp(ranks: Ranks) -> None:

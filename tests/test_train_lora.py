@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from meshes import mesh_of
-from model_folders import save_model
+from model_folders import save_config, save_model
 from parallel_runs import whole
 from peft import PeftModel
 from ranks import Ranks
@@ -159,6 +159,15 @@ def test_weights_whose_names_are_converted_and_adapters_start_alike_on_any_mesh(
     assert sum(".lora_A." in name for name in alone) == 4 * 7  # q, k, v, o, the router, and experts twice
 
 
+def test_adapted_experts_train_on_several_ranks_as_on_one(ranks: Ranks, tmp_path: Path) -> None:
+    folder = save_config("mixtral", tmp_path)
+    losses, norms, _ = trained(config_of(folder))
+    found = ranks.run(4, trained, config_of(folder, dp_shard=2, ring=2, zero=3))
+    for found_losses, found_norms, _ in found:
+        assert found_losses == pytest.approx(losses, rel=1e-6)
+        assert found_norms == pytest.approx(norms, rel=2e-5)
+
+
 def test_flops_count_no_gradients_of_weights_that_stay(folder: str) -> None:
     plain = sizes_of(replace(config_of(folder), lora=AdapterConfig()))
     sizes = sizes_of(config_of(folder))
@@ -185,6 +194,12 @@ def test_targets_that_cannot_be_adapted_are_refused_before_a_rank_starts(
     with pytest.raises(ValueError, match=re.escape(message)) as refused:
         setup.check(config)
     assert "\n" not in str(refused.value)
+
+
+def test_adapted_experts_that_are_spread_are_refused_before_a_rank_starts(tmp_path: Path) -> None:
+    config = config_of(save_config("mixtral", tmp_path), dp_shard=2, ring=2, zero=3, experts=2)
+    with pytest.raises(ValueError, match="whose adapters belong to all experts"):
+        setup.check(config)
 
 
 def test_wrong_settings_are_refused(folder: str) -> None:

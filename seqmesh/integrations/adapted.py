@@ -2,6 +2,7 @@
 
 from typing import Any, Protocol, runtime_checkable
 
+from torch import nn
 from transformers import PreTrainedModel
 
 
@@ -13,6 +14,13 @@ class PeftModel(Protocol):
 
     def get_base_model(self) -> PreTrainedModel:
         """The transformers model inside, whose layers have the adapters."""
+
+
+def innermost(module: nn.Module) -> nn.Module:
+    """What adapters have been put around, one or several; any other module as it is."""
+    while isinstance(inner := getattr(module, "base_layer", None), nn.Module):
+        module = inner
+    return module
 
 
 def unwrapped(model: PreTrainedModel | PeftModel) -> PreTrainedModel:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
+from seqmesh.integrations.adapted import innermost
 from seqmesh.integrations.layers import chunk_of
 
 _NAME = "seqmesh_calls"
@@ -113,8 +114,8 @@ def _no_mask(*_: Any, **__: Any) -> None:
 
 @contextmanager
 def _experts_passed_over(model: PreTrainedModel) -> Iterator[None]:
-    """Modules that hold the weights of several experts give back what they get."""
-    modules = [module for module in model.modules() if holds_experts(module)]
+    """Modules that hold the weights of several experts, and what adapts them, give back what they get."""
+    modules = [module for module in model.modules() if holds_experts(innermost(module))]
     for module in modules:
         module.forward = lambda hidden, *_, **__: hidden
     try:

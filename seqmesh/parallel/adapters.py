@@ -28,6 +28,8 @@ Styles = dict[str, str]
 """Name of a module or parameter -> style, as transformers resolves a plan."""
 _DOWN, _UP = "lora_A", "lora_B"
 _BASE = "base_layer"
+_OF_PEFT = (".lora_", ".modules_to_save.")
+"""In the names of all parameters that peft adds."""
 _COLUMNS = "rowwise"
 """The style that shares a matrix by its columns, by the name of the activations' side."""
 
@@ -38,8 +40,11 @@ def is_adapter(parameter: str) -> bool:
 
 
 def what_trains(named: Mapping[str, Named]) -> dict[str, Named]:
-    """Of what a model's parameters are, or have, by name: that of its adapters, or of all if it has none."""
-    return {name: x for name, x in named.items() if is_adapter(name)} or dict(named)
+    """Of what a model's parameters are, or have, by name: that of its adapters, or of all if it has none.
+
+    Adapters of other kinds than A and B too, such as DoRA's magnitudes.
+    """
+    return {name: x for name, x in named.items() if any(part in name for part in _OF_PEFT)} or dict(named)
 
 
 def name_without_adapters(parameter: str) -> str:

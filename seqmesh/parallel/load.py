@@ -65,7 +65,7 @@ def stored_names(folder: Path | str) -> set[str]:
 
 def names_in_folder(model: PreTrainedModel) -> set[str]:
     """What a folder of a model must have: its parameters but for adapters, by the names without them."""
-    return {name_without_adapters(name) for name, _ in model.named_parameters() if not is_adapter(name)}
+    return {name for name, _ in _own_parameters(model)}
 
 
 def check_folder(model: PreTrainedModel, folder: Path | str) -> None:
@@ -152,13 +152,17 @@ def _homes(folder: Path) -> dict[str, Path]:
 
 def _stored(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
     """What a checkpoint holds of a model: parameters, and buffers that are weights; under its names."""
-    for name, parameter in model.named_parameters():
-        if not is_adapter(name):
-            yield name_without_adapters(name), parameter
+    yield from _own_parameters(model)
     kept = model.state_dict().keys()
     for name, buffer in model.named_buffers():
         if name in kept:
             yield name_without_adapters(name), buffer
+
+
+def _own_parameters(model: PreTrainedModel) -> Iterator[tuple[str, Tensor]]:
+    for name, parameter in model.named_parameters():
+        if not is_adapter(name):
+            yield name_without_adapters(name), parameter
 
 
 def _stored_of(model: ParallelModel) -> Iterator[tuple[str, Tensor]]:

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from seqmesh.parallel.adapters import check_adapters, is_adapter, starting_values
+from seqmesh.parallel.adapters import is_adapter, starting_values
 from seqmesh.train.config.lora import ALL_LINEAR, AdapterConfig
 from seqmesh.train.paths import expanded
 
@@ -40,7 +40,7 @@ def adapt(
         The model.
 
     Raises:
-        ValueError: peft is not installed, or names that are no linear layers inside the model's layers.
+        ValueError: peft is not installed, or names that are no linear layers of the model.
     """
     if not settings.rank:
         return model
@@ -56,7 +56,6 @@ def adapt(
         raise ValueError(
             f"lora.targets={settings.targets!r} with {type(model).__name__} ({what}); name its linear layers"
         ) from None
-    check_adapters(model)
     made: dict[int, nn.Parameter] = {}
     for name, parameter in list(model.named_parameters(remove_duplicate=False)):
         owner, _, own = name.rpartition(".")

@@ -24,6 +24,7 @@ from seqmesh.parallel import (
     split,
     tensor,
 )
+from seqmesh.parallel.adapters import check_adapters
 from seqmesh.train import folder as folders
 from seqmesh.train import model as models
 from seqmesh.train.config import Config, MeshConfig, check_fits
@@ -109,8 +110,9 @@ def check(config: Config) -> dict[str, tuple[int, ...]]:
 
 
 def _check_plans(hollow: PreTrainedModel, config: Config) -> None:
-    """What transformers, or a pipeline, cannot do with this model."""
+    """What tp, spread experts or a pipeline cannot do with this model."""
     mesh = config.mesh
+    check_adapters(hollow, mesh.tp, mesh.experts)
     if mesh.tp > 1:
         tensor.check_ranges(hollow, mesh.tp)
     if mesh.experts > 1:

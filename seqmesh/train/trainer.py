@@ -35,7 +35,8 @@ from seqmesh.train.check import BitCheck, Computed
 from seqmesh.train.checkpoint import Checkpoint, Progress, load_checkpoint
 from seqmesh.train.config import Config, TrainConfig
 from seqmesh.train.costs import RankCosts, WatchCosts, all_sent, mean_seconds
-from seqmesh.train.data import Corpus, Piece, assemble, deal, lengths_of, sequences
+from seqmesh.train.data import Corpus, Piece, assemble, lengths_of, sequences
+from seqmesh.train.evening import deal
 from seqmesh.train.events import StepMetrics
 from seqmesh.train.facts import RankFacts, check_agreement, gather_facts, weight_sum
 from seqmesh.train.recipe import dump

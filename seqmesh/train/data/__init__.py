@@ -31,7 +31,6 @@ from seqmesh.train.data.tokens import (
     decode,
     encode,
 )
-from seqmesh.train.evening import deal
 
 __all__ = [
     "BYTES",
@@ -50,7 +49,6 @@ __all__ = [
     "assemble",
     "check_enough",
     "copy_in",
-    "deal",
     "decode",
     "encode",
     "lengths_of",

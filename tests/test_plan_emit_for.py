@@ -11,7 +11,9 @@ from seqmesh.planner.inputs.documents import parse_documents
 from seqmesh.planner.inputs.hardware import Cluster, load_gpu
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.models import load_model
+from seqmesh.planner.inputs.numerics import PRECISIONS
 from seqmesh.planner.inputs.point import Point
+from seqmesh.planner.output.emit import emit
 from seqmesh.planner.output.emit_for import PROGRAMS, emit_for
 
 pytestmark = pytest.mark.fast
@@ -119,3 +121,15 @@ def test_a_models_name_cannot_add_a_command() -> None:
         text, _ = emit_for(program, replace(job(), model=named), POINTS[0])
         assert all(line.startswith(("#", "torchrun", "NGPU", "    --")) for line in text.splitlines())
         assert "$(" not in "".join(line for line in text.splitlines() if not line.startswith("#"))
+
+
+@pytest.mark.parametrize("program", PROGRAMS)
+def test_an_order_of_stages_and_a_precision_that_the_command_does_not_ask_for_are_named(program: str) -> None:
+    point = Point(tp=2, pp=2, dp=4, micro_batch=1, pipeline="interleaved", virtual=2)
+    text, missing = emit_for(program, replace(job(), numerics=PRECISIONS["fp8-linear"]), point)
+    for said in ("pipeline=interleaved: this command runs 1f1b", "products in fp8"):
+        assert any(line.startswith(said) for line in missing)
+        assert said in text
+    _, of_recipe = emit(replace(job(), numerics=PRECISIONS["fp8-linear"]), Point(ring=16, zero=3))
+    assert any(line.startswith("products in fp8") for line in of_recipe)
+    assert not any("1f1b" in line or "fp8" in line for line in emit_for(program, job(), POINTS[3])[1])

@@ -3,6 +3,7 @@
 ranks = pp x dp x ring x ulysses x tp        from the slowest links to the fastest (best practice 7)
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 
 from seqmesh.planner.inputs.tables import unknown
@@ -70,6 +71,10 @@ class Point:
     def gpus(self) -> int:
         """Ranks in all."""
         return self.tp * self.sp * self.dp * self.pp
+
+    def used(self, axes: Sequence[str] = AXES) -> list[str]:
+        """The axes with more than one rank, in an order of all."""
+        return [axis for axis in axes if getattr(self, axis) > 1]
 
     @property
     def offloads_optimizer(self) -> bool:

@@ -150,6 +150,8 @@ def _precision(job: Job, point: Point) -> _Setting:
         return _Setting("fp32")
     if point.zero < 2:
         return _Setting("fp32", f"bf16 with zero={point.zero}: the trainer computes in bf16 from zero=2 on")
+    if job.numerics.fp8_products:
+        return _Setting("bf16", "products in fp8: the trainer computes in bf16")
     if job.numerics.gradient == 2:
         return _Setting("bf16", "gradients in bf16: the trainer sums them in fp32")
     return _Setting("bf16")
@@ -160,9 +162,7 @@ def _machine(job: Job, point: Point) -> Iterator[str]:
         f"{job.cluster.nodes} x {job.cluster.gpus_per_node} {job.cluster.gpu.name}:"
         " recipes/launch starts a rank for each GPU; on a laptop, add --device cpu"
     )
-    degrees = {"tp": point.tp, "ulysses": point.ulysses, "ring": point.ring, "dp": point.dp, "pp": point.pp}
-    used = [axis for axis in job.axes if degrees[axis] > 1]
-    if used != [axis for axis in AXES if degrees[axis] > 1]:
+    if point.used(job.axes) != point.used():
         yield f"axes={','.join(job.axes)}: the trainer's are {','.join(AXES)}"
 
 

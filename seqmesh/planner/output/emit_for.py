@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 from seqmesh.planner.inputs.job import Job
-from seqmesh.planner.inputs.point import AXES, Point
+from seqmesh.planner.inputs.point import Point
 from seqmesh.planner.inputs.tables import unknown
 
 
@@ -58,8 +58,11 @@ def _alike(job: Job, point: Point) -> Iterator[str]:
         yield f"tiling={point.tiling}: it makes all logits of a micro-batch at once; expect more memory"
     if point.offloads_activations:
         yield f"offload={point.offload}: it does not keep full checkpoints on the host"
-    degrees = {"tp": point.tp, "ulysses": point.ulysses, "ring": point.ring, "dp": point.dp, "pp": point.pp}
-    if [a for a in job.axes if degrees[a] > 1] != [a for a in AXES if degrees[a] > 1]:
+    if point.pipeline != "1f1b":
+        yield f"pipeline={point.pipeline}: this command runs 1f1b; add the program's own flags for it"
+    if job.numerics.fp8_products:
+        yield "products in fp8: this command computes in bf16; add the program's own flags for it"
+    if point.used(job.axes) != point.used():
         yield f"axes={','.join(job.axes)}: it has its own order"
     yield "data: tokenizer, text, learning rate and what else it needs are its own flags"
     yield "time and memory: they were priced with seqmesh's attention, whose exchanges differ"

@@ -50,10 +50,7 @@ def explain_found(out: Console, searched: Search, found: Found) -> None:
     """What stands behind the answer: memory, time, bytes, reasons, sensitivities, constants."""
     costs = searched.costs
     best = found.tied[0]
-    show_memory(out, costs, best)
-    _show_time(out, best)
-    sent = ", ".join(link_bytes(best.bytes_per_step)) or "none"
-    out.print(f"\n[bold]Bytes that a GPU sends in a step, on average[/]: {sent}")
+    _show_costs(out, costs, best)
     why = reasons(searched, best)
     print_list(out, "Why this one (the practices are listed in docs/planner.md)", why)
     others = [one for one in found.best if mesh_of(one.point) != mesh_of(best.point)]
@@ -68,13 +65,17 @@ def show_one(out: Console, costs: CostModel, estimate: StepEstimate, pins: Pins)
     _heading(out, costs.job)
     out.print()
     out.print(candidates_table([estimate], out.width))
+    _show_costs(out, costs, estimate)
+    print_list(out, "Why", reasons(Search(costs, pins), estimate))
+    print_list(out, "What it rests on", _strongest(costs, estimate))
+    show_assumptions(out, costs.job)
+
+
+def _show_costs(out: Console, costs: CostModel, estimate: StepEstimate) -> None:
     show_memory(out, costs, estimate)
     _show_time(out, estimate)
     sent = ", ".join(link_bytes(estimate.bytes_per_step)) or "none"
     out.print(f"\n[bold]Bytes that a GPU sends in a step, on average[/]: {sent}")
-    print_list(out, "Why", reasons(Search(costs, pins), estimate))
-    print_list(out, "What it rests on", _strongest(costs, estimate))
-    show_assumptions(out, costs.job)
 
 
 def _heading(out: Console, job: Job) -> None:

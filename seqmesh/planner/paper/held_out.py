@@ -26,7 +26,7 @@ from seqmesh.planner.inputs.units import format_tokens
 
 K = 1024
 GIB = 2**30
-MEAN_ERROR, LARGEST_ERROR, MEMORY_ERROR = 0.15, 0.35, 0.15
+MEAN_GOAL, LARGEST_GOAL, MEMORY_GOAL = 0.15, 0.35, 0.15
 """Goals: of speeds on average, of any speed, and of memory on average."""
 
 
@@ -217,18 +217,18 @@ def _line(row: HeldOutRow) -> str:
     if row.memory_gib is not None and row.memory_error is not None:
         both = f"{row.memory_gib:.1f} {row.allocated_gib:.1f}"
         memory = f"{both:>16}{row.memory_error:+9.0%}"
-    failed = "" if abs(row.error) <= LARGEST_ERROR else "  FAILS"
+    failed = "" if abs(row.error) <= LARGEST_GOAL else "  FAILS"
     return f"    {row.name:7}{setup:34}{speed}{memory}{failed}"
 
 
 def _summary() -> Iterator[str]:
     mean = fmean(abs(row.error) for row in ROWS)
     worst = max(ROWS, key=lambda row: abs(row.error))
-    yield _verdict(f"speed: mean error {mean:.1%}", mean, MEAN_ERROR)
+    yield _verdict(f"speed: mean error {mean:.1%}", mean, MEAN_GOAL)
     largest = abs(worst.error)
-    yield _verdict(f"speed: largest error {largest:.0%} ({worst.name})", largest, LARGEST_ERROR)
+    yield _verdict(f"speed: largest error {largest:.0%} ({worst.name})", largest, LARGEST_GOAL)
     memory = fmean(abs(row.memory_error) for row in ROWS if row.memory_error is not None)
-    yield _verdict(f"memory: mean error {memory:.1%}", memory, MEMORY_ERROR)
+    yield _verdict(f"memory: mean error {memory:.1%}", memory, MEMORY_GOAL)
     yield f"  speed by GPU: {_by(lambda row: row.gpu)}"
     yield f"  speed by length: {_by(lambda row: format_tokens(row.seq_len))}"
 

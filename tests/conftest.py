@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch  # imported before the fork, so that ranks start at once
+from plan_command import Run
 from ranks import Ranks
 from train_command import TEXT
 
@@ -40,3 +41,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("text") / "fox.txt"
     path.write_text(TEXT)
     return path
+
+
+@pytest.fixture
+def plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
+    return Run(monkeypatch, capsys)

@@ -1,58 +1,21 @@
-"""`seqmesh plan` as its users see it: JSON, text, files.
-
-Wrong input of every kind is one line and exit code 2.
-"""
+"""`seqmesh plan` as its users see it: JSON, text, files."""
 
 import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
+from plan_command import JOB, KERNEL, Run
 from rich.console import Console
 
-from seqmesh import cli
 from seqmesh.planner import command
 from seqmesh.planner.inputs.point import KEYS
 
 pytestmark = pytest.mark.fast
 
 
-JOB = [
-    "--model", "llama3-8b", "--gpu", "a800-sxm", "--nodes", "2", "--gpus-per-node", "8",
-    "--seq-len", "208K", "--global-batch", "1",
-]  # fmt: skip
 HEADLINE = "tp=8,ulysses=1,ring=2,dp=1,pp=1,zero=1,checkpointing=none,offload=none,tiling=none,micro_batch=1"
-KERNEL = [
-    "--kernel", "--heads", "32", "--kv-heads", "8", "--head-dim", "128",
-    "--gpu", "l20", "--gpus-per-node", "8",
-]  # fmt: skip
-
-
-class Run:
-    """`seqmesh plan` in this process."""
-
-    def __init__(self, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-        self._monkeypatch = monkeypatch
-        self._capsys = capsys
-
-    def __call__(self, *arguments: str) -> tuple[int, str, str]:
-        self._monkeypatch.setattr(sys, "argv", ["seqmesh", "plan", *arguments])
-        with pytest.raises(SystemExit) as stop:
-            cli.main()
-        shown = self._capsys.readouterr()
-        return int(stop.value.code or 0), shown.out, shown.err
-
-    def json(self, *arguments: str) -> Any:
-        code, out, error = self(*arguments, "--json")
-        assert (code, error) == (0, "")
-        return json.loads(out)
-
-
-@pytest.fixture
-def plan(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> Run:
-    return Run(monkeypatch, capsys)
 
 
 def test_json_has_the_promised_keys_best_first(plan: Run) -> None:
@@ -295,14 +258,6 @@ def test_names_that_look_like_markup_are_shown_as_they_are(plan: Run, tmp_path: 
     assert "[/bold]: [red]" in out
 
 
-def test_a_profile_of_another_gpu_is_refused(plan: Run, tmp_path: Path) -> None:
-    profile = tmp_path / "measured.toml"
-    profile.write_text('[gpu.h100-sxm]\nlike = "h100-sxm"\nmeasured = true\n')
-    code, _, error = plan(*JOB, "--profile", str(profile))
-    assert code == 2
-    assert "measures h100-sxm, not a800-sxm; use --gpu h100-sxm" in error
-
-
 def test_fp32_is_priced_by_the_fp32_rate(plan: Run, tmp_path: Path) -> None:
     arguments = (
         "--model",
@@ -340,81 +295,6 @@ def test_a_measured_profile_overrides_rates_and_assumptions(plan: Run, tmp_path:
     slow = plan.json(*JOB, "--pin", HEADLINE, "--profile", str(profile))["candidates"][0]
     assert slow["step_seconds"] > 1.5 * plan.json(*JOB, "--pin", HEADLINE)["candidates"][0]["step_seconds"]
     assert "measured profile" in plan(*JOB, "--profile", str(profile))[1]
-
-
-@pytest.mark.parametrize(
-    ("arguments", "said"),
-    [
-        (
-            ("--model", "lama3-8b", "--gpu", "a800-sxm"),
-            "unknown model 'lama3-8b'; did you mean 'llama3-8b'? known: ",
-        ),
-        (("--model", "llama3-8b", "--gpu", "a80"), "unknown GPU 'a80'; did you mean 'a800-sxm'? known: "),
-        (("--model", "llama3-8b"), "no GPU given; add --gpu"),
-        (("--gpu", "l20"), "no model given; add --model"),
-        ((*JOB, "--pin", "ulyses=2"), "unknown pin 'ulyses'; did you mean 'ulysses'? known: "),
-        ((*JOB, "--pin", "tp"), "'tp' is not key=value"),
-        ((*JOB, "--pin", "tp=two"), "'two' is not a whole number"),
-        ((*JOB, "--pin", "tp=0"), "a degree is at least 1"),
-        ((*JOB, "--pin", "zero=4"), "ZeRO has stages 0 to 3"),
-        ((*JOB, "--pin", "tp=2,tp=4"), "contradict each other"),
-        ((*JOB, "--pin", "checkpointing=ful"), "did you mean 'full'?"),
-        ((*JOB, "--pin", "tp=8,ulysses=8"), "= 64 ranks on 16 GPUs"),
-        ((*JOB, "--pin", "dp=2"), "does not divide global_batch=1"),
-        ((*JOB, "--seq-len", "many"), "'many' is not a number of tokens"),
-        ((*JOB, "--memory-limit", "2GB"), "nothing fits: "),
-        ((*JOB, "--assume", "netwrk=1"), "did you mean 'network'?"),
-        ((*JOB, "--assume", "network=1.5"), "it is a share; use at most 1"),
-        ((*JOB, "--assume", "network=nan"), "use a positive finite number"),
-        ((*JOB, "--layout", "zickzack"), "did you mean 'zigzag'?"),
-        ((*JOB, "--precision", "fp8"), "unknown precision 'fp8'"),
-        ((*JOB, "--precision", "fp8-linear"), "no tflops_fp8"),
-        ((*JOB, "--attention", "fa3"), "use --attention fa2"),
-        ((*JOB, "--attention", "fa4"), "unknown kernel of attention 'fa4'"),
-        ((*JOB, "--pin", "pipeline=interleaved,virtual=2,pp=1"), "use pp >= 2"),
-        ((*JOB, "--documents", "normal:3"), "is none of: lognormal"),
-        ((*JOB, "--documents", "lognormal:x,1"), "two numbers"),
-        ((*JOB, "--axes", "tp,ulysses,ring,dp"), "must name each of"),
-        ((*JOB, "--global-batch", "0"), "use a whole number of at least 1"),
-        ((*JOB, "--heads", "8"), "--heads is an option of --kernel"),
-        ((*KERNEL, "--model", "llama3-8b"), "--model has no meaning with --kernel"),
-        ((*KERNEL, "--pin", "ulysses=3"), "ulysses x ring must be 8"),
-        ((*KERNEL, "--pin", "tp=2"), "has no meaning with --kernel"),
-        (("--kernel", "--gpu", "l20"), "--kernel needs --heads"),
-        ((*KERNEL, "--emit", "x.toml"), "--emit has no meaning with --kernel"),
-        ((*KERNEL, "--max-seq"), "--max-seq has no meaning with --kernel"),
-        ((*JOB, "--compare", "--pin", "tp=2"), "--pin has no meaning with --compare"),
-        ((*JOB, "--trace-memory", "--layout", "zigzag"), "--layout has no meaning with --trace-memory"),
-        (("--published", "--json"), "--json has no meaning with --published"),
-        ((*JOB, "--stack", "trainer", "--gradients", "bf16"), "sums gradients in fp32"),
-        ((*JOB, "--precision", "fp32", "--gradients", "bf16"), "gradients have the weights' precision"),
-        ((*JOB, "--modle", "x"), "did you mean --model?"),
-        (("--model", "llama3-8b", "--gpu", "[/bold]"), "unknown GPU '[/bold]'"),
-        ((*JOB, "--max-seq", "--pin", "tp=3"), "no legal mesh with tp=3"),
-        ((*JOB, "--assume", "attention_half_rows=1e308"), "from 1e-09 to 1e+15"),
-        ((*JOB, "--memory-limit", "100GiB"), "use less, or correct the GPU"),
-        ((*JOB, "--global-batch", "1" + "0" * 21), "is a slip"),
-        ((*JOB, "--documents", "fixed:1"), "more than 20000 documents"),
-        ((*JOB, "--stack", "trainer", "--pin", "offload=optimizer,zero=1"), "use zero=2 or 3"),
-        ((*JOB, "--top", "1000"), "at most 100 are shown"),
-        ((*JOB, "--emit", "/no/such/folder/x.toml"), "cannot write '/no/such/folder/x.toml'"),
-        ((*JOB, "--hardware", "/no/such.toml"), "/no/such.toml"),
-    ],
-    ids=lambda value: " ".join(value[-2:]) if isinstance(value, tuple) else "",
-)
-def test_wrong_input_is_one_line_with_the_remedy_and_exit_code_2(
-    plan: Run, arguments: tuple[str, ...], said: str
-) -> None:
-    code, out, error = plan(*arguments)
-    assert (code, out) == (2, "")
-    assert error.startswith("seqmesh: error: ")
-    assert error.count("\n") == 1
-    assert said in error
-
-
-def test_nothing_fits_names_the_shortfall_and_the_cheapest_remedy(plan: Run) -> None:
-    _, _, error = plan("--model", "llama3-405b", "--gpu", "a800-sxm", "--seq-len", "1M")
-    assert "too much; --nodes" in error
 
 
 def test_planning_a_thousand_gpus_imports_no_torch() -> None:

@@ -1,14 +1,13 @@
 """`seqmesh train` as users run it: the real command, its forked ranks, a tiny model and a short run."""
 
 import json
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from train_command import ROOT, TEXT, TIMEOUT_S, TINY, environment, one_line_error, seqmesh_command
+from train_command import ROOT, TEXT, TINY, one_line_error, python_program, seqmesh_command
 from transformers import ByT5Tokenizer, LlamaForCausalLM
 
 import seqmesh
@@ -240,15 +239,7 @@ def test_a_rank_of_torchruns_ends_without_pythons_own_end(
     """Where PyTorch's threads may abort it; what it printed is there, and its exit code."""
     program = "import atexit, sys; atexit.register(print, 'late'); from seqmesh.cli import main; main()"
     for argument, code in (("--version", 0), ("--nonsense", 2)):
-        done = subprocess.run(
-            [sys.executable, "-c", program, argument],
-            cwd=tmp_path,
-            env=environment() | of_torchrun,
-            capture_output=True,
-            text=True,
-            timeout=TIMEOUT_S,
-            check=False,
-        )
+        done = python_program(program, argument, cwd=tmp_path, **of_torchrun)
         assert done.returncode == code
         assert ("late" in done.stdout) == bool(said)
         assert ("seqmesh 0" in done.stdout) == (code == 0)
@@ -267,15 +258,7 @@ def work(place, emit):
     emit([name in sys.modules for name in LOADED_ON_USE])
 run_local(work, 1, 60.0, print, Path())
 """
-    done = subprocess.run(
-        [sys.executable, "-c", program],
-        cwd=tmp_path,
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=TIMEOUT_S,
-        check=False,
-    )
+    done = python_program(program, cwd=tmp_path)
     assert (done.stdout, done.stderr) == ("[True, True]\n", "")
 
 

@@ -17,7 +17,8 @@ from model_folders import save_config, save_model
 from parallel_runs import whole
 from peft import PeftModel
 from ranks import Ranks
-from test_train_mixes import BASE, TEXT, trained
+from test_train_mixes import TEXT, trained
+from test_train_models import config_of as plain_config_of
 from test_train_models import loss_of_plain_transformers, saved_and_resumed
 from torch import Tensor
 from train_command import seqmesh_command
@@ -28,7 +29,7 @@ from seqmesh.trace.tracing import trace_recipe
 from seqmesh.train import folder as model_folder
 from seqmesh.train import setup, step_folders
 from seqmesh.train.checkpoint import Checkpoint, Progress
-from seqmesh.train.config import AdapterConfig, Config, MeshConfig, ModelConfig
+from seqmesh.train.config import AdapterConfig, Config, ModelConfig
 from seqmesh.train.data import lengths_of, sequences
 from seqmesh.train.export import export
 from seqmesh.train.model import build_hollow, sizes_of
@@ -53,15 +54,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def config_of(folder: str, **settings: Any) -> Config:
-    mesh = {key: value for key, value in settings.items() if hasattr(MeshConfig(), key)}
-    train = {key: value for key, value in settings.items() if key not in mesh}
-    return replace(
-        BASE,
-        mesh=MeshConfig(**({"ring": 1, "ulysses": 1} | mesh)),
-        model=ModelConfig(folder=folder),
-        lora=LORA,
-        train=replace(BASE.train, **train),
-    )
+    return replace(plain_config_of(folder, **settings), lora=LORA)
 
 
 @cache

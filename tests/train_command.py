@@ -25,8 +25,17 @@ def environment() -> dict[str, str]:
 
 
 def seqmesh_command(*arguments: str, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    return ended(command(*arguments), cwd, **more)
+
+
+def python_program(program: str, *arguments: str, cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    return ended([sys.executable, "-c", program, *arguments], cwd, **more)
+
+
+def ended(line: list[str], cwd: Path, **more: str) -> subprocess.CompletedProcess[str]:
+    """A process that has come to its end, with more in its environment."""
     return subprocess.run(
-        command(*arguments),
+        line,
         cwd=cwd,
         env=environment() | more,
         capture_output=True,

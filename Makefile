@@ -34,9 +34,11 @@ pictures: .venv/ready
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation -e .
 	touch $@
 
-# Triton apart from the other packages, for the tests that run its kernels in its interpreter, on CPU (CI does).
+# Triton and kernels written in it apart from the other packages, for the tests that run them in its interpreter,
+# on CPU (CI does).
 .venv/triton: .venv/ready
-	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@ triton==3.7.1
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --target $@ \
+		triton==3.7.1 fla-core==0.6.0 einops==0.8.2
 
 clean:
 	rm -rf .venv .pytest_cache .mypy_cache .ruff_cache

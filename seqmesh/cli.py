@@ -1,4 +1,4 @@
-"""The command line: `seqmesh train`, `export`, `plan`, `bench`, `verify`, `draw`, `capabilities`.
+"""The command line: `seqmesh train`, `export`, `generate`, `plan`, `bench`, `verify`, `draw`, `capabilities`.
 
 Modules are imported where they are used: what loads torch costs seconds, which help, a version or a typing
 mistake should not.
@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from itertools import zip_longest
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import seqmesh
 
@@ -79,7 +79,7 @@ def _help_of(arguments: Sequence[str]) -> str:
     named = arguments[1:2]
     return (
         f"seqmesh {named[0]} --help"
-        if named and named[0] in ("plan", "verify", "draw", "export")
+        if named and named[0] in ("plan", "verify", "draw", "export", "generate")
         else "seqmesh --help"
     )
 
@@ -97,6 +97,7 @@ def _is_usage_error(error: Exception) -> bool:
 def _app() -> "typer.Typer":
     import typer
 
+    from seqmesh.bench.command import add_to as add_bench
     from seqmesh.picture.command import add_to as add_draw
     from seqmesh.planner.command import add_to as add_plan
     from seqmesh.verify.command import add_to as add_verify
@@ -105,7 +106,8 @@ def _app() -> "typer.Typer":
     _add_root(app)
     _add_train(app)
     _add_export(app)
-    _add_bench(app)
+    _add_generate(app)
+    add_bench(app)
     add_plan(app)
     add_verify(app)
     add_draw(app)
@@ -176,147 +178,34 @@ def _add_export(app: "typer.Typer") -> None:
         return 0
 
 
-def _add_bench(app: "typer.Typer") -> None:
+def _add_generate(app: "typer.Typer") -> None:
     import typer
 
-    small = typer.Option("--quick", help="Small sizes: seconds instead of minutes; times are not judged.")
-    file = typer.Option("--json", help="Also write every figure to this file.")
-    planners = typer.Option("--profile", help="Write a measured profile for seqmesh plan, and nothing else.")
-    measured = typer.Option("--ranks", help="Ranks that --profile measures at once.")
+    def option(name: str, text: str) -> Any:
+        return typer.Option(name, help=text)
 
-    bench = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
-    app.add_typer(bench, name="bench")
-
-    @bench.callback()
-    def bench_command(
-        context: typer.Context,
-        quick: Annotated[bool, small] = False,
-        json: Annotated[Path | None, file] = None,
-        profile: Annotated[Path | None, planners] = None,
-        ranks: Annotated[int, measured] = 4,
+    @app.command("generate")
+    def generate_command(
+        model: Annotated[Path, option("--model", "A folder that save_pretrained wrote.")],
+        prompt: Annotated[Path, option("--prompt", "A text file; - for standard input.")],
+        ulysses: Annotated[int, option("--ulysses", "Ulysses degree of the mesh.")] = 1,
+        ring: Annotated[int, option("--ring", "Ring degree of the mesh.")] = 1,
+        new_tokens: Annotated[int, option("--new-tokens", "At most so many.")] = 128,
+        chunk: Annotated[int | None, option("--chunk", "Tokens of the prompt at a time (all).")] = None,
+        temperature: Annotated[float, option("--temperature", "0: always the likeliest token.")] = 0.0,
+        top_p: Annotated[float, option("--top-p", "Sample of the likeliest tokens of so much.")] = 1.0,
+        seed: Annotated[int, option("--seed", "Of samples, the same on all ranks.")] = 0,
+        device: Annotated[str, option("--device", "cpu, or cuda: a GPU a rank.")] = "cpu",
+        dtype: Annotated[str, option("--dtype", "auto (the model's own), fp32, bf16, fp16.")] = "auto",
     ) -> int:
-        """Measure speed against one process, memory, bytes, schedules and load balance,
-        with their targets.
+        """Continue a prompt whose K/V cache no rank could hold: it and the work are spread over a mesh.
+        Starts ulysses x ring local ranks, or joins torchrun's. Weights are whole on every rank.
         """
-        if context.invoked_subcommand is not None:
-            return 0
-        if profile is not None:
-            from seqmesh.bench.profile import write_profile
+        from seqmesh.generate.command import generate, request
 
-            write_profile(profile, ranks)
-            return 0
-        from seqmesh.bench.report import run_bench
-
-        return run_bench(quick, json)
-
-    _add_balance(bench)
-    _add_gpu_rank(bench)
-    _add_gpu_step(bench)
-    _add_train_step(bench)
-    _add_overlap(bench)
-
-
-def _add_balance(bench: "typer.Typer") -> None:
-    import typer
-
-    file = typer.Option("--json", help="Also write every figure to this file.")
-
-    @bench.command("balance")
-    def balance_command(json: Annotated[Path | None, file] = None) -> int:
-        """Count how long data-parallel ranks wait for the busiest one, with sequences in turn,
-        evened, and in one pool.
-        """
-        from seqmesh.bench.report import measure_balance, run_figures
-
-        return run_figures(measure_balance(), quick=False, json_path=json)
-
-
-def _add_gpu_rank(bench: "typer.Typer") -> None:
-    import typer
-
-    device = typer.Option("--device", help="cuda (bf16) or cpu (fp32).")
-    tokens = typer.Option("--tokens", help="Tokens of the rank (default: 8192 on cuda, 512 on cpu).")
-    rings = typer.Option("--rings", help="Ring degrees, such as 2,8,64 (default: 2 to 64).")
-    file = typer.Option("--json", help="Also write every figure to this file.")
-
-    @bench.command("gpu-rank")
-    def gpu_rank_command(
-        device: Annotated[str, device] = "cuda",
-        tokens: Annotated[int | None, tokens] = None,
-        rings: Annotated[str | None, rings] = None,
-        json: Annotated[Path | None, file] = None,
-    ) -> int:
-        """Time the exact work of one rank of a ring on one device, with exchanges as local copies,
-        against one call of as many pairs.
-        """
-        from seqmesh.bench.gpu_rank import run_gpu_rank, work_of
-
-        return run_gpu_rank(work_of(device, tokens, rings), json)
-
-
-def _add_gpu_step(bench: "typer.Typer") -> None:
-    import typer
-
-    recipes = typer.Argument(metavar="[RECIPE.toml]", help="Default: LLaMA3-8B, 208K tokens on 16 ranks.")
-    device = typer.Option("--device", help="cuda, or cpu (a tiny model without a recipe).")
-    gpus = typer.Option("--gpu", help="The planner's name of this GPU, such as h100-sxm (default: found).")
-    count = typer.Option("--steps", help="Steps that count.")
-    file = typer.Option("--json", help="Also write every figure to this file.")
-
-    @bench.command("gpu-step")
-    def gpu_step_command(
-        recipe: Annotated[str | None, recipes] = None,
-        device: Annotated[str, device] = "cuda",
-        gpu: Annotated[str, gpus] = "",
-        steps: Annotated[int, count] = 5,
-        json: Annotated[Path | None, file] = None,
-    ) -> int:
-        """Time a training step of one rank of a large job on one device,
-        with exchanges as local copies.
-        """
-        from seqmesh.bench.gpu_step import run_gpu_step
-
-        return run_gpu_step(recipe, device, gpu, steps, json)
-
-
-def _add_train_step(bench: "typer.Typer") -> None:
-    import typer
-
-    small = typer.Option("--quick", help="Small sizes: seconds instead of minutes; times are not judged.")
-    file = typer.Option("--json", help="Also write every figure to this file.")
-
-    @bench.command("train-step")
-    def train_step_command(
-        quick: Annotated[bool, small] = False, json: Annotated[Path | None, file] = None
-    ) -> int:
-        """Time a training step against a plain PyTorch loop, and count a rank's memory on 1 to 8 ranks."""
-        from seqmesh.bench.train_step import run_train_step
-
-        return run_train_step(quick, json)
-
-
-def _add_overlap(bench: "typer.Typer") -> None:
-    import typer
-
-    tokens = typer.Option("--tokens", help="Tokens of the sequence.")
-    repeats = typer.Option("--repeats", help="Calls of each side that count.")
-    file = typer.Option("--json", help="Also write every time stamp to this file.")
-    picture = typer.Option("--plot", help="Also draw it (png, pdf, svg).")
-
-    @bench.command("overlap")
-    def overlap_command(
-        tokens: Annotated[int, tokens] = 4096,
-        repeats: Annotated[int, repeats] = 9,
-        json: Annotated[Path | None, file] = None,
-        plot: Annotated[Path | None, picture] = None,
-    ) -> int:
-        """Time how long two ranks wait for the exchange of heads, overlapped with attention
-        and one after the other.
-        """
-        from seqmesh.bench.overlap import OverlapWork
-        from seqmesh.bench.overlap_report import run_overlap
-
-        return run_overlap(OverlapWork(tokens=tokens, repeats=repeats), json, plot)
+        mesh = {"ulysses": ulysses, "ring": ring, "device": device, "dtype": dtype}
+        sampling = {"temperature": temperature, "top_p": top_p, "seed": seed}
+        return generate(request(model, prompt, new_tokens=new_tokens, chunk=chunk, **mesh, **sampling))
 
 
 def _add_capabilities(app: "typer.Typer") -> None:

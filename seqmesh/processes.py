@@ -14,7 +14,7 @@ import os
 import signal
 import sys
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from importlib import import_module
@@ -55,6 +55,13 @@ class Place:
     """init_method of the process group: file://... or env://."""
     attempt: int = 0
     """How often all ranks were started before: they must not find what those left."""
+
+
+def place_from(environment: Mapping[str, str]) -> Place | None:
+    """This process's place when torchrun (or alike) started it, None when ranks are ours to start."""
+    if not environment.keys() >= {"RANK", "WORLD_SIZE"}:
+        return None
+    return Place(rank=int(environment["RANK"]), world=int(environment["WORLD_SIZE"]), rendezvous="env://")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -189,6 +196,11 @@ def stop_ranks(ranks: Sequence[LocalRank], patience_s: float = STOP_SECONDS) -> 
             rank.pipe.close()
     finally:
         signal.signal(signal.SIGINT, previous)
+
+
+def first_line(error: BaseException) -> str:
+    """What another library's exception begins with, or its type's name."""
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def one_line(error: BaseException) -> str:

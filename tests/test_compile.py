@@ -55,6 +55,15 @@ def test_a_full_graph_gives_the_eager_numbers_and_new_documents_do_not_recompile
         assert compilations <= 2
 
 
+def test_a_schedule_that_nobody_has_used_yet_compiles() -> None:
+    case = Case(mask=masks.full(9), dtype=torch.float32)
+    schedule = build(case)
+    (q, k, v), _, _ = local_inputs(case, build(case))
+    warnings.simplefilter("ignore")  # PyTorch's compiler warns about its own deprecations
+    out = torch.compile(attention, fullgraph=True, backend="aot_eager")(q, k, v, schedule)
+    torch.testing.assert_close(out, attention(q, k, v, schedule))
+
+
 def test_one_process_without_a_group_compiles_too() -> None:
     case = Case(mask=masks.causal(33), dtype=torch.float32, heads=4, kv_heads=2)
     (error,), _ = compiled([case], "aot_eager")

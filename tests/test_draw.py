@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from seqmesh import cli, layouts, masks
-from seqmesh.picture import describe, draw_both, draw_mesh, draw_schedule
+from seqmesh.picture import describe, draw_both, draw_chains, draw_mesh, draw_schedule
 from seqmesh.picture.both import BETWEEN
 from seqmesh.picture.mesh import mesh_size
 
@@ -111,3 +111,16 @@ def test_without_matplotlib_the_command_says_what_to_install(
     code, _, error = draw("--ring", "2", "--out", str(tmp_path / "x.png"))
     assert code == 2
     assert "pip install 'seqmesh[train]'" in error
+
+
+def test_states_are_drawn_as_a_program_would_and_refused_without_documents(
+    draw: Draw, tmp_path: Path
+) -> None:
+    asked = ("--mask", "documents([44, 20])", "--ring", "4", "--layout", "zigzag", "--states")
+    assert draw(*asked, "--out", str(tmp_path / "a.png"))[0] == 0
+    draw_chains(masks.documents([44, 20]), layouts.zigzag(64, 4), tmp_path / "b.png")
+    assert (tmp_path / "a.png").read_bytes() == (tmp_path / "b.png").read_bytes()
+    code, _, error = draw(*asked)
+    assert (code, "--states is a picture of documents; pass --mask and --out" in error) == (2, True)
+    windows = ("--mask", WINDOWS, "--ring", "2", "--states", "--out", str(tmp_path / "c.png"))
+    assert "not one of whole causal documents" in draw(*windows)[2]

@@ -1,4 +1,4 @@
-"""The examples, as their first lines say to run them: torchrun's ranks train what one rank trains."""
+"""The examples, as their first lines say to run them: torchrun's ranks do what one rank does."""
 
 import os
 import re
@@ -7,6 +7,7 @@ import sys
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 EXAMPLES = Path(__file__).parent.parent / "examples"
@@ -18,9 +19,8 @@ Rare, on loaded machines, after all was done (pytorch/pytorch pull request 17929
 """
 
 
-@cache
-def numbers(name: str, ranks: int, arguments: tuple[str, ...]) -> list[list[float]]:
-    """What an example prints of each step."""
+def printed(name: str, ranks: int, arguments: tuple[str, ...]) -> str:
+    """What an example prints."""
     launcher = (
         ("-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}") if ranks > 1 else ()
     )
@@ -36,7 +36,13 @@ def numbers(name: str, ranks: int, arguments: tuple[str, ...]) -> list[list[floa
         if PYTORCH_AT_EXIT not in done.stderr:
             break
     assert done.returncode == 0, done.stderr
-    lines = [line for line in done.stdout.splitlines() if line.startswith("step ")]
+    return done.stdout
+
+
+@cache
+def numbers(name: str, ranks: int, arguments: tuple[str, ...]) -> list[list[float]]:
+    """What an example prints of each step."""
+    lines = [line for line in printed(name, ranks, arguments).splitlines() if line.startswith("step ")]
     found = [[float(number) for number in re.findall(r"\d+\.\d+", line)] for line in lines]
     assert len(found) == 3
     assert all(found)
@@ -60,3 +66,18 @@ def test_an_example_on_four_ranks_prints_the_numbers_of_one(
     alone = numbers(name, 1, ())
     for found, expected in zip(numbers(name, 4, arguments), alone, strict=True):
         assert found == pytest.approx(expected, abs=2e-5)
+
+
+def test_flux_on_four_ranks_writes_the_picture_of_one(tmp_path: Path) -> None:
+    from PIL import Image
+
+    size = ("--height", "336", "--width", "208")  # 21 x 13 image tokens
+    pictures = []
+    for ranks in (1, 4):
+        out = tmp_path / f"{ranks}.png"
+        assert f"{out}: 208 x 336 pixels" in printed("flux.py", ranks, (*size, "--out", str(out)))
+        pictures.append(np.asarray(Image.open(out)).astype(int))
+    alone, together = pictures
+    assert alone.std() > 5
+    # fp32 sums in another order: a value between two of the 256 levels may go either way.
+    assert abs(alone - together).max() <= 1

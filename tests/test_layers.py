@@ -30,14 +30,19 @@ ALLOWED: dict[str, list[str]] = {
     "processes": [],
     "provenance": [],
     "picture": [*PURE, "notation"],
-    "integrations": ["masks", "engine"],
+    "integrations": ["masks", "layouts", "engine"],
+    "generate": ["masks", "layouts", "engine", "integrations"],
+    "generate.program": ["engine", "generate", "integrations", "processes", "train"],
+    "generate.command": ["generate.program", "processes", "train"],
     "parallel": ["masks", "layouts", "engine", "integrations"],
     "train": ["engine", "integrations", "masks", "parallel", "processes", "provenance"],
     "trace": ["parallel", "train"],
     "bench": [
         *(*PURE, "seqmesh", "engine", "parallel", "train", "processes", "provenance"),
         *("picture", "planner.inputs", "planner.cost", "planner.trainer", "trace", "foresee"),
+        *("integrations", "generate"),
     ],
+    "bench.command": ["bench"],
     "verify": [
         *("masks", "layouts", "notation", "engine"),
         *("integrations", "train", "processes", "provenance"),
@@ -53,7 +58,10 @@ ALLOWED: dict[str, list[str]] = {
         *("planner", "planner.inputs", "planner.cost"),
         *("planner.trainer", "planner.paper", "planner.output"),
     ],
-    "cli": ["seqmesh", "train", "foresee", "bench", "planner.command", "picture", "verify", "kernel_table"],
+    "cli": [
+        *("seqmesh", "train", "generate.command", "foresee", "bench.command"),
+        *("planner.command", "picture", "verify", "kernel_table"),
+    ],
     "seqmesh": ["masks", "layouts", "engine", "kernel_table"],
 }
 """Part of the package -> the parts that it may import, besides itself.
@@ -70,6 +78,7 @@ TORCH_FREE = [
     "cli",
     "verify.cases",
     "verify.command",
+    "bench.command",
     "train.config",
     "train.recipe",
     "train.events",

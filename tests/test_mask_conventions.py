@@ -62,11 +62,21 @@ def test_padding_sees_nothing_and_nobody_sees_it(left: int, real: int, right: in
     np.testing.assert_array_equal(masks.from_padding(row, causal).dense(), expected)
 
 
+@given(st.lists(st.booleans(), max_size=12))
+def test_a_key_mask_hides_the_same_keys_from_every_query_holes_and_all(seen: list[bool]) -> None:
+    expected = np.tile(np.array(seen, dtype=bool), (len(seen), 1)).reshape(len(seen), len(seen))
+    mask = masks.from_key_mask(seen)
+    np.testing.assert_array_equal(mask.dense(), expected)
+    # As few bands as there are runs of seen keys.
+    assert len(mask.bands) == sum(1 for at, one in enumerate(seen) if one and not (at and seen[at - 1]))
+
+
 @every_container
 def test_lists_arrays_and_tensors_say_the_same(container: Callable[[list[int]], Any]) -> None:
     assert masks.from_cu_seqlens(container([0, 4, 6, 9])) == masks.documents([4, 2, 3])
     assert masks.from_position_ids(container([0, 1, 0, 0, 1, 2])) == masks.documents([2, 1, 3])
     assert masks.from_padding(container([0, 1, 1])) == Mask(3, 3, (Band(1, 3, 1, 3, 0),))
+    assert masks.from_key_mask(container([1, 0, 1])) == Mask(3, 3, (Band(0, 3, 0, 1), Band(0, 3, 2, 3)))
 
 
 def test_a_batch_of_equal_rows_has_the_mask_of_one() -> None:
@@ -117,6 +127,8 @@ def test_no_tokens_are_a_mask_of_none() -> None:
             lambda: masks.from_padding(torch.tensor([[0, 1], [1, 1]])),
         ),
         ("not one row of whole numbers: [0.0", lambda: masks.from_padding([0.0, float("-inf")])),
+        ("key_mask has 2 at token 1, but 1 is a token that is seen", lambda: masks.from_key_mask([1, 2])),
+        ("not one row of whole numbers", lambda: masks.from_key_mask([[1, 0]])),
         ("row 1 is 3, not a mask; pass one Mask for each", lambda: masks.rows([masks.causal(2), 3])),
     ],
 )

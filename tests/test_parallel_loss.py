@@ -5,7 +5,7 @@ import torch
 from meshes import mesh_of
 from ranks import Ranks
 from torch import Tensor
-from torch.distributed.tensor import DTensor, Shard, distribute_tensor
+from torch.distributed.tensor import DTensor, Replicate, Shard, distribute_tensor
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -82,6 +82,40 @@ def test_logits_of_all_rows_never_exist() -> None:
     assert seen.elements <= max(hidden.numel(), weight.numel(), 7 * 50)
 
 
+class CountProducts(TorchDispatchMode):
+    """Matrix products."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.count += func is torch.ops.aten.mm.default
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("is_trained", "is_frozen", "products"), [(True, False, 3), (True, True, 2), (False, False, 1)]
+)
+def test_logits_are_made_once(is_trained: bool, is_frozen: bool, products: int) -> None:
+    hidden, weight, labels = given()
+    if is_frozen:
+        weight.requires_grad_(False)
+    with CountProducts() as seen, torch.set_grad_enabled(is_trained):
+        loss = hidden_loss(hidden, weight, labels, 50, HeadRule(chunk_rows=5))
+        if is_trained:
+            loss.backward()
+    assert seen.count == 3 * products
+    torch.testing.assert_close(loss.detach(), expected(None)[0], rtol=1e-12, atol=0)
+
+
+def test_a_second_backward_gives_the_same_gradients_again() -> None:
+    hidden, weight, labels = given()
+    loss = 3 * hidden_loss(hidden, weight, labels, 50)
+    for _ in range(2):
+        got = torch.autograd.grad(loss, (hidden, weight), retain_graph=True)
+        for a, b in zip(got, expected(None)[1:], strict=True):
+            torch.testing.assert_close(a, 3 * b, rtol=1e-12, atol=1e-14)
+
+
 def test_a_rank_without_labels_gives_0_and_zero_gradients() -> None:
     hidden, weight, labels = given(torch.bfloat16)
     loss = hidden_loss(hidden, weight, torch.full_like(labels, -100), 50)
@@ -100,3 +134,35 @@ def test_a_count_below_ones_own_labels_is_refused() -> None:
         hidden_loss(hidden, weight, labels, 3)
     with pytest.raises(ValueError, match=r"need \(b, n, H\) and \(b, n\)"):
         hidden_loss(hidden, weight, labels[:, :4], 50)
+
+
+def test_a_single_label_counts_as_one() -> None:
+    hidden, weight, labels = given()
+    one = torch.full_like(labels, -100)
+    one[0, 3] = labels[0, 3]
+    of_row = F.cross_entropy(hidden[0, 3:4] @ weight.T, labels[0, 3:4])
+    torch.testing.assert_close(hidden_loss(hidden, weight, one, 1), of_row, rtol=1e-12, atol=0)
+    with pytest.raises(ValueError, match="label_count=0 but this rank alone has 0"):
+        hidden_loss(hidden, weight, torch.full_like(labels, -100), 0)
+
+
+@pytest.mark.parametrize("label", [-1, VOCABULARY])
+def test_a_label_out_of_the_vocabulary_is_refused(label: int) -> None:
+    hidden, weight, labels = given()
+    labels[0, 1] = label
+    with pytest.raises(ValueError, match="1 labels out of a vocabulary of 21: need 0 to 20, or -100"):
+        hidden_loss(hidden, weight, labels, 50)
+
+
+def with_a_whole_vocabulary_on_each() -> str:
+    hidden, whole, labels = given()
+    weight = distribute_tensor(whole.detach(), mesh_of(ParallelDims(tp=4)).tp, [Replicate()])
+    try:
+        hidden_loss(hidden, weight, labels, 50)
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def test_a_vocabulary_that_is_not_sharded_by_rows_is_refused(ranks: Ranks) -> None:
+    assert "need its rows sharded over a 1-D mesh" in ranks.run(4, with_a_whole_vocabulary_on_each)[0]

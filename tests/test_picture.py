@@ -4,6 +4,7 @@ import re
 import struct
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ import pytest
 from seqmesh import layouts, masks
 from seqmesh.layouts import Layout
 from seqmesh.masks import Band, Mask
-from seqmesh.picture import describe, draw_mesh, draw_schedule
+from seqmesh.picture import describe, draw_chains, draw_mesh, draw_schedule
 from seqmesh.picture.canvas import COLORS, EMPTY, rgb
 from seqmesh.picture.grid import owners_image, sample_tokens
 from seqmesh.picture.schedule import outline
@@ -118,6 +119,27 @@ def test_a_mesh_is_drawn(ulysses: int, ring: int, tmp_path: Path) -> None:
     assert len(picture) > 20_000
 
 
+@pytest.mark.parametrize(("ulysses", "ring"), [(1, 4), (2, 3), (1, 1)])
+def test_chains_are_drawn(ulysses: int, ring: int, tmp_path: Path) -> None:
+    mask = masks.documents([30, 1, 29])
+    draw_chains(mask, layouts.zigzag(60, ring), tmp_path / "chains.png", ulysses=ulysses)
+    assert len((tmp_path / "chains.png").read_bytes()) > 10_000
+
+
+def test_a_picture_of_chains_has_a_piece_a_box_a_state_an_arrow_and_a_halo_a_hatch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two documents on a zigzag ring of 4: 8 spans, of which two touch and two are cut."""
+    pages: list[Any] = []
+    monkeypatch.setattr("seqmesh.picture.chains.save", lambda page, _: pages.append(page))
+    draw_chains(masks.documents([44, 20]), layouts.zigzag(64, 4), tmp_path / "x.png")
+    (axes,) = pages[0].axes
+    hatched = [patch for patch in axes.patches if patch.get_hatch()]
+    assert len(hatched) == 6
+    assert len(axes.patches) - len(hatched) == 4 + 8  # a bar for each rank, a box for each piece
+    assert sum(text.arrow_patch is not None for text in axes.texts if hasattr(text, "arrow_patch")) == 6
+
+
 def test_the_same_picture_is_the_same_file(tmp_path: Path) -> None:
     for name in ("a.png", "b.png"):
         draw_schedule(masks.causal(16), layouts.zigzag(16, 2), tmp_path / name)
@@ -150,6 +172,8 @@ def test_refusals_name_the_rule(tmp_path: Path) -> None:
         draw_schedule(masks.causal(90), layouts.zigzag(90, 9), tmp_path / "x.png")
     with pytest.raises(ValueError, match="ulysses=0 does not fit"):
         draw_mesh(0, 2, tmp_path / "x.png")
+    with pytest.raises(ValueError, match="ranks=10 does not fit"):
+        draw_chains(masks.causal(90), layouts.zigzag(90, 5), tmp_path / "x.png", ulysses=2)
     with pytest.raises(ValueError, match="4 queries and 6 keys: pictures show self-attention"):
         describe(masks.cross(4, 6), layouts.contiguous(4, 2))
     with pytest.raises(ValueError, match="layout holds 8 tokens but the mask has 9"):

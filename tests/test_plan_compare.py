@@ -2,7 +2,7 @@
 
 import json
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
 
@@ -10,8 +10,8 @@ import pytest
 
 from seqmesh import layouts, masks
 from seqmesh.layouts import load
-from seqmesh.planner.cost.attention import Loads
 from seqmesh.planner.cost.fused_memory import FusedMemory
+from seqmesh.planner.cost.step_loads import Loads
 from seqmesh.planner.inputs.hardware import Cluster, load_gpu
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.models import known_models, load_model
@@ -229,8 +229,15 @@ def test_differences_name_every_cell_that_contradicts_the_print() -> None:
                 assert differs == ((row.name, column.replace("_", " ")) in listed)
 
 
+def test_other_blocks_than_the_tables_are_refused() -> None:
+    latent = replace(load_model("deepseek-v3"), mixture=None)
+    for model in (latent, load_model("mixtral-8x7b"), load_model("gemma3-27b")):
+        with pytest.raises(ValueError, match="Table 2 is of one plain block; compare a dense model"):
+            compare(model, ranks=8, batch=8, seq_len=8192)
+
+
 @pytest.mark.parametrize("ranks", [3, 16, 1024])
-@pytest.mark.parametrize("model", known_models())
+@pytest.mark.parametrize("model", [name for name in known_models() if load_model(name).is_plain])
 def test_the_text_stays_within_a_terminal(model: str, ranks: int) -> None:
     text = render(compare(load_model(model), ranks=ranks, batch=4, seq_len=65536))
     assert max(map(len, text.splitlines())) <= 150

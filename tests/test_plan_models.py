@@ -9,7 +9,7 @@ import pytest
 from wrong_input import refused, toml
 
 from seqmesh.planner.inputs.models import known_models, load_model
-from seqmesh.planner.inputs.shape import ModelShape
+from seqmesh.planner.inputs.shape import LatentShape, MixtureShape, ModelShape
 
 pytestmark = pytest.mark.fast
 
@@ -24,6 +24,8 @@ LLAMA: dict[str, Any] = {
     "vocab_size": 128256,
     "tie_word_embeddings": False,
 }
+SPARSE = MixtureShape(experts=8, active=2, intermediate=64)
+LATENT = LatentShape(q_rank=8, kv_rank=4, rotary_dim=64)
 QWEN = LLAMA | {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 4096}
 
 
@@ -84,10 +86,24 @@ def test_presets_are_found_in_any_case_and_say_their_source() -> None:
         ({"hidden": True}, "hidden=True is not a whole number"),
         ({"head_dim": 128.0}, "head_dim=128.0 is not a whole number"),
         ({"sliding_window": 0}, "sliding_window=0 is not a whole number"),
+        ({"value_dim": 0}, "value_dim=0 is not a whole number"),
+        ({"full_layers": 33}, "full_layers=33 of layers=32; use at most 32"),
+        ({"mixture": replace(SPARSE, experts=0)}, "mixture.experts=0 is not a whole number from 1"),
+        ({"mixture": replace(SPARSE, active=9)}, "mixture.active=9 of mixture.experts=8; use at most 8"),
+        ({"mixture": replace(SPARSE, shared=-1)}, "mixture.shared=-1 is not a whole number from 0"),
+        ({"mixture": replace(SPARSE, dense_layers=32)}, "mixture.dense_layers=32 of layers - 1=31"),
+        ({"latent": replace(LATENT, kv_rank=0)}, "latent.kv_rank=0 is not a whole number from 1"),
+        ({"latent": replace(LATENT, rotary_dim=129)}, "latent.rotary_dim=129 of head_dim=128"),
     ],
 )
 def test_a_shape_that_cannot_be_is_refused(changes: dict[str, Any], rule: str) -> None:
     refused(rule, lambda: replace(load_model("llama3-8b"), **changes))
+
+
+def test_as_many_parts_as_there_are_is_a_shape() -> None:
+    parts = {"full_layers": 32, "sliding_window": 1, "latent": replace(LATENT, rotary_dim=128)}
+    mixture = replace(SPARSE, active=8, dense_layers=31)
+    assert replace(load_model("llama3-8b"), **parts, mixture=mixture).expert_parameters
 
 
 def test_a_hugging_face_config_gives_the_preset(tmp_path: Path) -> None:
@@ -117,6 +133,12 @@ def test_a_hugging_face_config_gives_the_preset(tmp_path: Path) -> None:
         ),
         (QWEN | {"max_window_layers": 0}, {"sliding_window": 4096}),
         (QWEN | {"max_window_layers": 32}, {"sliding_window": None}),
+        (QWEN | {"max_window_layers": 28}, {"sliding_window": 4096, "full_layers": 28}),
+        ({"model_type": "gemma2"}, {"sliding_window": 4096, "full_layers": 16}),
+        (
+            {"model_type": "gemma3_text", "layer_types": ["sliding_attention", "full_attention"] * 16},
+            {"sliding_window": 4096, "full_layers": 16},
+        ),
         (QWEN | {"use_sliding_window": None, "max_window_layers": 28}, {"sliding_window": None}),
         ({"num_experts": 1}, {"gated": True}),
     ],
@@ -159,7 +181,7 @@ def test_a_multimodal_config_gives_its_text_model(tmp_path: Path) -> None:
     ("changes", "rule"),
     [
         (
-            {"model_type": "mixtral", "num_local_experts": 8},
+            {"num_local_experts": 8},
             "is a mixture of experts (num_local_experts = 8)",
         ),
         ({"n_routed_experts": 256, "kv_lora_rank": 512}, "is a mixture of experts (n_routed_experts = 256)"),
@@ -167,7 +189,7 @@ def test_a_multimodal_config_gives_its_text_model(tmp_path: Path) -> None:
         ({"is_encoder_decoder": True}, "is an encoder-decoder (is_encoder_decoder = true)"),
         ({"model_type": "mamba"}, "has layers without attention (model_type mamba)"),
         ({"mamba_n_heads": 128}, "has layers without attention (mamba_n_heads)"),
-        ({"model_type": "gemma2"}, "mixes kinds of layers (model_type gemma2)"),
+        ({"model_type": "olmo3"}, "mixes kinds of layers (model_type olmo3)"),
         (
             {"layer_types": ["full_attention", "sliding_attention"]},
             "mixes kinds of layers (layer_types full_attention, sliding_attention)",
@@ -177,7 +199,19 @@ def test_a_multimodal_config_gives_its_text_model(tmp_path: Path) -> None:
             "has layers of an unknown kind (layer_types linear_attention)",
         ),
         ({"layer_types": "full"}, "has layers of an unknown kind (layer_types 'full')"),
-        (QWEN | {"max_window_layers": 28}, "mixes kinds of layers (max_window_layers = 28 of 32)"),
+        (
+            {"model_type": "gemma2", "layer_types": ["full_attention", "sliding_attention"]},
+            "layer_types has 2 of 32 layers; name all",
+        ),
+        (
+            {
+                "model_type": "qwen3_moe",
+                "num_experts": 8,
+                "moe_intermediate_size": 64,
+                "decoder_sparse_step": 2,
+            },
+            "has experts in some of its layers only (decoder_sparse_step = 2)",
+        ),
         ({"layer_types": ["sliding_attention"]}, "sliding_window is missing; add it"),
         (
             {"model_type": "opt", "word_embed_proj_dim": 512},

@@ -125,6 +125,33 @@ def test_what_the_trainer_refuses_is_left_out_and_named(point: Point, named: str
     assert read.train.offload == "none"
 
 
+@pytest.mark.parametrize(
+    ("more", "pipeline", "named"),
+    [
+        ({}, "1f1b", None),
+        ({"pipeline": "interleaved", "virtual": 2}, "interleaved", None),
+        ({"pipeline": "interleaved", "virtual": 4}, "interleaved", "virtual=4"),
+        ({"pipeline": "zero-bubble"}, "zero-bubble", "pipeline=zero-bubble"),
+        ({"pipeline": "zero-bubble", "zero": 3}, "1f1b", "pipeline=zero-bubble"),
+        ({"pipeline": "zero-bubble", "checkpointing": "full"}, "1f1b", "pipeline=zero-bubble"),
+        ({"pipeline": "zero-bubble", "micro_batch": 4}, "1f1b", "pipeline=zero-bubble"),
+        ({"pipeline": "zero-bubble", "pp": 32, "ulysses": 1}, "1f1b", "pipeline=zero-bubble with 32 layers"),
+        ({"pipeline": "zero-bubble", "micro_batch": 12}, "1f1b", "pipeline=zero-bubble"),
+    ],
+    ids=str,
+)
+def test_the_order_of_a_pipeline_is_the_plans_where_the_trainer_has_it(
+    more: dict[str, Any], pipeline: str, named: str | None, tmp_path: Path
+) -> None:
+    point = Point(pp=2, ulysses=2, zero=2).but(**more)
+    asked = job(nodes=1, each=point.pp * point.ulysses, batch=96 if point.pp == 32 else 12)
+    read, missing = read_back(asked, point, tmp_path)
+    assert read.train.pipeline == pipeline
+    assert [one for one in subjects(missing) if "pipeline" in one or "virtual" in one] == (
+        [named] if named else []
+    )
+
+
 def test_stages_of_a_model_with_tied_embeddings_are_named(tmp_path: Path) -> None:
     read, missing = read_back(job("llama3.2-1b", batch=8), Point(pp=4, ring=4, zero=2), tmp_path)
     assert read.mesh.pp == 1
@@ -152,14 +179,15 @@ def test_a_plan_that_the_trainer_runs_as_it_is_names_only_the_machine_and_the_te
 
 def test_a_shape_that_a_recipe_cannot_say_is_named() -> None:
     wide = replace(load_model("llama3-8b"), head_dim=256, gated=False, sliding_window=4096)
-    _, missing = emit(replace(job(), model=wide), POINT)
-    for named in ("head_dim=256", "sliding_window=4096", "a feed-forward network of two matrices"):
+    text, missing = emit(replace(job(), model=wide), POINT)
+    assert tomllib.loads(text)["model"]["head_dim"] == 256
+    for named in ("sliding_window=4096", "a feed-forward network of two matrices"):
         assert any(line.startswith(named) for line in missing), named
 
 
 def test_a_model_that_the_trainer_cannot_build_is_refused_in_its_words() -> None:
-    odd = replace(load_model("llama3-8b"), hidden=4100)
-    with pytest.raises(ValueError, match=r"seqmesh train cannot run llama3-8b: model\.hidden=4100"):
+    odd = replace(load_model("llama3-8b"), head_dim=127)
+    with pytest.raises(ValueError, match=r"seqmesh train cannot run llama3-8b: model\.head_dim=127"):
         emit(replace(job(), model=odd), POINT)
 
 

@@ -7,9 +7,10 @@ import torch
 
 from seqmesh import Schedule, SequenceMesh, layouts, masks
 from seqmesh.engine.call import Facts, Options, call_for
-from seqmesh.planner.cost.attention import AttentionCost, AttentionShape, Loads, attention_cost, hides_heads
+from seqmesh.planner.cost.attention import AttentionCost, AttentionShape, attention_cost, hides_heads
 from seqmesh.planner.cost.network import Group, place
 from seqmesh.planner.cost.step import CostModel
+from seqmesh.planner.cost.step_loads import Loads
 from seqmesh.planner.inputs.assumptions import Assumptions
 from seqmesh.planner.inputs.hardware import Cluster, load_gpu
 from seqmesh.planner.inputs.job import Job
@@ -181,6 +182,7 @@ def test_the_engine_cuts_its_heads_in_the_chunks_that_are_priced(
         heads=heads,
         kv_heads=kv_heads,
         head_dim=head_dim,
+        value_head_dim=head_dim,
         batch=batch,
         ulysses=ulysses,
         element=dtype.itemsize,

@@ -66,7 +66,7 @@ def test_a_document_that_a_sequence_ends_in_goes_on_as_one_of_the_next() -> None
     assert one.sequence_areas == tuple(map(pairs_of, one.sequences))
     assert one.area == sum(one.sequence_areas)
     assert one.all_pairs == 30**2 + 70**2 + 80**2 + 20**2 + 100**2
-    assert one.mask == masks.documents((30, 70))
+    assert one.mask_of(one.sequences[0], one.reaches[0]) == masks.documents((30, 70))
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -139,7 +139,7 @@ def test_bytes_of_several_rows_are_those_of_all_of_them() -> None:
         moved.append(sum(load.rows_received(mask, layouts.auto(mask, 4))))
     assert len(moved) == 4
     assert len(set(moved)) > 1
-    assert costs.loads.rows_moved(costs.loads.key(point)) == sum(moved) / 4
+    assert costs.loads.rows_moved(costs.loads.keys(point)[0].key) == sum(moved) / 4
     # K and V twice in both passes, and their gradients: 2 + 4 rows of g x d numbers of 2 bytes.
     rows = sum(moved) / 4 * 2  # micro-batches of a group
     gradients = costs.estimate(point.but(ring=1, dp=8, micro_batch=1)).bytes_per_step
@@ -181,7 +181,12 @@ def test_predicted_bytes_equal_those_of_a_real_training_step(
     point = point or Point(ulysses=2, ring=2, micro_batch=3, pool=True)
     m = TRAINED.model
     shape = replace(
-        SMALL, layers=m.layers, hidden=m.hidden, heads=m.heads, kv_heads=m.kv_heads, head_dim=m.head_dim
+        SMALL,
+        layers=m.layers,
+        hidden=m.hidden,
+        heads=m.heads,
+        kv_heads=m.kv_heads,
+        head_dim=m.elements_of_head,
     )
     step = sequences(CORPUS, seq_len=600, seed=TRAINED.train.seed)
     documents = tuple(length for _ in range(6) for length in lengths_of(next(step)))
@@ -199,7 +204,7 @@ def test_predicted_bytes_equal_those_of_a_real_training_step(
     heads = cost.forward.heads_bytes + cost.backward.heads_bytes
     rows = cost.forward.rows_bytes + cost.backward.rows_bytes
     assert rows > 0
-    rows_of_all = rows * costs.loads.rows_moved(costs.loads.key(point)) / costs.load(point).rows_moved
+    rows_of_all = rows * costs.loads.rows_moved(costs.loads.keys(point)[0].key) / costs.load(point).rows_moved
     runs = m.layers * (6 // micro_batch)  # of all groups together
     assert runs * (heads + rows_of_all) == pytest.approx(ranks.run(4, trained, mesh, micro_batch)[0])
 

@@ -253,11 +253,11 @@ def test_products_with_few_outputs_are_slower() -> None:
     """As many FLOPs in thinner slices."""
     rates = []
     for tp in (1, 2, 4, 8):
-        layer = CostModel(job(seq_len=1024)).compute.layer(tp, 1024)
+        layer = CostModel(job(seq_len=1024)).compute.layer(Point(tp=tp))
         rates.append(1 / (tp * layer.matmul_forward))
     assert rates == sorted(rates, reverse=True)
     without = replace(job(seq_len=1024), assumptions=Assumptions(matmul_half_outputs=0.0))
-    assert CostModel(without).compute.layer(8, 1024).matmul_forward < 1 / (8 * rates[3])
+    assert CostModel(without).compute.layer(Point(tp=8)).matmul_forward < 1 / (8 * rates[3])
 
 
 # Groups.

@@ -115,7 +115,7 @@ def allocated(model: ModelShape, seq_len: int, ulysses: int, ring: int) -> int:
     ("model", "seq_len", "phase"),
     [
         (shape(128, 4, 2, 352, 259), 2048, "backward"),
-        (shape(64, 2, 2, 64, 3000), 9000, "backward"),
+        (shape(64, 2, 2, 64, 3000), 9000, "forward"),
         (shape(256, 4, 2, 1024, 8000), 128, "update"),
     ],
     ids=["layers", "logits", "weights"],
@@ -163,13 +163,14 @@ def moments_of(model: ModelShape, seq_len: int, ulysses: int, ring: int) -> tupl
 
 
 def assert_predicted(traced: TracedMemory, moments: list[Moment]) -> None:
-    """The peak, by kind, and the peaks of backward and update.
+    """The peak, by kind, and the peaks of forward, backward and update.
 
-    The forward's is near the backward's and never higher.
+    The loss is the forward's peak, or one of its layers near the backward's is.
     """
     peak = max(moments, key=lambda moment: moment.total)
     after = [moment.name for moment in moments].index("embedding") + 1
     assert peak.total == pytest.approx(traced.peak_bytes, rel=1e-2)
+    assert moments[0].total <= traced.forward_peak_bytes * 1.01
     assert max(moment.total for moment in moments[1:after]) == pytest.approx(
         traced.backward_peak_bytes, rel=1e-2
     )

@@ -23,11 +23,18 @@ from seqmesh.train.trainer import Trainer
 SEQ_LEN = 2048
 
 
-def recipe(mesh: dict[str, int], train: dict[str, Any], *, sequences: int = 1, layers: int = 3) -> Config:
+def recipe(
+    mesh: dict[str, int],
+    train: dict[str, Any],
+    *,
+    sequences: int = 1,
+    layers: int = 3,
+    intermediate: int = 704,
+) -> Config:
     return Config(
         mesh=MeshConfig(**{"ring": 1, "ulysses": 1, **mesh}),
         train=TrainConfig(**train),
-        model=ModelConfig(hidden=256, layers=layers, heads=4, kv_heads=4, intermediate=704),
+        model=ModelConfig(hidden=256, layers=layers, heads=4, kv_heads=4, intermediate=intermediate),
         data=DataConfig(seq_len=SEQ_LEN, sequences=sequences),
     )
 
@@ -53,7 +60,8 @@ def allocated(config: Config) -> int:
 def check_is_allocated(traced: int, ranks: Ranks, config: Config, rank: int) -> None:
     """Within 1e-3, of the best try: gloo's threads may hold a message's buffer for longer than a trace sees.
 
-    On a loaded machine one may be held in every try: a pipeline's, or what a rank of ulysses sends another.
+    On a loaded machine one may be held in every try: a pipeline's, or what a rank of ulysses or (with shared
+    norms) of tp sends another.
     """
     found = []
     for _ in range(5):
@@ -64,8 +72,9 @@ def check_is_allocated(traced: int, ranks: Ranks, config: Config, rank: int) -> 
     message = 4 * config.model.hidden * config.data.seq_len * config.micro_batch
     message //= mesh["ring"] * mesh["ulysses"]
     over = min(found) - traced
-    assert over == pytest.approx(message, abs=1e-3 * traced) or over == pytest.approx(
-        message / mesh["ulysses"], abs=1e-3 * traced
+    assert any(
+        over == pytest.approx(message / peers, abs=1e-3 * traced)
+        for peers in (1, mesh["ulysses"], mesh["tp"])
     ), f"{min(found)} bytes, and {traced} traced"
 
 
@@ -73,7 +82,8 @@ MIXES = {
     "zero 3, full, accumulated": recipe(
         {"dp_shard": 2}, {"zero": 3, "checkpointing": "full", "micro_batch": 1}, sequences=4
     ),
-    "tp, shared norms": recipe({"tp": 2}, {"shard_norms": True}),
+    # The peak in an MLP: beside the loss, whose gradients gloo's thread holds after they are summed over tp.
+    "tp, shared norms": recipe({"tp": 2}, {"shard_norms": True}, intermediate=1408),
     "zero 1, mlp in tiles": recipe(
         {"ulysses": 2}, {"zero": 1, "tiling": "mlp", "checkpointing": "selective"}
     ),

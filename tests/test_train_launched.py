@@ -1,6 +1,7 @@
 """`seqmesh train` as one of the ranks that torchrun starts: they join, agree, and end together."""
 
 import json
+import random
 import signal
 import socket
 import subprocess
@@ -35,9 +36,15 @@ def joined(rank: int, world: int, port: int, cwd: Path, *arguments: str) -> subp
 
 
 def free_port() -> int:
-    with socket.socket() as bound:
-        bound.bind(("127.0.0.1", 0))
-        return int(bound.getsockname()[1])
+    """Below the ports that the kernel gives to whoever asks for any: ranks of other tests do all the time."""
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_000)
+        with socket.socket() as bound:
+            try:
+                bound.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def test_a_world_that_is_not_ulysses_x_ring_is_refused_on_every_rank(text: Path) -> None:

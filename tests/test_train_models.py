@@ -19,6 +19,7 @@ from ranks import Ranks
 from test_train_mixes import BASE, RANKS, TEXT, trained
 from torch import Tensor
 from torch.nn import functional as F
+from train_command import seqmesh_command
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from seqmesh.parallel import ParallelDims
@@ -44,7 +45,7 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> Path:
     home = tmp_path_factory.mktemp("models")
     for kind in ("qwen3", "gemma2", "mixtral", "gpt_oss"):
         save_model(kind, home / kind)
-    for kind in ("mistral", "llama4_text", "qwen3_moe"):
+    for kind in ("mistral", "llama4_text", "qwen3_moe", "qwen3_next", "olmo_hybrid", "bamba", "lfm2"):
         save_config(kind, home / kind)
     return home
 
@@ -88,6 +89,22 @@ MIXES = [
     Mix("mixtral", {"dp_shard": 2, "ring": 2, "ulysses": 2, "zero": 3, "experts": 4, "balance": BALANCE}),
     Mix("mixtral", {"dp_replicate": 2, "ring": 4, "zero": 2, "experts": 2, "micro_batch": 2}),
     Mix("mixtral", {"dp_shard": 2, "ring": 4, "zero": 1, "balance": BALANCE, "micro_batch": 2}),
+    Mix(
+        "qwen3_next",
+        {
+            **{"dp_shard": 2, "ring": 2, "ulysses": 2, "zero": 3, "experts": 2, "layout": "zigzag"},
+            "balance": BALANCE,
+        },
+    ),
+    Mix("qwen3_next", {"ring": 2, "ulysses": 2, "tp": 2, "zero": 3, "experts": 2, "micro_batch": 4}),
+    Mix("olmo_hybrid", {"pp": 2, "ring": 2, "tp": 2, "micro_batch": 4, "checkpointing": "selective"}),
+    Mix("bamba", {"ring": 4, "ulysses": 2, "zero": 2, "checkpointing": "full", "micro_batch": 4}),
+    Mix("lfm2", {"dp_replicate": 2, "ring": 4, "zero": 3, "checkpointing": "selective"}),
+    Mix("mixtral", {"dp_shard": 2, "ring": 2, "tp": 2, "zero": 3, "experts": 4, "balance": BALANCE}),
+    Mix(
+        "qwen3_moe",
+        {"ring": 2, "ulysses": 2, "tp": 2, "zero": 2, "experts": 2, "micro_batch": 2, "shard_norms": True},
+    ),
     Mix("qwen3_moe", {"pp": 2, "dp_shard": 2, "ulysses": 2, "zero": 2, "experts": 2, "micro_batch": 1}),
 ]
 
@@ -244,8 +261,12 @@ def test_sizes_beside_a_folder_and_experts_without_sharding_are_refused() -> Non
         config_of("x", experts=2, dp_shard=2)
     with pytest.raises(ValueError, match=r"train\.balance=0\.5 with mesh\.pp=2"):
         config_of("x", balance=0.5, pp=2, micro_batch=1)
-    with pytest.raises(ValueError, match=r"mesh\.experts=3 over dp_shard x ring x ulysses = 2"):
+    with pytest.raises(ValueError, match=r"mesh\.experts=3 over dp_shard x ring x ulysses x tp = 2 ranks"):
         config_of("x", experts=3, dp_shard=2, zero=3)
+    with pytest.raises(ValueError, match=r"with mesh\.tp=4; use a degree that divides them, and a multiple"):
+        config_of("x", experts=2, tp=4, zero=3)
+    with pytest.raises(ValueError, match=r"train\.balance=0\.5 with train\.shard_norms"):
+        config_of("x", balance=0.5, tp=2, shard_norms=True)
 
 
 def test_a_window_is_that_of_an_architecture_which_has_one() -> None:
@@ -277,11 +298,12 @@ def saved_and_resumed(config: Config, other: Config, run: Path) -> tuple[list[fl
     return [after.loss, after.grad_norm], [again.loss, again.grad_norm]
 
 
+@pytest.mark.parametrize("tp", [1, 2])
 def test_spread_experts_are_resumed_on_another_mesh_and_exported(
-    ranks: Ranks, folders: Path, tmp_path: Path
+    ranks: Ranks, folders: Path, tmp_path: Path, tp: int
 ) -> None:
     folder = str(folders / "mixtral")
-    config = config_of(folder, dp_shard=2, ring=2, zero=3, experts=4)
+    config = config_of(folder, dp_shard=2, ring=2 // tp, tp=tp, zero=3, experts=4)
     other = config_of(folder, ring=2, ulysses=2, zero=2, experts=2, micro_batch=4)
     model_folder.copy(folder, tmp_path)
     after, again = ranks.run(4, saved_and_resumed, config, other, tmp_path)[0]
@@ -308,3 +330,36 @@ def test_a_run_is_resumed_with_the_model_that_it_kept(folders: Path, tmp_path: P
     with pytest.raises(ValueError, match=r"was trained with the keys of \[model\] alone"):
         check_same_model(config_of(qwen), tmp_path)
     assert model_folder.described(qwen) != model_folder.described(changed)
+
+
+def losses_of(config: Config, steps: int) -> list[float]:
+    trainer = Trainer(config, TEXT, mesh_of(dims_of(config.mesh)), peak_flops_per_s=1.0)
+    found = [trainer.step() for _ in range(steps)]
+    assert all(step.bytes_agree for step in found)
+    return [step.loss for step in found]
+
+
+def test_a_hybrid_trains_a_hundred_steps_on_four_ranks_as_on_one(ranks: Ranks, tmp_path: Path) -> None:
+    """Rounding grows with the steps: what it comes to in a hundred is small beside what they learn."""
+    types = ["linear_attention", "full_attention"]
+    folder = save_config("olmo_hybrid", tmp_path, num_hidden_layers=2, layer_types=types)
+    config = config_of(folder, ring=2, ulysses=2, layout="zigzag")
+    config = replace(
+        config,
+        data=replace(config.data, seq_len=64, sequences=1),
+        train=replace(config.train, steps=100, warmup=5, lr=3e-3),
+    )
+    alone = losses_of(replace(config, mesh=MeshConfig(ring=1, ulysses=1)), 100)
+    assert alone[-1] < alone[0] - 1.0
+    for losses in ranks.run(4, losses_of, config, 100):
+        assert losses == pytest.approx(alone, rel=2e-3)
+        assert losses[:10] == pytest.approx(alone[:10], rel=1e-5)
+
+
+def test_a_dry_run_of_a_hybrid_says_what_its_states_take(tmp_path: Path) -> None:
+    folder = save_config("olmo_hybrid", tmp_path / "model")
+    recipe = tmp_path / "hybrid.toml"
+    recipe.write_text(f'[model]\nfolder = "{folder}"\n[data]\nseq_len = 256\n[train]\nsteps = 1\n')
+    done = seqmesh_command("train", str(recipe), "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert re.search(r"sequence +states of layers that carry one +\d", done.stdout)

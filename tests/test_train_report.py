@@ -1,10 +1,12 @@
 """What a run tells a person: the start, TensorBoard, where time and bytes went, what was expected of it."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
 import pytest
+from model_folders import save_config
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from train_command import TINY, one_line_error, seqmesh_command
 
@@ -116,6 +118,27 @@ def test_a_dry_run_says_how_it_would_start_and_leaves_nothing(text: Path, tmp_pa
 def test_a_dry_run_refuses_what_a_run_would(text: Path, tmp_path: Path) -> None:
     done = seqmesh_command("train", "--ulysses=8", "--data", str(text), "--dry-run", cwd=tmp_path)
     assert "leaves 4 ranks without a head" in one_line_error(done)
+
+
+def test_a_dry_run_of_a_mixture_takes_its_routers_to_be_even(text: Path, tmp_path: Path) -> None:
+    mixture = ("--architecture=mixtral", "--model.experts=4", "--experts_per_token=2", "--check_every=1")
+    mesh = ("--dp_shard=2", "--zero=3", "--experts=2", "--sequences=2", "--ulysses=1", "--ring=1")
+    done = seqmesh_command("train", *TINY, *mixture, *mesh, "--data", str(text), "--dry-run", cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert "of tensors expected on rank 0" in done.stdout
+    assert "if routers send every expert as many tokens" in done.stdout
+    assert re.search(r"\n  experts +2 +experts of a layer +[0-9.]+ kB\n", done.stdout)
+
+
+def test_a_dry_run_of_a_mixture_that_computes_by_numbers_says_why_it_has_none(
+    text: Path, tmp_path: Path
+) -> None:
+    save_config("llama4_text", tmp_path)
+    mesh = ("--dp_shard=2", "--zero=2", "--sequences=2", "--ulysses=1", "--ring=1")
+    given = ("--model.folder", str(tmp_path), "--data", str(text), "--seq_len=256", *mesh)
+    done = seqmesh_command("train", *given, "--dry-run", cwd=tmp_path)
+    error = one_line_error(done)
+    assert "experts choose their tokens; start the run without --dry-run" in error
 
 
 def test_the_plan_stands_beside_what_was_measured(text: Path, tmp_path: Path) -> None:

@@ -242,7 +242,7 @@ def test_a_model_that_makes_a_mask_of_its_own_is_refused() -> None:
     [
         ("mamba", {}, "does not call its attention through transformers' AttentionInterface"),
         ("jamba", {"num_experts": 2}, "does not call its attention"),
-        ("lfm2", {"layer_types": ["conv", "full_attention"]}, "layers of type conv"),
+        ("lfm3", {"layer_types": ["conv", "full_attention"]}, "layers of type conv"),
         ("recurrent_gemma", {"num_hidden_layers": 3}, "layers of type linear_attention"),
     ],
 )

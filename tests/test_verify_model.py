@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from hf_models import KINDS, SIZES
+from hybrid_models import hybrid
 from ranks import Ranks
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM
@@ -18,6 +19,7 @@ from transformers.utils import logging
 
 from seqmesh import cli
 from seqmesh.integrations import transformers as integration
+from seqmesh.schedule.chains import DocumentPiece
 from seqmesh.verify.hf_model import check, has_weights, masks_of, packed
 from seqmesh.verify.judge import LIMIT
 from seqmesh.verify.model import ModelCase, ModelOutcome, compare_model
@@ -68,6 +70,32 @@ def test_half_precision_and_a_single_rank_pass_too(ranks: Ranks, tmp_path: Path)
     given = saved("llama", tmp_path)
     assert ranks.run(2, compared, given, 1, 2, "bf16")[0].ok
     assert compared(given, 1, 1).ok
+
+
+@pytest.mark.parametrize("family", ["qwen3_next", "kimi_linear", "bamba", "lfm2"])
+def test_a_hybrid_passes_against_its_definitions(ranks: Ranks, family: str, tmp_path: Path) -> None:
+    hybrid(family).config.save_pretrained(tmp_path)
+    outcome = ranks.run(4, compared, tmp_path, 2, 2)[0]
+    assert outcome.ok, verdict(outcome)
+    assert outcome.missing == ()
+    assert any("in_proj" in name or "conv" in name or "q_proj" in name for name in outcome.gradients)
+
+
+def without_passing(given: Path) -> ModelOutcome | None:
+    """On one rank: what comes of mixers whose states and halos stay at home."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(DocumentPiece, "is_first", property(lambda _: True))
+        patch.setattr(DocumentPiece, "is_last", property(lambda _: True))
+        return compared(given, 1, 2)
+
+
+def test_states_that_are_not_passed_are_found_in_the_layer_that_needs_them(
+    ranks: Ranks, tmp_path: Path
+) -> None:
+    hybrid("qwen3_5").config.save_pretrained(tmp_path)
+    outcome = ranks.run(2, without_passing, tmp_path)[0]
+    assert not outcome.ok
+    assert outcome.first_deviating == "model.layers.0.linear_attn.out_proj"
 
 
 def with_attention(change: Callable[[int, Tensor], Tensor], given: Path) -> ModelOutcome | None:

@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from seqmesh import layouts, masks
-from seqmesh.picture import draw_mesh, draw_schedule
+from seqmesh.picture import draw_chains, draw_mesh, draw_schedule
 from seqmesh.planner.cost.step import CostModel
 from seqmesh.planner.inputs.hardware import Cluster, load_gpu
 from seqmesh.planner.inputs.job import Job
@@ -23,11 +23,12 @@ computing alone.
 
 
 def make(folder: Path) -> None:
-    """Write mesh.png, zigzag.png, documents.png and plan.png."""
+    """Write mesh.png, zigzag.png, documents.png, chains.png and plan.png."""
     draw_mesh(4, 2, folder / "mesh.png")
     draw_schedule(masks.causal(64), layouts.zigzag(64, 4), folder / "zigzag.png")
     packed = masks.documents(DOCUMENTS)
     draw_schedule(packed, layouts.balanced(packed, 4, pairs_per_row=PAIRS_PER_ROW), folder / "documents.png")
+    draw_chains(masks.documents((44, 20)), layouts.zigzag(64, 4), folder / "chains.png")
     cluster = Cluster(gpu=load_gpu("a800-sxm"), nodes=2, gpus_per_node=8)
     job = Job(model=load_model("llama3-8b"), cluster=cluster, seq_len=208 * 1024)
     title = "llama3-8b, 208K tokens, global batch 1, 2 x 8 a800-sxm"

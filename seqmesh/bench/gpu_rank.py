@@ -148,7 +148,7 @@ def _measured(name: str, mask: Mask, layout: Layout, work: RankWork) -> RankShar
         schedule = Schedule.build(mask, mesh, layout)
         pairs = schedule.ring.area
         side = max(1, isqrt(2 * pairs))
-        call = Schedule.build(masks.causal(side), _one_device(), "contiguous")
+        call = Schedule.build(masks.causal(side), SequenceMesh.alone(), "contiguous")
         rank_run, call_run = _Run(schedule, work), _Run(call, work)
         rank_run.once()  # not counted: it fills caches, and shows that nothing is NaN, which may be slow
         rank_run.check_finite()
@@ -184,18 +184,6 @@ def _predicted(mask: Mask, layout: str, ring: int, side: int) -> float:
         speeds.append(pairs / sum(stage.count * stage.slow_pairs for stage in found.stages))
     split, whole = speeds
     return split / whole
-
-
-def _one_device() -> SequenceMesh:
-    return SequenceMesh(
-        ulysses=1,
-        ring=1,
-        ulysses_rank=0,
-        ring_rank=0,
-        ulysses_group=None,
-        ring_group=None,
-        device_mesh=None,
-    )
 
 
 class _Run:

@@ -10,6 +10,8 @@ from typing import Any
 
 from torch.profiler import ProfilerActivity, profile
 
+from seqmesh.bench.figures import Figure
+
 
 def peak_bytes(run: Callable[[], Any]) -> int:
     """Most bytes that were allocated at a time while `run()` ran, beyond what was allocated before.
@@ -27,3 +29,17 @@ def peak_bytes(run: Callable[[], Any]) -> int:
         now += size
         peak = max(peak, now)
     return peak
+
+
+def held_figure(*, section: str, what: str, peak: int, ranks: int, alone: int) -> Figure:
+    """Bytes that the fullest of some ranks holds; times ranks, in parts of what one rank holds alone."""
+    share = peak * ranks / alone
+    return Figure(
+        section=section,
+        what=what,
+        measured=f"{peak / 2**20:.1f} MiB, {share:.3f}",
+        target="",
+        ok=None,
+        exact=True,
+        values={"peak_bytes": peak, "share": share},
+    )

@@ -17,7 +17,7 @@ Legend: b batch, s tokens, n local tokens, h heads, d head dim.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
@@ -104,7 +104,8 @@ def measure(timed: TimedAttention, meshes: Sequence[Degrees] = MESHES) -> Iterat
             ranks[world] = stack.enter_context(Workers(prepare, world=world))
         baseline: list[float] = []
         for mesh in meshes:
-            pairs = _timed_pairs(alone, ranks[mesh.world], mesh, timed.repeats)
+            answers = in_turns(alone, ranks[mesh.world], mesh, timed.repeats)
+            pairs = [_pair(plain, ours) for plain, ours in answers]
             baseline += [pair.plain_s for pair in pairs]
             walls = Spread.of([pair.wall_ratio for pair in pairs])
             cpus = Spread.of([pair.cpu_ratio for pair in pairs])
@@ -112,18 +113,24 @@ def measure(timed: TimedAttention, meshes: Sequence[Degrees] = MESHES) -> Iterat
     yield _baseline_figure(timed, Spread.of(baseline))
 
 
-def _timed_pairs(alone: Workers, ranks: Workers, mesh: Degrees, repeats: int) -> list[Pair]:
-    """Pairs in turns: whatever slows the machine down, or speeds it up, meets both sides alike."""
-    pairs: list[Pair] = []
+def in_turns(plain: Workers, ours: Workers, request: Any, repeats: int) -> list[tuple[Any, Any]]:
+    """Answers of both sides, (plain's, ours'): whatever slows the machine down, or speeds it up, meets both.
+
+    In every other pair the other side begins. One pair more is made before those that are returned, as the
+    first call of a side fills caches and makes connections.
+    """
+    pairs = []
     for repeat in range(repeats + 1):
-        if repeat % 2:
-            plain_s, plain_cpu_s = _timed(alone, None)
-            ours_s, ours_cpu_s = _timed(ranks, mesh)
-        else:
-            ours_s, ours_cpu_s = _timed(ranks, mesh)
-            plain_s, plain_cpu_s = _timed(alone, None)
-        pairs.append(Pair(plain_s=plain_s, wall_ratio=ours_s / plain_s, cpu_ratio=ours_cpu_s / plain_cpu_s))
-    return pairs[1:]  # the first call of a side fills caches and makes connections
+        order = (plain, ours) if repeat % 2 else (ours, plain)
+        answers = {side: side.ask(request) for side in order}
+        pairs.append((answers[plain], answers[ours]))
+    return pairs[1:]
+
+
+def _pair(plain: Sequence[Timing], ours: Sequence[Timing]) -> Pair:
+    plain_s = wall_seconds(plain)
+    plain_cpu_s, cpu_s = (sum(timing.cpu_s for timing in side) for side in (plain, ours))
+    return Pair(plain_s=plain_s, wall_ratio=wall_seconds(ours) / plain_s, cpu_ratio=cpu_s / plain_cpu_s)
 
 
 def _baseline_figure(timed: TimedAttention, seconds: Spread) -> Figure:
@@ -151,11 +158,10 @@ def _figure(mesh: Degrees, wall: Spread, cpu: Spread, *, judged: bool) -> Figure
     )
 
 
-def _timed(workers: Workers, request: Any) -> tuple[float, float]:
-    """Wall seconds from the first start to the last end, and CPU seconds of all processes."""
-    timings: list[Timing] = workers.ask(request)
-    wall = max(timing.stop_s for timing in timings) - min(timing.start_s for timing in timings)
-    return wall, sum(timing.cpu_s for timing in timings)
+def wall_seconds(timings: Iterable[Timing]) -> float:
+    """From the first worker's start to the last one's end."""
+    found = list(timings)
+    return max(timing.stop_s for timing in found) - min(timing.start_s for timing in found)
 
 
 def clocked(run: Callable[[], Any]) -> Timing:
@@ -171,14 +177,14 @@ def _random_inputs(shape: tuple[int, ...]) -> list[Tensor]:
     return [torch.randn(shape, requires_grad=leaf) for leaf in (True, True, True, False)]
 
 
-def _single_process(timed: TimedAttention) -> Callable[[None], Timing]:
+def _single_process(timed: TimedAttention) -> Callable[[Degrees], Timing]:
     """The side to compare with: (b, h, s, d) tensors, as this function prefers them."""
     q, k, v, grad = _random_inputs((1, timed.heads, timed.tokens, timed.head_dim))
 
     def run() -> None:
         F.scaled_dot_product_attention(q, k, v, is_causal=True).backward(grad)
 
-    def handle(_: None) -> Timing:
+    def handle(_: Degrees) -> Timing:
         q.grad = k.grad = v.grad = None
         return clocked(run)
 

@@ -29,9 +29,9 @@ from torch.nn.utils import clip_grad_norm_
 from torch.utils._pytree import tree_leaves
 
 from seqmesh.bench.figures import Figure, Spread
-from seqmesh.bench.memory import peak_bytes
+from seqmesh.bench.memory import held_figure, peak_bytes
 from seqmesh.bench.report import run_figures
-from seqmesh.bench.speed import Timing, clocked
+from seqmesh.bench.speed import Timing, clocked, in_turns, wall_seconds
 from seqmesh.parallel.shards import local_part
 from seqmesh.processes import Workers
 from seqmesh.train import model as models
@@ -101,7 +101,8 @@ def measure_time(sizes: StepSizes) -> Iterator[Figure]:
             target = ONE_RANK_TARGET if world == 1 else TWO_RANKS_TARGET
             prepare = partial(_trainer_step, replace(config, mesh=MeshConfig(ulysses=ulysses, ring=ring)))
             with Workers(prepare, world=world, threads=THREADS // world) as ours:
-                ratios = Spread.of(_ratios(plain, ours, sizes.repeats))
+                pairs = in_turns(plain, ours, None, sizes.repeats)
+            ratios = Spread.of([wall_seconds(mine) / wall_seconds(theirs) for theirs, mine in pairs])
             yield Figure(
                 section=f"training step, {config.data.tokens:,} tokens",
                 what=f"U={ulysses}, R={ring}, {THREADS // world} thread(s) a rank: time / plain loop's",
@@ -111,21 +112,6 @@ def measure_time(sizes: StepSizes) -> Iterator[Figure]:
                 exact=False,
                 values=ratios.values("wall_ratio"),
             )
-
-
-def _ratios(plain: Workers, ours: Workers, repeats: int) -> list[float]:
-    """Seconds of ours over the plain loop's, in turns; the first pair fills caches and does not count."""
-    found = []
-    for repeat in range(repeats + 1):
-        first, second = (plain, ours) if repeat % 2 else (ours, plain)
-        seconds = {first: _wall(first), second: _wall(second)}
-        found.append(seconds[ours] / seconds[plain])
-    return found[1:]
-
-
-def _wall(workers: Workers) -> float:
-    timings: list[Timing] = workers.ask(None)
-    return max(timing.stop_s for timing in timings) - min(timing.start_s for timing in timings)
 
 
 def _text(config: Config) -> Corpus:
@@ -183,15 +169,12 @@ def measure_memory(config: Config) -> Iterator[Figure]:
         with Workers(partial(_allocated, on_mesh), world=ulysses * ring) as ranks:
             peak = max(ranks.ask(None))
         alone = alone or peak
-        share = peak * ulysses * ring / alone
-        yield Figure(
+        yield held_figure(
             section=f"ZeRO-3 step in bf16, {config.data.tokens:,} tokens",
             what=f"memory of a rank, U={ulysses}, R={ring}; times ranks / one rank's",
-            measured=f"{peak / 2**20:.1f} MiB, {share:.3f}",
-            target="",
-            ok=None,
-            exact=True,
-            values={"peak_bytes": peak, "share": share},
+            peak=peak,
+            ranks=ulysses * ring,
+            alone=alone,
         )
 
 

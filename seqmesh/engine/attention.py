@@ -26,15 +26,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from seqmesh.engine.call import AttentionCall, Needs, Options, checked_call
-from seqmesh.engine.compiled import (
-    attend_visibly,
-    compiled_attention,
-    is_selectively_checkpointed,
-    needs_backward,
-)
+from seqmesh.engine.compiled import attend_visibly, compiled_attention, needs_backward
 from seqmesh.engine.kernels import Kernel
 from seqmesh.engine.sharding import Schedule
 from seqmesh.engine.ulysses import Saved, attend, attend_backward, unit_last_stride
+from seqmesh.engine.watching import is_selectively_checkpointed
 
 
 @overload

@@ -75,7 +75,7 @@ class AttentionCall(NamedTuple):
     @property
     def same_rows(self) -> bool:
         """Whether keys lie on the same rows as queries, so that q, k and v can travel in one buffer."""
-        return self.schedule.kv_rows == self.schedule.rows
+        return self.schedule.same_rows
 
     def mine(self, shares: tuple[HeadShare, ...]) -> HeadShare:
         """This ulysses rank's heads of a chunk."""

@@ -12,21 +12,11 @@ takes tensors, numbers, text and flat lists of them: that is why `Sizes` and `Na
 together again. No state but the cache.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
-from contextvars import ContextVar
 from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import (
-    TorchDispatchMode,
-    _get_current_dispatch_mode_stack,
-    _pop_mode,
-    _push_mode,
-)
-from torch.utils.checkpoint import CheckpointPolicy, create_selective_checkpoint_contexts
 
 from seqmesh.engine.call import AttentionCall, Facts, Needs, Options, call_for, checked_call
 from seqmesh.engine.encoding import decode
@@ -34,16 +24,8 @@ from seqmesh.engine.merge import accumulator_dtype
 from seqmesh.engine.mesh import SequenceMesh
 from seqmesh.engine.sharding import Schedule
 from seqmesh.engine.ulysses import Attended, Saved, attend, attend_backward, unit_last_stride
+from seqmesh.engine.watching import seen_inside, watched
 from seqmesh.schedule.heads import default_chunks, split_heads
-
-_SELECTIVE = tuple(
-    type(context)
-    for context in create_selective_checkpoint_contexts(lambda *_, **__: CheckpointPolicy.MUST_SAVE)
-)
-"""The dispatch modes of a selective checkpoint: of its forward, and of its recomputation."""
-
-_WATCHING: ContextVar[tuple[TorchDispatchMode, ...]] = ContextVar("_WATCHING", default=())
-"""Dispatch modes that are to see inside the operator, from the outermost to the innermost."""
 
 
 class Sizes(NamedTuple):
@@ -128,7 +110,7 @@ def _arguments(
         tokens=max(schedule.mask.q_len, schedule.mask.k_len),
         q_rows=schedule.ring.q_rows,
         kv_rows=schedule.ring.kv_rows,
-        same_rows=int(schedule.rows == schedule.kv_rows),
+        same_rows=int(schedule.same_rows),
     )
     names = Names(mesh.ulysses_group or "", mesh.ring_group or "", options.kernel).joined()
     return list(sizes), names, options.scale, options.softcap, options.head_chunks
@@ -141,11 +123,6 @@ def needs_backward(q: Tensor, k: Tensor, v: Tensor, sinks: Tensor | None) -> boo
     return (
         q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
     )
-
-
-def is_selectively_checkpointed() -> bool:
-    """Whether a selective activation checkpoint looks at every operator, to keep or to replay its outputs."""
-    return any(isinstance(mode, _SELECTIVE) for mode in _get_current_dispatch_mode_stack())
 
 
 def attend_visibly(
@@ -165,14 +142,10 @@ def attend_visibly(
     happens inside.
     """
     schedule = call.schedule
-    others = tuple(mode for mode in _get_current_dispatch_mode_stack() if not isinstance(mode, _SELECTIVE))
-    token = _WATCHING.set(others)
-    try:
+    with seen_inside():
         out, *rest = _forward_op(
             q, k, v, sinks, schedule._encoded, *_arguments(schedule, options), True, with_lse
         )
-    finally:
-        _WATCHING.reset(token)
     lse = rest.pop(0) if with_lse else None
     own = [] if call.exchanges_heads else [q, k, v, out]
     return Attended(out=out, lse=lse, saved=Saved.of([*own, *rest], call))
@@ -205,22 +178,6 @@ def _resolve(
     return schedule, Options(scale=scale, softcap=softcap, kernel=names.kernel, head_chunks=head_chunks)
 
 
-@contextmanager
-def _watched() -> Iterator[None]:
-    """Within an operator no dispatch mode is active: those that watch are, for a while.
-
-    Pushed, not entered: some modes count from zero when they are entered.
-    """
-    modes = _WATCHING.get()
-    for mode in modes:
-        _push_mode(mode)
-    try:
-        yield
-    finally:
-        for _ in modes:
-            _pop_mode()
-
-
 @torch.library.custom_op("seqmesh::attention", mutates_args=())
 def _forward_op(
     q: Tensor,
@@ -241,7 +198,7 @@ def _forward_op(
     schedule, options = _resolve(encoded, names, scale, softcap, head_chunks)
     call = checked_call(q, k, v, sinks, schedule, options)
     q, k, v = unit_last_stride(q), unit_last_stride(k), unit_last_stride(v)
-    with _watched():
+    with watched():
         done = attend(q, k, v, sinks, call, keep=keep, with_lse=with_lse)
     lse = [] if done.lse is None else [done.lse]
     made = [] if done.saved is None else done.saved.made()

@@ -65,6 +65,17 @@ def start_exchange(
     return Pending(received, send, is_ours)
 
 
+def all_gather(mine: Tensor, sizes: Sequence[int], group: str) -> Tensor:
+    """This rank's flat buffer to all ranks of a group: the buffers of all, flat, in the order of the ranks.
+
+    `sizes` are their elements. Every rank of the group must call it.
+    """
+    own = mine.numel()
+    copies = mine.expand(len(sizes), own).reshape(-1)
+    # Of an empty buffer the copies may be a view of the caller's tensor: not ours.
+    return start_exchange(copies, [own] * len(sizes), list(sizes), group, is_ours=False).wait()
+
+
 def _is_dry_run(group: str) -> bool:
     """Whether a group is PyTorch's "fake" one: it moves nothing, and gives nothing for an empty send."""
     try:

@@ -11,7 +11,7 @@ process.
 Source: the order of the axes is the USP paper's best practice 7, ulysses on the faster links.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from functools import cached_property
 from typing import Any, NamedTuple
@@ -41,6 +41,8 @@ class SequenceMesh:
     """Name of the ring process group, None for R = 1."""
     device_mesh: DeviceMesh | None
     """The mesh this is a view of, None for a process without a process group."""
+    axes: tuple[str, ...] = ()
+    """Names of its axes in the device mesh, ring before ulysses, without those of degree 1."""
 
     @property
     def size(self) -> int:
@@ -61,6 +63,52 @@ class SequenceMesh:
     def rank(self) -> int:
         """Place of this rank in the sequence: ring_rank * ulysses + ulysses_rank."""
         return self.ring_rank * self.ulysses + self.ulysses_rank
+
+    @cached_property
+    def as_ring(self) -> "SequenceMesh":
+        """The same ranks in the same order, all of them on the ring axis.
+
+        With both degrees above 1 that makes a process group, once: a collective over the device mesh.
+        """
+        if self.ulysses == 1:
+            return self
+        group = self.ulysses_group
+        if self.ring > 1:
+            assert self.device_mesh is not None
+            group = self.device_mesh[self.axes]._flatten("_x_".join(self.axes)).get_group().group_name
+        return replace(
+            self,
+            ulysses=1,
+            ring=self.size,
+            ulysses_rank=0,
+            ring_rank=self.rank,
+            ulysses_group=None,
+            ring_group=group,
+            axes=(),
+        )
+
+    @property
+    def sequence_group(self) -> str | None:
+        """Name of the group of all ranks that share the sequence, in their order; None for one rank.
+
+        With both degrees above 1 the first call is a collective, see `as_ring`.
+        """
+        if self.ulysses == 1:
+            return self.ring_group
+        return self.ulysses_group if self.ring == 1 else self.as_ring.ring_group
+
+    @staticmethod
+    def alone() -> "SequenceMesh":
+        """The 1 x 1 mesh: one rank by itself, which exchanges nothing, whatever process groups there are."""
+        return SequenceMesh(
+            ulysses=1,
+            ring=1,
+            ulysses_rank=0,
+            ring_rank=0,
+            ulysses_group=None,
+            ring_group=None,
+            device_mesh=None,
+        )
 
     @staticmethod
     def build(
@@ -91,7 +139,7 @@ class SequenceMesh:
         is_ready = dist.is_available() and dist.is_initialized()
         _check_world(ulysses, ring, dist.get_world_size() if is_ready else None)
         if not is_ready:
-            return _single_process()
+            return SequenceMesh.alone()
         if device_type is None:
             device_type = _default_device_type()
         return SequenceMesh.from_device_mesh(_device_mesh(device_type, ulysses, ring, timeout))
@@ -122,6 +170,7 @@ class SequenceMesh:
             ulysses_group=inner.group,
             ring_group=outer.group,
             device_mesh=device_mesh,
+            axes=tuple(name for name, axis in ((ring, outer), (ulysses, inner)) if name and axis.size > 1),
         )
 
 
@@ -158,18 +207,6 @@ def _check_world(ulysses: int, ring: int, world: int | None) -> None:
             f" choose degrees whose product is {ranks},"
             " or pass a slice of a larger mesh to SequenceMesh.from_device_mesh"
         )
-
-
-def _single_process() -> SequenceMesh:
-    return SequenceMesh(
-        ulysses=1,
-        ring=1,
-        ulysses_rank=0,
-        ring_rank=0,
-        ulysses_group=None,
-        ring_group=None,
-        device_mesh=None,
-    )
 
 
 def _device_mesh(device_type: str, ulysses: int, ring: int, timeout: timedelta | None) -> DeviceMesh:

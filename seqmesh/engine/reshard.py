@@ -11,6 +11,7 @@ back.
 Legend: s tokens, n held and m wanted tokens of a rank, R ring degree, U ulysses degree, (r, u) a rank.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import product
 from typing import Any
@@ -20,17 +21,19 @@ from torch import Tensor
 
 from seqmesh.engine.exchange import start_exchange
 from seqmesh.engine.mesh import SequenceMesh
-from seqmesh.layouts import Layout, split_evenly
+from seqmesh.layouts import Layout, Span, split_evenly
 
 
 def positions_of(layout: Layout, ulysses: int, ring_rank: int, ulysses_rank: int) -> Tensor:
     """Global positions of any rank's tokens, (n,) int64, in storage order."""
     cut = split_evenly(layout.counts[ring_rank], ulysses)
-    stored = torch.empty(0, dtype=torch.int64)
-    if layout.ranks[ring_rank]:
-        ranges = [span.tokens for span in layout.ranks[ring_rank]]
-        stored = torch.cat([torch.arange(tokens.start, tokens.stop, tokens.step) for tokens in ranges])
-    return stored[cut[ulysses_rank] : cut[ulysses_rank + 1]]
+    return tokens_in_order(layout.ranks[ring_rank])[cut[ulysses_rank] : cut[ulysses_rank + 1]]
+
+
+def tokens_in_order(spans: Sequence[Span]) -> Tensor:
+    """The tokens of some spans, (n,) int64, one span after the other."""
+    ranges = [torch.arange(span.tokens.start, span.tokens.stop, span.tokens.step) for span in spans]
+    return torch.cat(ranges) if ranges else torch.empty(0, dtype=torch.int64)
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)

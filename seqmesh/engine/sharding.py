@@ -11,6 +11,7 @@ schedule per mask (per batch when documents differ), not per layer.
 
 import itertools
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, NamedTuple, TypeVar
@@ -19,13 +20,15 @@ import torch
 from torch import Tensor
 
 from seqmesh import layouts
+from seqmesh.engine.asked_layouts import layouts_of
 from seqmesh.engine.encoding import EncodedFields, encode
-from seqmesh.engine.exchange import start_exchange
+from seqmesh.engine.exchange import all_gather, start_exchange
 from seqmesh.engine.mesh import SequenceMesh
 from seqmesh.engine.reshard import Reshard, positions_of, route
 from seqmesh.layouts import Layout, split_evenly
 from seqmesh.masks import Mask
 from seqmesh.schedule import RingSchedule, Stages, ring_schedule
+from seqmesh.schedule.chains import Chains, PassedSizes, chains_of
 from seqmesh.schedule.heads import split_heads
 from seqmesh.schedule.traffic import Traffic, attention_traffic
 
@@ -81,7 +84,7 @@ class Schedule:
         Raises:
             ValueError: an unknown layout, or a layout of another length or ring degree.
         """
-        q_layout, keys = _layouts_of(mask, mesh.ring, layout, kv_layout)
+        q_layout, keys = layouts_of(mask, mesh.ring, layout, kv_layout)
         fields = EncodedFields(
             mask=mask,
             ulysses=mesh.ulysses,
@@ -93,7 +96,15 @@ class Schedule:
         )
         ring = ring_schedule(mask, q_layout, keys, mesh.ring_rank, stages)
         encoded = encode(fields)
-        return Schedule(mask=mask, mesh=mesh, layout=q_layout, kv_layout=keys, ring=ring, _encoded=encoded)
+        made = Schedule(mask=mask, mesh=mesh, layout=q_layout, kv_layout=keys, ring=ring, _encoded=encoded)
+        made._prepare()
+        return made
+
+    def _prepare(self) -> None:
+        """What the compiler needs, now: it cannot follow the lock of a cached property (Python 3.11)."""
+        _ = self.same_rows
+        with suppress(ValueError):  # not of documents: layers that carry a state will say so
+            _ = self.passed
 
     @cached_property
     def rows(self) -> tuple[int, ...]:
@@ -104,6 +115,25 @@ class Schedule:
     def kv_rows(self) -> tuple[int, ...]:
         """Key tokens of every ulysses rank of this ring rank."""
         return _pieces(self.kv_layout, self.mesh)
+
+    @cached_property
+    def same_rows(self) -> bool:
+        """Whether ranks hold as many keys as queries. For the compiler one fact, not numbers to watch."""
+        return self.rows == self.kv_rows
+
+    @cached_property
+    def chains(self) -> Chains:
+        """The pieces of documents on all ranks, for layers that carry a state along the sequence.
+
+        Raises:
+            ValueError: a mask that is not of whole causal documents, or a strided layout.
+        """
+        return chains_of(self.mask, self.layout, self.mesh.ulysses)
+
+    @cached_property
+    def passed(self) -> PassedSizes:
+        """Sizes of the chains, for the compiler."""
+        return self.chains.sizes(self.mesh.rank)
 
     def kept(self, key: Any, make: Callable[[], Kept]) -> Kept:
         """What follows from this schedule and `key`, made once: the layers of a model ask for the same."""
@@ -260,41 +290,6 @@ class Schedule:
         )
 
 
-def _layouts_of(
-    mask: Mask, ring: int, layout: str | Layout, kv_layout: str | Layout | None
-) -> tuple[Layout, Layout]:
-    """Layouts of the queries and of the keys, as of `Schedule.build`."""
-    if kv_layout is None and mask.q_len == mask.k_len:
-        q_layout = keys = _named(layout, mask, ring)
-    else:
-        keys = _layout_of_keys(mask, ring, layout if kv_layout is None else kv_layout)
-        q_layout = _named(layout, mask, ring, keys)
-    for held in (q_layout, keys):
-        if held.ring != ring:
-            raise ValueError(
-                f"the layout is for ring={held.ring} but the mesh has ring={ring}; build it for {ring}"
-            )
-    return q_layout, keys
-
-
-def _layout_of_keys(mask: Mask, ring: int, layout: str | Layout) -> Layout:
-    """A layout of the keys by themselves; nothing balances them for the queries that see them."""
-    if isinstance(layout, Layout):
-        return layout
-    name = "contiguous" if layout in ("auto", "balanced") else layout
-    return layouts.named(name, mask, mask.k_len, ring)
-
-
-def _named(layout: str | Layout, mask: Mask, ring: int, keys: Layout | None = None) -> Layout:
-    """A layout of the queries that was given or named; over `keys`, if those have one of their own."""
-    if isinstance(layout, Layout):
-        return layout
-    if keys is not None and keys.ring == ring and layout in ("auto", "balanced"):
-        choose = layouts.auto if layout == "auto" else layouts.balanced
-        return choose(mask, ring, kv_layout=keys)
-    return layouts.named(layout, mask, mask.q_len, ring)
-
-
 def _pieces(layout: Layout, mesh: SequenceMesh) -> tuple[int, ...]:
     """Tokens of every ulysses rank of this ring rank."""
     cut = split_evenly(layout.counts[mesh.ring_rank], mesh.ulysses)
@@ -339,7 +334,7 @@ class _Unshard(torch.autograd.Function):
         gathered = rows_first.contiguous().view(-1)
         for group, counts in ((mesh.ulysses_group, side.rows), (mesh.ring_group, side.layout.counts)):
             if group is not None:
-                gathered = _all_gather(gathered, counts, row_shape.numel(), group)
+                gathered = all_gather(gathered, [count * row_shape.numel() for count in counts], group)
         stored = gathered.view(-1, *row_shape)  # (s, ...), rank after rank
         order = schedule._order(keys=keys, device=x.device)
         return torch.empty_like(stored).index_copy_(0, order, stored).movedim(0, dim)
@@ -353,19 +348,6 @@ class _Unshard(torch.autograd.Function):
         else:
             own = grad.index_select(ctx.dim, ctx.schedule._positions(keys=ctx.keys, device=grad.device))
         return own, None, None, None, None
-
-
-def _all_gather(mine: Tensor, counts: tuple[int, ...], row: int, group: str) -> Tensor:
-    """Flat rows of this rank -> flat rows of all ranks of a group.
-
-    They hold `counts` rows, of `row` elements each.
-    """
-    size = mine.numel()
-    copies = mine.expand(len(counts), size).reshape(-1)
-    pending = start_exchange(
-        copies, [size] * len(counts), [count * row for count in counts], group, is_ours=False
-    )
-    return pending.wait()  # of an empty shard the copies may be a view of the caller's tensor: not ours
 
 
 def _sum_to_owner(grad: Tensor, schedule: Schedule, keys: bool) -> Tensor:

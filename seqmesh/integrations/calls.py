@@ -2,7 +2,7 @@
 
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
-    calls = attention_calls(model.model, model.model.layers)          # one forward, without numbers
+    calls = calls_of(model.model, model.model.layers).attention       # one forward, without numbers
 
 Configurations name these differently, or leave them to the code; the code is what runs. Experts are passed
 over, as which of them compute depends on numbers.
@@ -13,7 +13,7 @@ Legend: b batch, n tokens, h query heads, g K/V heads, d head dim of queries and
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedM
 
 from seqmesh.integrations.adapted import innermost
 from seqmesh.integrations.layers import chunk_of
+from seqmesh.integrations.recurrent_calls import RecurrentCall, recorded
 
 _NAME = "seqmesh_calls"
 """Our key in transformers' tables of attention and mask functions while a model is looked at."""
@@ -44,8 +45,15 @@ class LayerCall:
     dropout: float
 
 
-def attention_calls(model: PreTrainedModel, layers: Sequence[nn.Module]) -> tuple[LayerCall, ...]:
-    """Every call of attention in a forward, in its order.
+class ModelCalls(NamedTuple):
+    """What a model's layers compute along the sequence, in the order of a forward."""
+
+    attention: tuple[LayerCall, ...]
+    recurrent: tuple[RecurrentCall, ...]
+
+
+def calls_of(model: PreTrainedModel, layers: Sequence[nn.Module]) -> ModelCalls:
+    """Every call of attention in a forward, and of what else mixes tokens.
 
     Args:
         model: without its head, on the meta device, in training mode, not plugged in.
@@ -55,12 +63,18 @@ def attention_calls(model: PreTrainedModel, layers: Sequence[nn.Module]) -> tupl
         ValueError: a forward that needs the numbers that it computes with.
     """
     found: list[LayerCall] = []
+    recurrent: list[RecurrentCall] = []
     attend = _recording(found, layers)
     ids = torch.zeros(1, _TOKENS, dtype=torch.int64, device="meta")
     # With a mask of all pairs transformers makes none, which would read the positions' numbers.
     pairs = torch.zeros(1, 1, _TOKENS, _TOKENS, device="meta")
     try:
-        with _attending_by(model, attend), _experts_passed_over(model), torch.no_grad():
+        with (
+            _attending_by(model, attend),
+            _experts_passed_over(model),
+            recorded(recurrent, layers),
+            torch.no_grad(),
+        ):
             model(ids, position_ids=ids, attention_mask=pairs, use_cache=False)
     # Models fail in their own ways where a shape depends on a number.
     except Exception as error:
@@ -68,7 +82,7 @@ def attention_calls(model: PreTrainedModel, layers: Sequence[nn.Module]) -> tupl
         raise ValueError(
             f"{type(model).__name__} cannot be looked at without its weights ({what}); use another model"
         ) from None
-    return tuple(found)
+    return ModelCalls(tuple(found), tuple(recurrent))
 
 
 def _recording(found: list[LayerCall], layers: Sequence[nn.Module]) -> Any:
@@ -127,4 +141,6 @@ def _experts_passed_over(model: PreTrainedModel) -> Iterator[None]:
 
 def holds_experts(module: nn.Module) -> bool:
     """Whether a module has matrices of several experts in one tensor: (experts, ., .)."""
+    if isinstance(module, nn.Conv1d):  # whose weight has three dimensions too
+        return False
     return any(parameter.ndim == 3 for parameter in module.parameters(recurse=False))

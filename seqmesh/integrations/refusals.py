@@ -10,15 +10,19 @@ a recurrence: each would give a number, and on every rank another one.
 """
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
+import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from seqmesh.engine.recurrent.rank_pieces import RankPieces
 from seqmesh.engine.sharding import Schedule
+from seqmesh.integrations.cached import CachedForward, SequenceCache
 from seqmesh.integrations.layers import CHUNKED, FULL, SLIDING
+from seqmesh.integrations.mixers import mixers_of
 from seqmesh.integrations.temperature import counts_from_zero, is_known
 
 _TOKENWISE = ("Model", "ForCausalLM", "ForMaskedLM", "ForTokenClassification")
@@ -60,20 +64,38 @@ def check_pluggable(model: PreTrainedModel) -> None:
             f"{name} is not a transformers model;"
             " pass the PreTrainedModel itself, before wrapping it (DDP, FSDP, compile)"
         )
-    if not model.is_backend_compatible():
+    mixers = mixers_of(model)
+    if not model.is_backend_compatible() and not mixers:  # hybrids are not marked compatible, but are
         raise ValueError(no_interface(model))
-    _check_config(name, model.config)
+    _check_config(name, model.config, has_mixers=bool(mixers))
     if not name.endswith(_TOKENWISE):
         raise ValueError(
             f"{name} has a head that may pool over the sequence, and would pool the shard;"
             f" use the base model (AutoModel) or a class ending in {', '.join(_TOKENWISE[1:])}"
         )
     _check_rotary(name, model)
+    _check_modules(name, model, mixers)
+
+
+def _check_modules(name: str, model: nn.Module, mixers: Sequence[nn.Module]) -> None:
+    """Every module but those inside of mixers that run on shards."""
+    inside = {part for mixer in mixers for part in mixer.modules()}
     for path, module in model.named_modules():
+        if module in inside:
+            continue
         _check_module(name, path, module)
+        # In a model with mixers that are known, the names of other layers speak of those.
+        if isinstance(module, (nn.Conv1d, nn.RNNBase)) or (
+            not mixers and _MIXES_TOKENS.search(type(module).__name__)
+        ):
+            raise ValueError(
+                f"{name} has a {type(module).__name__} at {path!r}, which mixes tokens outside attention"
+                " and needs the whole sequence;"
+                " use a model of attention layers, or a hybrid that docs/hybrids.md lists"
+            )
 
 
-def _check_config(name: str, config: Any) -> None:
+def _check_config(name: str, config: Any, *, has_mixers: bool) -> None:
     if config.is_encoder_decoder or getattr(config, "add_cross_attention", False):
         raise ValueError(
             f"{name} has cross-attention, which needs a schedule of its own;"
@@ -86,10 +108,10 @@ def _check_config(name: str, config: Any) -> None:
             " plug in its language model alone"
         )
     unknown = sorted(_layer_types(config) - {FULL, SLIDING, CHUNKED})
-    if unknown:
+    if unknown and not has_mixers:
         raise ValueError(
             f"{name} has layers of type {', '.join(unknown)}, which need the whole sequence;"
-            " use a model of attention layers only"
+            " use a model of attention layers, or a hybrid that docs/hybrids.md lists"
         )
     if getattr(config, "output_router_logits", False):
         raise ValueError(_router_logits(f"{name}'s config", "set output_router_logits=False in it"))
@@ -112,12 +134,6 @@ def _check_module(name: str, path: str, module: nn.Module) -> None:
         raise ValueError(
             f"{name} has a {kind} at {path!r}, which pools over the sequence and would pool the shard;"
             " build the model without it (add_pooling_layer=False) and pool the gathered outputs"
-        )
-    if isinstance(module, (nn.Conv1d, nn.RNNBase)) or _MIXES_TOKENS.search(kind):
-        raise ValueError(
-            f"{name} has a {kind} at {path!r}, which mixes tokens outside attention"
-            " and needs the whole sequence;"
-            " use a model of attention layers only"
         )
     if counts_from_zero(module) and not is_known(module):
         raise ValueError(
@@ -164,8 +180,8 @@ def check_labels(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str
         ValueError: labels without their shift or their count, or a loss other than transformers'
             ForCausalLMLoss.
     """
-    if kwargs.get("labels") is None:
-        return args, kwargs
+    if kwargs.get("labels") is None or isinstance(kwargs.get("past_key_values"), SequenceCache):
+        return args, kwargs  # a cache refuses them itself
     name = type(model).__name__
     if not name.endswith("ForCausalLM") or model.loss_function is not ForCausalLMLoss:
         raise ValueError(
@@ -185,7 +201,8 @@ def check_labels(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str
 def check_forward(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
     """Refuse, before any layer runs, what a model would silently get wrong on a shard.
 
-    Turns the K/V cache off, and sends the positions along to every attention.
+    Turns the K/V cache off, unless it is one of the whole mesh, which then says how the model runs. Sends the
+    positions along to every attention.
 
     Raises:
         ValueError: schedules or position ids that are missing, or an argument that cannot be honoured.
@@ -194,6 +211,18 @@ def check_forward(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[st
     if len(args) > 1:
         raise ValueError(
             f"{call} got {len(args)} positional arguments; pass everything but input_ids by name"
+        )
+    cache = kwargs.get("past_key_values")
+    if isinstance(cache, SequenceCache):
+        if isinstance(kwargs.get("schedule"), CachedForward):  # the outer model has begun it
+            return args, kwargs
+        named = {"input_ids": args[0], **kwargs} if args else kwargs
+        return (), cache.begin(call, named)
+    if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
+        raise ValueError(
+            f"{call} was asked for a K/V cache of this rank's tokens alone;"
+            " pass past_key_values=seqmesh.generate.ShardedCache(mesh, model.config) to generate, or"
+            " use_cache=False"
         )
     _check_schedules(call, model, kwargs)
     if kwargs.get("position_ids") is None:
@@ -205,20 +234,44 @@ def check_forward(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[st
         raise ValueError(
             f"{call} got an attention_mask, but the mask lives in the schedule; pass attention_mask=None"
         )
+    _check_outputs(call, model, kwargs)
+    return args, kwargs | {"use_cache": False, "token_positions": kwargs["position_ids"]}
+
+
+def check_recurrent(model: PreTrainedModel, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Call:
+    """Refuse, for a hybrid model, what its mixers cannot do; on every rank alike, before any layer runs.
+
+    With both degrees of a mesh above 1, makes the process group of all its ranks on the first call.
+
+    Raises:
+        ValueError: a mask that is not of whole documents, strided layouts, ranks without tokens, a cache.
+    """
+    name, schedule = type(model).__name__, kwargs.get("schedule")
+    if isinstance(kwargs.get("past_key_values"), SequenceCache):
+        raise ValueError(
+            f"{name}(...) has layers that carry a state along the sequence, which no K/V cache of the mesh"
+            " holds; pass schedule=Schedule.build(mask, mesh), and no cache"
+        )
+    if torch.compiler.is_compiling() or not isinstance(schedule, Schedule):  # check_forward says so
+        return args, kwargs
+    here = RankPieces.of(schedule)
+    if not all(here.chains.pieces):
+        raise ValueError(
+            f"{name}(...) has {schedule.mask.q_len} tokens on {here.chains.size} ranks, and its mixers fail"
+            " on a rank that holds none; use fewer ranks, or another layout"
+        )
+    return args, kwargs
+
+
+def _check_outputs(call: str, model: PreTrainedModel, kwargs: dict[str, Any]) -> None:
     if kwargs.get("logits_to_keep") not in (None, 0):
         raise ValueError(
             f"{call} got logits_to_keep, which would keep the shard's last tokens;"
             " leave it out and select from the logits"
         )
-    if kwargs.get("use_cache") or kwargs.get("past_key_values") is not None:
-        raise ValueError(
-            f"{call} was asked for a K/V cache, which is not sharded;"
-            " pass use_cache=False and no past_key_values"
-        )
     asked = kwargs.get("output_router_logits")
     if asked or (asked is None and getattr(model.config, "output_router_logits", False)):
         raise ValueError(_router_logits(call, "pass output_router_logits=False"))
-    return args, kwargs | {"use_cache": False, "token_positions": kwargs["position_ids"]}
 
 
 def _check_schedules(call: str, model: PreTrainedModel, kwargs: dict[str, Any]) -> None:

@@ -25,9 +25,10 @@ def is_known(module: nn.Module) -> bool:
     return hasattr(module, "floor_scale") and hasattr(module, "attn_scale")
 
 
-def scaled_by_position(module: Any, query: Tensor, positions: Tensor) -> Tensor:
-    """Queries (b, h, n, d), scaled by transformers for places 0 ... n - 1, rescaled for positions (b, n)."""
-    places = torch.arange(query.shape[2], device=query.device)
+def scaled_by_position(module: Any, query: Tensor, positions: Tensor | None, past: int = 0) -> Tensor:
+    """Queries (b, h, n, d), scaled by transformers for places from `past` on, rescaled for (b, n)."""
+    assert positions is not None  # check_forward adds them
+    places = torch.arange(past, past + query.shape[2], device=query.device)
     factor = _scale(module, positions) / _scale(module, places)  # (b, n)
     return (query * factor[:, None, :, None]).to(query.dtype)
 

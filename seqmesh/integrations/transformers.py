@@ -25,14 +25,22 @@ Legend: b batch, n local tokens, h query heads, g K/V heads, d head dim.
 import inspect
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedModel
 
 from seqmesh.engine.attention import attention
 from seqmesh.engine.sharding import Schedule
 from seqmesh.integrations.adapted import PeftModel, unwrapped
+from seqmesh.integrations.cached import CachedForward, Softmax, finish_cached
 from seqmesh.integrations.layers import LayerSchedules, chunk_of
-from seqmesh.integrations.refusals import check_forward, check_labels, check_pluggable, no_interface
+from seqmesh.integrations.mixers import bind, mixers_of
+from seqmesh.integrations.refusals import (
+    check_forward,
+    check_labels,
+    check_pluggable,
+    check_recurrent,
+    no_interface,
+)
 from seqmesh.integrations.temperature import counts_from_zero, scaled_by_position
 
 NAME = "seqmesh"
@@ -82,7 +90,8 @@ def register() -> None:
 def plug_in(model: Model) -> Model:
     """Let a transformers model, or one in a PeftModel, attend through seqmesh: in place; returned as it came.
 
-    From then on its forward needs `schedule=` and `position_ids=`, both for this rank's tokens. Save it with
+    From then on its forward needs `schedule=` and `position_ids=`, both for this rank's tokens, or the whole
+    tokens with a K/V cache of the mesh (seqmesh.generate.ShardedCache) as `past_key_values=`. Save it with
     `save_pretrained` as usual: the attention implementation is not part of a checkpoint.
 
     Raises:
@@ -98,11 +107,17 @@ def plug_in(model: Model) -> Model:
     if any(part.config._attn_implementation != NAME for part in parts):
         own.set_attn_implementation(before)
         raise ValueError(no_interface(own))
+    mixers = mixers_of(own)
+    for mixer in mixers:
+        bind(mixer)
     own.register_forward_pre_hook(check_labels, with_kwargs=True)
     for part in parts:
         # The inner model too: it may be called without the outer one, whose hook would not see it.
         if part is own or "position_ids" in inspect.signature(part.forward).parameters:
+            if mixers:
+                part.register_forward_pre_hook(check_recurrent, with_kwargs=True)
             part.register_forward_pre_hook(check_forward, with_kwargs=True)
+            part.register_forward_hook(finish_cached, with_kwargs=True)
     return model
 
 
@@ -128,13 +143,13 @@ def refuse_padding(
 
 
 def sequence_attention(
-    module: nn.Module,
+    module: Any,
     query: Tensor,
     key: Tensor,
     value: Tensor,
     attention_mask: Tensor | None,
     *,
-    schedule: Schedule | None = None,
+    schedule: Schedule | CachedForward | None = None,
     sliding_schedule: Schedule | None = None,
     chunked_schedule: Schedule | None = None,
     token_positions: Tensor | None = None,
@@ -149,29 +164,29 @@ def sequence_attention(
     """`seqmesh.attention` as transformers calls it: (b, h, n, d), twice (b, g, n, d) -> (b, n, h, d), None.
 
     `module` is the layer that calls. `sliding_window` is its window, to which its schedule's mask must keep;
-    `token_positions` (b, n) are the position ids, which not every model hands on; `softcap` is c for logits
-    c tanh(logits / c); `s_aux`, or `sinks` as other models call them, are attention sinks, (h,).
+    `token_positions` (b, n) are the position ids, which not every model hands on, or places in a cache;
+    `softcap` is c for logits c tanh(logits / c); `s_aux`, or `sinks`, are attention sinks, (h,).
 
     Raises:
-        ValueError: no schedule, a mask (which must be in the schedule), or what cannot be honoured: dropout,
-            and among the others anything that could change the result.
+        ValueError: no schedule, a mask, dropout, or among the others anything that could change the result.
     """
     layer = f"{type(module).__name__} {getattr(module, 'layer_idx', '')}".strip()
     _check_arguments(layer, schedule, attention_mask, dropout, others)
     assert schedule is not None
-    schedules = LayerSchedules(schedule, sliding_schedule, chunked_schedule)
-    chosen = schedules.of_layer(layer, sliding_window, chunk_of(module))
     if counts_from_zero(module):
-        assert token_positions is not None  # check_forward adds them
-        query = scaled_by_position(module, query, token_positions)
+        query = scaled_by_position(module, query, token_positions, getattr(schedule, "past", 0))
     q, k, v = (x.transpose(1, 2) for x in (query, key, value))  # (b, heads, n, d) -> (b, n, heads, d)
-    given_sinks = sinks if s_aux is None else s_aux
-    return attention(q, k, v, chosen, scale=scaling, softcap=softcap, sinks=given_sinks), None
+    softmax = Softmax(scaling, softcap, sinks if s_aux is None else s_aux)
+    chunk = chunk_of(module)
+    if isinstance(schedule, CachedForward):
+        return schedule.attend(module.layer_idx, q, k, v, sliding_window, chunk, softmax), None
+    schedules = LayerSchedules(schedule, sliding_schedule, chunked_schedule)
+    return attention(q, k, v, schedules.of_layer(layer, sliding_window, chunk), *softmax), None
 
 
 def _check_arguments(
     layer: str,
-    schedule: Schedule | None,
+    schedule: Schedule | CachedForward | None,
     attention_mask: Tensor | None,
     dropout: float,
     others: dict[str, Any],

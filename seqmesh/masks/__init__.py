@@ -26,7 +26,7 @@ dense library.
 
 from seqmesh.masks.band import Band
 from seqmesh.masks.batch import rows
-from seqmesh.masks.conventions import from_cu_seqlens, from_padding, from_position_ids
+from seqmesh.masks.conventions import from_cu_seqlens, from_key_mask, from_padding, from_position_ids
 from seqmesh.masks.families import causal, chunked, cross, documents, full, prefix_lm, sliding_window
 from seqmesh.masks.mask import Mask
 from seqmesh.masks.tree import Predictions, Tree, tree
@@ -41,6 +41,7 @@ __all__ = [
     "cross",
     "documents",
     "from_cu_seqlens",
+    "from_key_mask",
     "from_padding",
     "from_position_ids",
     "full",

@@ -4,8 +4,9 @@
     cu_seqlens          0       4   6     9         flash-attn: where documents begin, and the end
     position_ids        0 1 2 3 0 1 0 1 2           Hugging Face: positions restart at each document
     attention_mask      0 0 1 1 1 1 1 1 1           Hugging Face: 0 is padding, here of two tokens on the left
+    key_mask            1 1 0 1 1 1 0 0 1           encoders, diffusers: which tokens are seen, by all alike
 
-All three may be lists, NumPy arrays or tensors of whole numbers; they are read once, on the host. They say
+All of them may be lists, NumPy arrays or tensors of whole numbers; they are read once, on the host. They say
 less than a mask does, so what they leave open is refused rather than guessed.
 """
 
@@ -101,13 +102,11 @@ def from_padding(attention_mask: Iterable[int] | Array, causal: bool = True) -> 
         ValueError: other numbers, padding between real tokens, or rows that differ.
     """
     real = _one_row(attention_mask, "attention_mask", "from_padding")
-    strangers = set(real) - {0, 1}
-    if strangers:
-        at = min(map(real.index, strangers))
-        raise ValueError(
-            f"attention_mask has {real[at]} at token {at}, but 1 is a real token and 0 is padding;"
-            " pass those, or document offsets to masks.from_cu_seqlens"
-        )
+    _check_zeros_and_ones(
+        real,
+        "attention_mask",
+        "1 is a real token and 0 is padding; pass those, or document offsets to masks.from_cu_seqlens",
+    )
     count = sum(real)
     start = real.index(1) if count else 0
     stop = start + count
@@ -118,6 +117,31 @@ def from_padding(attention_mask: Iterable[int] | Array, causal: bool = True) -> 
             " pad on the left or on the right"
         )
     return Mask(len(real), len(real), (Band(start, stop, start, stop, 0 if causal else None),))
+
+
+def from_key_mask(key_mask: Iterable[int] | Array) -> Mask:
+    """Every token sees the tokens whose number is 1: the key-padding mask of encoders, holes allowed.
+
+    Padding tokens see what the others see, as with a mask that is broadcast over queries.
+
+    Args:
+        key_mask: 1 or True for tokens that are seen, 0 or False for the others: s of them.
+
+    Raises:
+        ValueError: other numbers, or more than one row.
+    """
+    seen = _numbers(key_mask, "key_mask")
+    _check_zeros_and_ones(seen, "key_mask", "1 is a token that is seen and 0 one that is not; pass those")
+    s = len(seen)
+    edges = [at for at in range(s + 1) if (at > 0 and seen[at - 1] == 1) != (at < s and seen[at] == 1)]
+    bands = [Band(0, s, start, stop) for start, stop in zip(edges[::2], edges[1::2], strict=True)]
+    return Mask(s, s, tuple(bands))
+
+
+def _check_zeros_and_ones(numbers: list[int], what: str, rule: str) -> None:
+    for at, number in enumerate(numbers):
+        if number not in (0, 1):
+            raise ValueError(f"{what} has {number} at token {at}, but {rule}")
 
 
 def _one_row(given: Iterable[int] | Array, what: str, function: str) -> list[int]:

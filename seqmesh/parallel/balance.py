@@ -63,8 +63,8 @@ class BalanceLoss:
         probabilities = [logits.flatten(0, -2).float().softmax(-1) for logits in recorded]
         counts = torch.zeros(experts + 1, device=recorded[0].device)  # and the rows of all layers
         for rows in probabilities:
-            chosen = rows.topk(self.top_k, -1).indices
-            counts[:experts] += chosen.flatten().bincount(minlength=experts)
+            chosen = rows.topk(self.top_k, -1).indices.flatten()
+            counts.scatter_add_(0, chosen, torch.ones_like(chosen, dtype=counts.dtype))
             counts[experts] += rows.shape[0]
         if self._group is not None:
             dist.all_reduce(counts, group=self._group)

@@ -59,6 +59,6 @@ def _is_counted_here(grad: Tensor, mesh: ParallelMesh) -> bool:
         names = grad.device_mesh.mesh_dim_names
         assert names is not None
         sharded = {name for name, place in zip(names, grad.placements, strict=True) if place != Replicate()}
-        if "ep" in sharded:  # the second view of the ranks of fsdp, both of whose axes shard experts
-            sharded.add("fsdp")
+        if "ep" in sharded:  # the second view of the ranks of fsdp and tp, both of whose axes shard experts
+            sharded |= {"fsdp", "tp"}
     return all(mesh.rank(axis) == 0 for axis in ("dp_replicate", "fsdp", "tp") if axis not in sharded)

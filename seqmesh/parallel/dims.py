@@ -5,6 +5,7 @@
     fsdp                               [dp_shard x ring x ulysses]        ranks that share the parameters
     fsdp, HSDP          dp_replicate x [dp_shard x ring x ulysses]        the same, replicated
     data               [dp_replicate x dp_shard]                          ranks with batches of their own
+    experts                            [dp_shard x ring x ulysses x tp]   ranks that share experts
     replicas           [dp_replicate x dp_shard x ring x ulysses]         ranks whose gradients are summed
     losses        [pp x dp_replicate x dp_shard x ring x ulysses]         ranks whose losses are summed
 
@@ -30,6 +31,7 @@ SHARDED = ("dp_shard", "ring", "ulysses")
 
 _FLATTENED = {
     "fsdp": SHARDED,
+    "experts": (*SHARDED, "tp"),
     "replicas": ("dp_replicate", *SHARDED),
     "sequence": ("ring", "ulysses"),
     "data": ("dp_replicate", "dp_shard"),
@@ -73,6 +75,11 @@ class ParallelDims:
         """Ranks of all axes together."""
         return prod(self.degrees.values())
 
+    @property
+    def shards(self) -> int:
+        """Ranks that share the parameters, but for tp: those of fsdp."""
+        return prod(self.degrees[axis] for axis in SHARDED)
+
     def build(self, device_type: str = "cpu", timeout: timedelta | None = None) -> "ParallelMesh":
         """The mesh over the default process group. A collective: every rank calls it.
 
@@ -101,11 +108,17 @@ class ParallelDims:
             return ParallelMesh(dims=self, sequence=SequenceMesh.build(), device_mesh=None, flattened={})
         root = init_device_mesh(device_type, tuple(self.degrees.values()), mesh_dim_names=tuple(self.degrees))
         flattened = {name: root[axes]._flatten(name) for name, axes in _FLATTENED.items()}
-        if timeout is not None:
-            _set_timeouts(root, flattened, timeout)
-        return ParallelMesh(
-            dims=self, sequence=SequenceMesh.from_device_mesh(root), device_mesh=root, flattened=flattened
+        sequence = SequenceMesh.from_device_mesh(root)
+        _ = sequence.as_ring  # which hybrid models need, and is a collective: while every rank is here
+        mesh = ParallelMesh(
+            dims=self,
+            sequence=sequence,
+            device_mesh=root,
+            flattened=flattened,
+            timeout=timeout,
         )
+        mesh.limit(root, *flattened.values())
+        return mesh
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -119,6 +132,17 @@ class ParallelMesh:
     """The axes of `ParallelDims`; None for a process without a process group."""
     flattened: dict[str, DeviceMesh]
     """Flattened axes by their name at the top of the file; empty without a process group."""
+    timeout: timedelta | None = None
+    """How long a rank waits for the others in an exchange; None: as long as PyTorch lets it."""
+
+    def limit(self, *meshes: DeviceMesh) -> None:
+        """Give the groups of meshes this one's timeout."""
+        if self.timeout is None:
+            return
+        # init_device_mesh takes none; PyTorch has no public way to change that of a group.
+        for mesh in meshes:
+            for group in mesh.get_all_groups():
+                _set_pg_timeout(self.timeout, group)
 
     @property
     def fsdp(self) -> DeviceMesh:
@@ -163,9 +187,3 @@ class ParallelMesh:
     def number(self) -> int:
         """This rank's number among all."""
         return 0 if self.device_mesh is None else self.device_mesh.get_rank()
-
-
-def _set_timeouts(root: DeviceMesh, flattened: dict[str, DeviceMesh], timeout: timedelta) -> None:
-    # init_device_mesh takes none; PyTorch has no public way to change that of a group.
-    for group in [*root.get_all_groups(), *(mesh.get_group() for mesh in flattened.values())]:
-        _set_pg_timeout(timeout, group)

@@ -50,7 +50,7 @@ class LayerKinds:
 
     @staticmethod
     def of(calls: Iterable[LayerCall]) -> "LayerKinds":
-        """Those of a model, whose calls `attention_calls` finds.
+        """Those of a model, whose calls `calls_of` finds.
 
         Raises:
             ValueError: windows, or chunks, of several sizes: there is one schedule for each kind.

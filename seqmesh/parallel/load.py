@@ -201,7 +201,7 @@ def _copy(source: Any, into: Tensor) -> None:
 
 def _check_ranges(model: ParallelModel) -> None:
     if model.mesh.dims.tp > 1:
-        check_ranges(model.parts[0].hf, model.mesh.dims.tp)
+        check_ranges(model.parts[0].hf, model.mesh.dims, model.plan.experts)
 
 
 def _allocate(model: ParallelModel) -> None:

@@ -2,17 +2,18 @@
 
     hidden (n, H)  x  weight (V / t, H)  ->  sum over n of  log sum exp(logits) - logit of the label
 
-Rows are taken in chunks. A chunk's logits, (chunk, V / t) in fp32, are all that exists of them: the backward
-computes them again, from the hidden states and the log-sum-exp that the forward kept, (n,). Ranks of tp hold
-a part of the vocabulary each; they tell each other three numbers a row in the forward, and their part of the
-gradient of the hidden states in the backward.
+Rows are taken in chunks. A chunk's logits and their exp, (chunk, V / t) in fp32, are all that exists of them.
+They are made once: the forward makes the gradients from them too, of the hidden states and of the weight, and
+the backward multiplies those by its own. Ranks of tp hold a part of the vocabulary each; they tell each other
+three numbers a row, and their part of the gradient of the hidden states.
 
 The loss is a sum over this rank's labels, divided by the labels of everywhere (`LocalBatch.label_count`). A
 rank without a valid label gives exactly 0 and zero gradients, and still takes part in every collective.
 
 Legend: n local rows, H hidden size, V vocabulary, t tp degree.
 Source: Megatron-LM's vocabulary-parallel cross entropy (Shoeybi et al. 2019); cut cross-entropy (Wijmans et
-al. 2024) for not keeping logits.
+al. 2024) for not keeping logits; Liger kernels' fused linear cross entropy (Hsu et al. 2024) for gradients in
+the forward.
 """
 
 from collections.abc import Iterator
@@ -84,88 +85,122 @@ def hidden_loss(
         A scalar in fp32 (fp64 for fp64), the same on all ranks of tp.
 
     Raises:
-        ValueError: labels of another shape, or more of them on this rank than label_count.
+        ValueError: labels of another shape, out of the vocabulary, or more of them on this rank than
+            label_count; a weight that is sharded otherwise.
     """
+    labels = shift_labels.flatten()
+    _check_labels(hidden, shift_labels, label_count, weight.shape[0])
+    vocabulary = _Vocabulary(start=0, group=None)
+    if isinstance(weight, DTensor):
+        if weight.device_mesh.ndim != 1 or not weight.placements[0].is_shard(0):
+            raise ValueError(
+                f"the weight is a DTensor with placements {weight.placements}: need its rows sharded over a"
+                " 1-D mesh (Shard(0)), or a plain tensor"
+            )
+        placed = (weight.shape, weight.device_mesh, weight.placements)
+        (_, offset) = compute_local_shape_and_global_offset(*placed)
+        vocabulary = _Vocabulary(start=offset[0], group=weight.device_mesh.get_group())
+        weight = weight.to_local()
+    asked = _Asked(rule=rule or HeadRule(), label_count=label_count, with_gradients=torch.is_grad_enabled())
+    share: Tensor = _LossShare.apply(hidden.flatten(0, -2), weight, labels, vocabulary, asked)
+    return share
+
+
+def _check_labels(hidden: Tensor, shift_labels: Tensor, label_count: int, size: int) -> None:
     if hidden.shape[:-1] != shift_labels.shape:
         raise ValueError(
             f"hidden states {tuple(hidden.shape)} with labels {tuple(shift_labels.shape)}:"
             " need (b, n, H) and (b, n)"
         )
-    labels = shift_labels.flatten()
-    here = int((labels != IGNORED_LABEL).sum())
+    is_label = shift_labels != IGNORED_LABEL
+    here = int(is_label.sum())
     if label_count < max(1, here):
         raise ValueError(
             f"label_count={label_count} but this rank alone has {here} labels; pass the count of all ranks"
             " and micro-batches (LocalBatch.label_count)"
         )
-    vocabulary = _Vocabulary(start=0, group=None)
-    if isinstance(weight, DTensor):
-        placed = (weight.shape, weight.device_mesh, weight.placements)
-        (_, offset) = compute_local_shape_and_global_offset(*placed)
-        vocabulary = _Vocabulary(start=offset[0], group=weight.device_mesh.get_group())
-        weight = weight.to_local()
-    total: Tensor = _SummedLoss.apply(hidden.flatten(0, -2), weight, labels, vocabulary, rule or HeadRule())
-    return total / label_count
+    inside = int((is_label & (shift_labels >= 0) & (shift_labels < size)).sum())
+    if inside < here:
+        raise ValueError(
+            f"{here - inside} labels out of a vocabulary of {size}: need 0 to {size - 1}, or {IGNORED_LABEL}"
+            " where there is nothing to predict"
+        )
 
 
-class _SummedLoss(torch.autograd.Function):
-    """rows (n, H), weight (V / t, H), labels (n,) -> the sum of cross entropies of the valid labels."""
+class _LossShare(torch.autograd.Function):
+    """rows (n, H), weight (V / t, H), labels (n,) -> sum of valid labels' cross entropies / label_count."""
 
     @staticmethod
     def forward(
-        ctx: Any, rows: Tensor, weight: Tensor, labels: Tensor, vocabulary: _Vocabulary, rule: HeadRule
+        ctx: Any, rows: Tensor, weight: Tensor, labels: Tensor, vocabulary: _Vocabulary, asked: "_Asked"
     ) -> Tensor:
+        """The loss and, if `asked`, its gradients: what a chunk's logits are made for once serves both."""
+        with_rows, with_weight = (asked.with_gradients and needs for needs in ctx.needs_input_grad[:2])
         dtype = accumulator_dtype(rows.dtype)
-        all_lse = rows.new_empty(rows.shape[0], dtype=dtype)
         total = rows.new_zeros((), dtype=dtype)
-        for chunk in _chunks(rows.shape[0], rule):
-            logits = _logits(rows[chunk], weight, rule)
-            here, place = _targets(labels[chunk], vocabulary, weight.shape[0])
-            peak = vocabulary.largest(logits.amax(1))
-            own = logits.gather(1, place[:, None])[:, 0].where(here, 0.0)
-            sums = vocabulary.sum(torch.stack([(logits - peak[:, None]).exp().sum(1), own]))
-            all_lse[chunk] = peak + sums[0].log()
-            total += (all_lse[chunk] - sums[1]).where(labels[chunk] != IGNORED_LABEL, 0.0).sum()
-        ctx.vocabulary, ctx.rule = vocabulary, rule
-        ctx.save_for_backward(rows, weight, labels, all_lse)
-        return total
+        grad_rows = torch.empty_like(rows) if with_rows else None
+        grad_weight = torch.zeros_like(weight, dtype=dtype) if with_weight else None
+        for chunk in _chunks(rows.shape[0], asked.rule):
+            loss, slope = _chunk_loss(rows[chunk], weight, labels[chunk], vocabulary, asked)
+            total += loss
+            if grad_rows is not None:
+                grad_rows[chunk] = slope @ weight
+            if grad_weight is not None:
+                grad_weight += slope.T @ rows[chunk]
+            del slope  # before the next chunk's logits are made
+        if grad_rows is not None:
+            vocabulary.sum(grad_rows)
+        ctx.save_for_backward(grad_rows, None if grad_weight is None else grad_weight.to(weight.dtype))
+        return total / asked.label_count
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        rows, weight, labels, all_lse = ctx.saved_tensors
-        needs_rows, needs_weight, *_ = ctx.needs_input_grad
-        grad_rows = torch.empty_like(rows)
-        grad_weight = torch.zeros_like(weight, dtype=all_lse.dtype) if needs_weight else None
-        for chunk in _chunks(rows.shape[0], ctx.rule):
-            logits = _logits(rows[chunk], weight, ctx.rule)
-            here, place = _targets(labels[chunk], ctx.vocabulary, weight.shape[0])
-            # d loss / d logits = softmax - one-hot of the label, 0 where nothing is predicted
-            slope = (logits - all_lse[chunk, None]).exp()
-            slope.scatter_add_(1, place[:, None], -here.to(slope.dtype)[:, None])
-            slope *= grad * (labels[chunk] != IGNORED_LABEL)[:, None]
-            if ctx.rule.softcap is not None:
-                slope *= 1 - (logits / ctx.rule.softcap) ** 2
-            slope = slope.to(weight.dtype)
-            grad_rows[chunk] = slope @ weight
-            if grad_weight is not None:
-                grad_weight += slope.T @ rows[chunk]
-        if needs_rows:
-            ctx.vocabulary.sum(grad_rows)
-        weights = None if grad_weight is None else grad_weight.to(weight.dtype)
-        return grad_rows if needs_rows else None, weights, None, None, None
+        """Gradients times the loss's own. They stay: a pipeline may come twice, for rows and for weights."""
+        grad_rows, grad_weight = (None if x is None else x * grad for x in ctx.saved_tensors)
+        return grad_rows, grad_weight, None, None, None
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Asked:
+    """What the loss is to be."""
+
+    rule: HeadRule
+    label_count: int
+    with_gradients: bool
+
+
+def _chunk_loss(
+    rows: Tensor, weight: Tensor, labels: Tensor, vocabulary: _Vocabulary, asked: _Asked
+) -> tuple[Tensor, Tensor]:
+    """The sum of a chunk's cross entropies, (), and d loss / d (rows @ weight.T), (chunk, V / t)."""
+    cap = asked.rule.softcap
+    logits = F.linear(rows, weight)
+    logits = logits.to(accumulator_dtype(logits.dtype))
+    if cap is not None:
+        logits = cap * (logits / cap).tanh()
+    here, place = _targets(labels, vocabulary, weight.shape[0])
+    peak = vocabulary.largest(logits.amax(1))
+    own = logits.gather(1, place[:, None])[:, 0].where(here, 0.0)
+    slope = logits.sub_(peak[:, None]).exp()
+    sums = vocabulary.sum(torch.stack([slope.sum(1), own]))
+    is_valid = labels != IGNORED_LABEL
+    total = (peak + sums[0].log() - sums[1]).where(is_valid, 0.0).sum()
+    if not asked.with_gradients:
+        return total, slope
+    # softmax - one-hot of the label, 0 where nothing is predicted
+    slope /= sums[0, :, None]
+    slope.scatter_add_(1, place[:, None], -here.to(slope.dtype)[:, None])
+    slope *= is_valid[:, None].to(slope.dtype) / asked.label_count
+    if cap is not None:
+        slope *= 1 - ((logits + peak[:, None]) / cap) ** 2
+    del logits
+    return total, slope.to(weight.dtype)
 
 
 def _chunks(rows: int, rule: HeadRule) -> Iterator[slice]:
     for start in range(0, rows, rule.chunk_rows):
         yield slice(start, min(rows, start + rule.chunk_rows))
-
-
-def _logits(rows: Tensor, weight: Tensor, rule: HeadRule) -> Tensor:
-    """(chunk, V / t) in the dtype of accumulators."""
-    logits = F.linear(rows, weight)
-    logits = logits.to(accumulator_dtype(logits.dtype))
-    return logits if rule.softcap is None else rule.softcap * (logits / rule.softcap).tanh()
 
 
 def _targets(labels: Tensor, vocabulary: _Vocabulary, size: int) -> tuple[Tensor, Tensor]:

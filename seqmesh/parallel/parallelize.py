@@ -4,6 +4,7 @@
     tp             matrices are shared, heads are divided             tensor.py
     experts        those of a layer are spread over ranks             experts.py
     attention      exact over ring x ulysses, within tp's heads       integrations/transformers.py
+    recurrences    the same; tp's heads                               recurrent_heads.py
     recomputation  layers keep attention's output only                recompute.py
     fsdp           what is left of each parameter is sharded          fsdp.py, or zero1.py
 
@@ -17,13 +18,14 @@ from seqmesh.integrations.transformers import plug_in
 from seqmesh.parallel.adapters import check_adapters
 from seqmesh.parallel.balance import BalanceLoss
 from seqmesh.parallel.dims import ParallelMesh
-from seqmesh.parallel.experts import share_experts
+from seqmesh.parallel.experts import check_degree, share_experts
 from seqmesh.parallel.fsdp import shard_parameters
 from seqmesh.parallel.model import ParallelModel
 from seqmesh.parallel.part import ModelPart
 from seqmesh.parallel.pipeline import stage_count, stages_of_rank
 from seqmesh.parallel.plan import ParallelPlan
 from seqmesh.parallel.recompute import recompute
+from seqmesh.parallel.recurrent_heads import OwnHeads, share_recurrent_heads
 from seqmesh.parallel.split import split
 from seqmesh.parallel.tensor import plan_of, share_matrices
 
@@ -47,7 +49,7 @@ def parallelize(
     model = unwrapped(model)
     check_adapters(model, mesh.dims.tp, plan.experts)
     model.train()
-    styles = plan_of(model, mesh.dims.tp) if mesh.dims.tp > 1 else {}
+    styles = plan_of(model, mesh.dims, plan.experts) if mesh.dims.tp > 1 else {}
     _check_heads(model, mesh)
     if mesh.dims.pp == 1:
         parts: tuple[ModelPart, ...] = (ModelPart(model, loss_rows=plan.loss_rows),)
@@ -59,8 +61,10 @@ def parallelize(
     for part in parts:
         if styles:
             share_matrices(part.hf, mesh.tp, styles, shard_norms=plan.shard_norms)
-        experts = share_experts(part.hf, mesh, plan.experts) if plan.experts > 1 else None
+        experts = share_experts(part.hf, mesh, plan) if plan.experts > 1 else None
         plug_in(part.hf)
+        if mesh.dims.tp > 1:
+            share_recurrent_heads(part.hf, OwnHeads.of(mesh.tp))
         recompute(part, plan)
         if mesh.device_mesh is not None and plan.zero > 1:
             shard_parameters(part, mesh.fsdp, plan, experts)
@@ -82,10 +86,12 @@ def _check(mesh: ParallelMesh, plan: ParallelPlan) -> None:
             f"param_dtype={plan.param_dtype} without a process group, where nothing is gathered in another"
             " dtype; initialise one, also for one rank"
         )
-    if plan.experts > 1 and (mesh.device_mesh is None or mesh.dims.tp > 1):
+    if plan.experts > 1:
+        check_degree(mesh.dims, plan.experts)
+    if plan.shard_norms and plan.balance > 0:
         raise ValueError(
-            f"experts={plan.experts} on {mesh.dims.world} ranks with tp={mesh.dims.tp}: experts are spread"
-            " over ranks of data and sequences; use tp=1 and several of them"
+            f"shard_norms=True with balance={plan.balance}: that loss takes routers to have all rows of a"
+            " rank; use one of them"
         )
     if plan.shard_norms and mesh.dims.tp == 1:
         raise ValueError("shard_norms=True with tp=1: no other rank has the same rows; leave it out")

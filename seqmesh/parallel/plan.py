@@ -28,7 +28,8 @@ class ParallelPlan:
     offload: bool = False
     """Keep the inputs of recomputed layers on the host."""
     experts: int = 1
-    """Ranks of fsdp over which a layer's experts are spread (expert parallelism); 1: each gathers all."""
+    """Ranks of fsdp and tp over which a layer's experts are spread (expert parallelism), a multiple of tp; 1:
+    each gathers all."""
     balance: float = 0.0
     """What the loss that keeps experts evenly used is multiplied by (router_aux_loss_coef)."""
     offload_optimizer: bool = False

@@ -3,11 +3,13 @@
     keeps, of a layer     none           selective                     full
     its input             x              x                             x, on the host with offload
     attention's results   x              x                             x
+    a recurrence's too    x              x                             x
     matrix products       x              x                             -
     everything else       x              -                             -
 
 Attention's results are kept in every case: it is the one part of a layer whose cost grows with the square of
-the tokens, and the one that communicates. So a step sends the same bytes whatever is recomputed.
+the tokens, and the one that communicates. So are those of layers that carry a state, which communicate too: a
+step sends the same bytes whatever is recomputed.
 
 MLPs can be cut in tiles of tokens, each recomputed by itself: only one tile's intermediate results exist, and
 "selective" keeps no matrix products of them.
@@ -25,6 +27,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import save_on_cpu
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from transformers.integrations import moe  # noqa: F401  (registers its product of experts)
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from seqmesh.parallel.part import ModelPart
@@ -32,11 +35,18 @@ from seqmesh.parallel.plan import ParallelPlan
 
 _MLPS = ("mlp", "feed_forward")
 """What models call the part of a layer that takes every token by itself."""
+_EXCHANGING = (
+    torch.ops.seqmesh.attention.default,
+    torch.ops.seqmesh.recurrence.default,
+    torch.ops.seqmesh.halo.default,
+)
+"""What mixes tokens of several ranks."""
 _PRODUCTS = (
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
     torch.ops.aten._grouped_mm.default,
+    torch.ops.transformers.grouped_mm_fallback.default,  # where PyTorch's is not, as on fake tensors in fp32
 )
 
 
@@ -53,7 +63,7 @@ def recompute(part: ModelPart, plan: ParallelPlan) -> None:
             _tile(_mlp_of(layer), plan.mlp_rows, tiles)
     if plan.recompute == "none":
         return
-    kept = (torch.ops.seqmesh.attention.default, *(_PRODUCTS if plan.recompute == "selective" else ()))
+    kept = (*_EXCHANGING, *(_PRODUCTS if plan.recompute == "selective" else ()))
     for layer in layers:
         if not isinstance(layer, GradientCheckpointingLayer):
             raise ValueError(

@@ -4,6 +4,7 @@
       -> gather      (1, t c, H)  all rows                      before q, k, v and gate, up
       -> products    local shards of the weights, no DTensor inside
       -> scatter     (1, c, H)    sums of a rank's rows         after o and down
+    experts          (1, c, H)    a rank's rows                 their router takes no others (experts.py)
 
 Gather and scatter are each other's backward: a layer sends what it would with all-reduces, and keeps t times
 less. n rows that t does not divide are padded with zeros to t c, c = ceil(n / t): norms leave zeros alone,
@@ -13,7 +14,7 @@ Legend: n local rows, t tp degree, c rows a tp rank has, H hidden size.
 Source: Korthikanti et al. 2022, sequence parallelism (of Megatron-LM: along tp, not to confuse with ours).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -23,10 +24,11 @@ from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.distributed.tensor_parallel import ALL_PARALLEL_STYLES
 
+from seqmesh.integrations.calls import holds_experts
 from seqmesh.parallel.adapters import Styles, linear_of
 from seqmesh.parallel.anatomy import Anatomy
 from seqmesh.parallel.gradients import SumOfGradients, sum_gradients_of
-from seqmesh.parallel.shards import local_part
+from seqmesh.parallel.shards import gathered, local_part
 
 _KNOWN = frozenset({"colwise", "rowwise"})
 """Styles whose collectives are replaced here."""
@@ -71,12 +73,14 @@ def _check_known(model: PreTrainedModel, styles: Styles) -> None:
 def _connect(model: PreTrainedModel, mesh: DeviceMesh, gathering: set[str]) -> None:
     """Let embedding, norms, attention and MLP take and give the rows of the picture above."""
     anatomy = Anatomy.of(model)
-    for name in gathering:
-        _gather_before(model.get_submodule(name), mesh)
+    gathered = [model.get_submodule(name) for name in sorted(gathering)]
+    _check_outermost(model, gathered)
+    for module in gathered:
+        _gather_before(module, mesh)
     for layer in anatomy.layers:
         for child in layer.children():
-            if any(True for _ in child.parameters(recurse=False)):
-                sum_gradients_of(child, mesh)
+            if not any(child is module for module in gathered):
+                _sum_gradients_within(child, mesh)
     for name in anatomy.rest:
         last = getattr(anatomy.base, name)
         if any(True for _ in last.parameters(recurse=False)):
@@ -84,6 +88,24 @@ def _connect(model: PreTrainedModel, mesh: DeviceMesh, gathering: set[str]) -> N
             last.register_forward_hook(lambda _, __, out: _whole(out, mesh))
     if any(True for _ in anatomy.embedding.parameters()):
         anatomy.embedding.register_forward_hook(lambda _, __, out: _mine(out, mesh))
+
+
+def _check_outermost(model: PreTrainedModel, gathered: Sequence[nn.Module]) -> None:
+    """Refuse what would take all rows inside of a block that gets a rank's: experts beside a router."""
+    children = {id(child) for layer in Anatomy.of(model).layers for child in layer.children()}
+    for module in gathered:
+        if id(module) not in children:
+            raise ValueError(
+                f"{type(model).__name__} has a {type(module).__name__} inside of another block, which takes"
+                " the rows of a rank of tp alone; use shard_norms=False"
+            )
+
+
+def _sum_gradients_within(block: nn.Module, mesh: DeviceMesh) -> None:
+    """Of a norm, or of a mixture, whose router and tokens are of a rank's rows. Experts get those of many."""
+    for module in block.modules():
+        if any(True for _ in module.parameters(recurse=False)) and not holds_experts(module):
+            sum_gradients_of(module, mesh)
 
 
 def _gather_before(module: nn.Module, mesh: DeviceMesh) -> None:
@@ -123,10 +145,7 @@ def _multiply_locally(module: nn.Module, mesh: DeviceMesh, *, is_rowwise: bool) 
 
 def _gather(x: Tensor, mesh: DeviceMesh) -> Tensor:
     """(1, c, H) -> (1, t c, H)"""
-    name = mesh.get_group().group_name
-    gathered = torch.ops._c10d_functional.all_gather_into_tensor(x[0].contiguous(), mesh.size(), name)
-    whole: Tensor = torch.ops._c10d_functional.wait_tensor(gathered)
-    return whole[None]
+    return gathered(x[0], mesh.get_group())[None]
 
 
 def _scatter(x: Tensor, mesh: DeviceMesh) -> Tensor:

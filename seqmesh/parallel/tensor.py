@@ -28,6 +28,7 @@ from transformers.distributed.tensor_parallel import apply_tensor_parallelism
 
 from seqmesh.parallel.adapters import Styles, adapted_styles, linear_of, whole_adapters
 from seqmesh.parallel.anatomy import Anatomy
+from seqmesh.parallel.dims import ParallelDims
 from seqmesh.parallel.gradients import SumOfGradients, replaced, shard_gradient_of, sum_gradients_of
 from seqmesh.parallel.sharded_rows import share_rows
 from seqmesh.parallel.split import PassThrough
@@ -39,16 +40,21 @@ _PACKED = "packed_"
 _KEYS_AND_VALUES = ("k_proj", "v_proj")
 
 
-def plan_of(model: PreTrainedModel, degree: int) -> Styles:
-    """What transformers shares how over so many ranks of tp, and of adapters what goes with it.
+def plan_of(model: PreTrainedModel, dims: ParallelDims, experts: int = 1) -> Styles:
+    """What transformers shares how over the ranks of tp, and of adapters what goes with it.
+
+    Args:
+        model: whole.
+        dims: of the mesh.
+        experts: ranks that share a layer's experts, which tp then leaves alone; 1: tp shares each.
 
     Raises:
         ValueError: a model without a plan for its layers, or heads that do not divide.
     """
-    config = model.config
+    config, degree = model.config, dims.tp
     _check_heads(type(model).__name__, config.num_attention_heads, config.num_key_value_heads, degree)
     try:
-        plan: Styles = model._resolve_parallel_plans(DistributedConfig(tp_size=degree))[0]
+        plan: Styles = model._resolve_parallel_plans(distributed(dims, experts))[0]
     except ValueError as error:
         raise ValueError(f"tp={degree}: {error}") from None
     layers = Anatomy.of(model).layers
@@ -61,17 +67,29 @@ def plan_of(model: PreTrainedModel, degree: int) -> Styles:
     return adapted_styles(model, plan)
 
 
-def check_ranges(model: PreTrainedModel, degree: int) -> None:
+def distributed(dims: ParallelDims, experts: int) -> DistributedConfig:
+    """The degrees as transformers has them; what fsdp shares is its business only beside experts.
+
+    Raises:
+        ValueError: spread experts, and tp does not divide the ranks that share them.
+    """
+    if experts == 1:
+        return DistributedConfig(tp_size=dims.tp)
+    return DistributedConfig(tp_size=dims.tp, ep_size=experts, fsdp_size=dims.shards)
+
+
+def check_ranges(model: PreTrainedModel, dims: ParallelDims, experts: int = 1) -> None:
     """Refuse what cannot be loaded or saved by ranges of rows: two matrices in one parameter, each shared.
 
     Raises:
         ValueError: a model with such parameters, or without a plan.
     """
-    packed = [path for path, style in plan_of(model, degree).items() if style.startswith(_PACKED)]
+    packed = [path for path, style in plan_of(model, dims, experts).items() if style.startswith(_PACKED)]
     if packed:
         raise ValueError(
-            f"tp={degree} with {type(model).__name__}: {packed[0]} has two matrices in one, and a rank's"
-            " shard of it is not a range of rows, as loading and saving take it to be; use tp=1"
+            f"tp={dims.tp} with {type(model).__name__}: {packed[0]} has two matrices in one, and a rank's"
+            " shard of it is not a range of rows, as loading and saving take it to be; use tp=1, or of a"
+            f" mixture experts={dims.tp}, a multiple of tp, which leaves each expert whole"
         )
 
 
@@ -114,7 +132,7 @@ def share_matrices(
     if isinstance(getattr(model.get_input_embeddings(), "weight", None), DTensor):
         shard_gradient_of(model.get_input_embeddings())
     if not shard_norms:
-        model.get_input_embeddings().register_forward_hook(_own_memory)
+        model.get_input_embeddings().register_forward_hook(own_memory)
 
 
 def _gives_keys_or_values(name: str) -> bool:
@@ -122,7 +140,7 @@ def _gives_keys_or_values(name: str) -> bool:
     return linear_of(name).endswith(_KEYS_AND_VALUES) and not name.endswith((".weight", ".bias"))
 
 
-def _own_memory(_: nn.Module, __: Any, output: Tensor) -> Tensor:
+def own_memory(_: nn.Module, __: Any, output: Tensor) -> Tensor:
     """What leaves a DTensor is a view of it, from which FSDP cannot hang its hooks safely."""
     return output.clone()
 

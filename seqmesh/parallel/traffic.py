@@ -25,8 +25,10 @@ from torch.utils._pytree import tree_leaves
 from seqmesh.engine.exchange import Watch
 from seqmesh.parallel.dims import ParallelMesh
 
-_EXCHANGING = ("dp_shard", "ring", "ulysses")
-"""Axes of a sequence and its shards: they send all-to-alls of attention, and nothing else by themselves."""
+_EXCHANGING = ("dp_shard", "ring", "ulysses", "sequence")
+"""Axes of a sequence and its shards: by themselves they send all-to-alls of attention and of states."""
+_BALANCE = "balance"
+"""What a sequence's ranks add up for the loss that keeps experts evenly used (balance.py)."""
 _NAMESPACES = ("c10d", "_c10d_functional", "_c10d_functional_autograd")
 
 
@@ -62,13 +64,16 @@ class CountTraffic(Watch):
     def by_axis(self, mesh: ParallelMesh) -> dict[str, int]:
         """Bytes by axis, or flattened axis, of a mesh; what other groups sent is "other". No zeros.
 
-        Axes may have one group. All-to-alls are then those of ring or ulysses, all else is not.
+        Of a sequence's ranks "sequence" are the exchanges, "balance" the sums.
+
+        Axes may have one group. All-to-alls are then those of ring, ulysses or sequence, all else is not.
         """
         found: Counter[str] = Counter()
         for (group_name, is_exchange), sent in self.by_group.items():
-            axes = mesh.axes if is_exchange else sorted(mesh.axes, key=lambda axis: axis in _EXCHANGING)
+            axes = sorted(mesh.axes, key=lambda axis: (axis in _EXCHANGING) is not is_exchange)
             names = (axis for axis in axes if _name_of(mesh.group(axis)) == group_name)
-            found[next(names, "other")] += sent
+            axis = next(names, "other")
+            found[_BALANCE if axis == "sequence" and not is_exchange else axis] += sent
         return {axis: sent for axis, sent in found.items() if sent}
 
 

@@ -35,13 +35,15 @@ def answer(costs: CostModel, found: Found, recipe: str | None = None) -> list[st
         _takes(costs, best),
         _ties(found),
         _rests_on(costs, best),
-        _try(best, found, recipe or "plan.toml"),
+        _try(costs, best, found, recipe or "plan.toml"),
     ]
 
 
 def _run(costs: CostModel, best: StepEstimate, recipe: str | None) -> str:
     add = "" if recipe else "add --emit plan.toml, then "
     ranks = costs.job.cluster.gpus
+    if refused := costs.job.model.untrainable:
+        return f"Run {mesh_words(best.point)}, {knob_words(best.point)}; not by seqmesh train: {refused}."
     return (
         f"Run {mesh_words(best.point)}, {knob_words(best.point)}:"
         f" {add}seqmesh train {recipe or 'plan.toml'} on {ranks} GPU{'s' if ranks > 1 else ''}."
@@ -88,16 +90,21 @@ def _rests_on(costs: CostModel, best: StepEstimate) -> str:
     trial = max(strongest.trials, key=lambda one: one.change)
     assumed = next(one for one in costs.job.assumptions.explain() if one.name == strongest.name)
     name = strongest.name.replace("_", " ")
+    balance = f"{costs.job.assumptions.expert_balance:.3g}x the mean tokens"
+    experts = (
+        f" Of the ranks that share experts the busiest gets {balance}." if best.point.experts > 1 else ""
+    )
     return (
         f"It rests on {rates}, and most on {name}: with {trial.value:.3g} in place of {assumed.value:.3g}"
-        f" a step takes {trial.change:.0%} longer."
+        f" a step takes {trial.change:.0%} longer.{experts}"
     )
 
 
-def _try(best: StepEstimate, found: Found, recipe: str) -> str:
+def _try(costs: CostModel, best: StepEstimate, found: Found, recipe: str) -> str:
     low, high = ((1 + sign * STEP_ERROR) * best.seconds for sign in (-1, 1))
     tie = f"; then {point_words(found.tied[1].point)}" if len(found.tied) > 1 else ""
+    run = "5 steps" if costs.job.model.untrainable else f"seqmesh train {recipe} --steps 5"
     return (
-        f"Try first: seqmesh train {recipe} --steps 5{tie}. Outside {format_seconds(low)} to"
+        f"Try first: {run}{tie}. Outside {format_seconds(low)} to"
         f" {format_seconds(high)}, the rates are not yours."
     )

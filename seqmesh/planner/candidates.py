@@ -6,6 +6,7 @@ Most of them are legal; the few that are not (inputs/legality.py) are left out b
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
 from itertools import product
+from math import gcd
 
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.legality import is_pool
@@ -16,6 +17,12 @@ Pins = Mapping[str, int | str]
 
 Mesh = tuple[int, ...]
 """The degrees of a point: tp, ulysses, ring, dp, pp; and 1 for one pool."""
+
+
+MANY_SIZES = 16
+"""So many micro-batches are all tried."""
+SIZES_APART = 1.5
+"""Else each is so many times the one before: steps of neighbours differ by less than the model's error."""
 
 
 def mesh_of(point: Point) -> Mesh:
@@ -48,7 +55,8 @@ def bare_meshes(job: Job, pins: Pins) -> Iterator[Point]:
     m = job.model
     gpus = job.cluster.gpus
     fixed = {key: pins[key] for key in ("pipeline", "virtual") if key in pins}
-    for tp in _degrees("tp", gpus, m.kv_heads, pins):
+    most_tp = 1 if m.not_shared_by_tp else m.kv_heads
+    for tp in _degrees("tp", gpus, most_tp, pins):
         after_tp = gpus // tp
         for ulysses in _degrees("ulysses", after_tp, max(1, m.heads // tp), pins):
             after_ulysses = after_tp // ulysses
@@ -76,18 +84,40 @@ def zero_stages_of(job: Job, mesh: Point, pins: Pins) -> tuple[int, ...]:
 
 
 def micro_batches_of(job: Job, mesh: Point, pins: Pins) -> Sequence[int]:
-    """The micro-batches to try on a mesh, ascending."""
+    """The micro-batches to try on a mesh, ascending. Of very many, each is at least half as large again."""
     if "micro_batch" in pins:
         return (int(pins["micro_batch"]),)
-    return _divisors(job.global_batch // mesh.dp)
+    return _apart(_divisors(job.global_batch // mesh.dp))
+
+
+@lru_cache(maxsize=4096)
+def _apart(sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """All sizes if they are few, else those of them that are far enough apart to tell, and the largest."""
+    if len(sizes) <= MANY_SIZES:
+        return sizes
+    kept = [sizes[0]]
+    for size in sizes[1:-1]:
+        if size >= SIZES_APART * kept[-1]:
+            kept.append(size)
+    return (*kept, sizes[-1])
+
+
+def experts_of(job: Job, mesh: Point, pins: Pins) -> Sequence[int]:
+    """The ranks to try to spread experts over, on a mesh, ascending."""
+    if "experts" in pins:
+        return (int(pins["experts"]),)
+    return _divisors(gcd(mesh.replicas, job.model.mixture.experts)) if job.model.mixture else (1,)
 
 
 def variants(job: Job, mesh: Point, pins: Pins) -> Iterator[Point]:
-    """A mesh with every ZeRO stage and micro-batch."""
+    """A mesh with every ZeRO stage, spread of experts and micro-batch."""
     micro_batches = micro_batches_of(job, mesh, pins)
-    for zero in zero_stages_of(job, mesh, pins):
+    spreads = product(zero_stages_of(job, mesh, pins), experts_of(job, mesh, pins))
+    for zero, experts in spreads:
+        if experts > 1 and zero < job.stack.experts_from_zero:
+            continue
         for micro_batch in micro_batches:
-            point = mesh.but(zero=zero, micro_batch=micro_batch)
+            point = mesh.but(zero=zero, experts=experts, micro_batch=micro_batch)
             pooled = is_pool(job, point)  # the degrees say it: there is nothing to choose
             if pins.get("pool", pooled) == pooled:
                 yield point.but(pool=True) if pooled else point

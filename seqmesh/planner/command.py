@@ -171,7 +171,7 @@ def _answer(job: Job, pins: Pins, options: PlanOptions) -> int:
     if not found.best and job.headroom:  # what fits without any is better than nothing
         return _answer(replace(job, headroom=0.0), pins, options)
     # What does not fit is shown where it was asked for: as the pinned point, or to a program.
-    if not found.best and not (_is_point(pins) or (pins and options.as_json)):
+    if not found.best and not (_is_point(job, pins) or (pins and options.as_json)):
         raise ValueError(f"nothing fits: {shortfall(costs, found.infeasible[0], pins)}")
     shown = (*found.best[: options.top], *found.infeasible[: options.top])
     first = found.tied[0] if found.tied else shown[0]
@@ -181,7 +181,7 @@ def _answer(job: Job, pins: Pins, options: PlanOptions) -> int:
         records = [record(one, job.capacity, _why(searched, found, one)) for one in shown]
         told = {"answer": asdict(first.point), "tied": [asdict(one.point) for one in found.tied]}
         print(json.dumps({"seq_len": job.seq_len, **told, "candidates": records}, indent=2))
-    elif _is_point(pins):
+    elif _is_point(job, pins):
         show_one(out, costs, first, pins)
     else:
         show_found(out, costs, found, options.top, _recipe(options))
@@ -195,9 +195,9 @@ def _recipe(options: PlanOptions) -> str | None:
     return str(options.emit) if options.emit is not None and options.emit_for == "seqmesh" else None
 
 
-def _is_point(pins: Pins) -> bool:
+def _is_point(job: Job, pins: Pins) -> bool:
     """Whether the pins leave nothing to choose."""
-    return set(pins) >= set(SEARCHED)
+    return set(pins) >= {*SEARCHED, *(["experts"] if job.model.mixture else [])}
 
 
 def _why(searched: Search, found: Found, estimate: StepEstimate) -> list[str]:

@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from seqmesh.planner.candidates import Pins, divisors
-from seqmesh.planner.cost.attention import AttentionShape, Loads, Pass, attention_cost
+from seqmesh.planner.cost.attention import AttentionShape, Pass, attention_cost
 from seqmesh.planner.cost.estimate import COMPUTE
 from seqmesh.planner.cost.network import Group, Network, add_bytes, place
+from seqmesh.planner.cost.step_loads import Loads
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.point import as_pin
 from seqmesh.planner.inputs.shape import ModelShape

@@ -34,12 +34,13 @@ def reasons(searched: Search, estimate: StepEstimate) -> list[str]:
         return [shortfall(searched.costs, estimate, searched.pins)]
     return [
         *_limit(estimate),
-        *_layout(estimate),
+        *_layout(searched.costs, estimate),
         *_pool(searched, estimate),
         *_unified(searched, estimate),
         *_data_parallel(searched, estimate),
         *_zero(searched, estimate),
         *_tensor(searched, estimate),
+        *_experts(searched, estimate),
         *_savers(searched, estimate),
         *_order(searched.costs, estimate),
     ]
@@ -74,15 +75,20 @@ def _difference(share: float) -> str:
     return f"takes {abs(share):.1%} {'longer' if share > 0 else 'less'}"
 
 
-def _layout(estimate: StepEstimate) -> Iterator[str]:
+def _layout(costs: CostModel, estimate: StepEstimate) -> Iterator[str]:
     p = estimate.point
-    if p.ring > 1:
-        merged = ' (stages="auto")' if estimate.stages == "auto" else ""
-        yield (
-            f"layout {estimate.layout} over ring {p.ring},"
-            f" {estimate.exchanges} exchange{'s' if estimate.exchanges != 1 else ''}{merged}:"
-            f" the busiest rank computes {estimate.imbalance:.3f}x the mean"
+    if p.ring == 1:
+        return
+    found: list[str] = []
+    for key, _ in costs.loads.keys(p):
+        load = costs.loads.of(key)
+        where = f"{key.reach.layers} layers of window {key.reach.window}: " if found else ""
+        merged = ' (stages="auto")' if load.asked == "auto" else ""
+        found.append(
+            f"{where}{load.exchanges} exchange{'s' if load.exchanges != 1 else ''}{merged},"
+            f" the busiest rank computes {load.imbalance:.3f}x the mean"
         )
+    yield f"layout {estimate.layout} over ring {p.ring}: {'; '.join(found)}"
 
 
 def _pool(searched: Search, estimate: StepEstimate) -> Iterator[str]:
@@ -153,10 +159,22 @@ def _zero(searched: Search, estimate: StepEstimate) -> Iterator[str]:
         yield (f"ZeRO-1 over dp x sp = {p.replicas} ranks (practice 3: ZeRO-1 or 2): the optimizer {where}")
 
 
+def _experts(searched: Search, estimate: StepEstimate) -> Iterator[str]:
+    """The best without experts spread if they are, or with them if they are not."""
+    spread = estimate.point.experts > 1
+    if searched.costs.job.model.mixture is None or "experts" in searched.pins:
+        return
+    name = "without experts spread" if spread else "with experts spread over ranks"
+    yield f"{name}: {_best_of(searched, estimate, lambda other: (other.experts > 1) != spread)}"
+
+
 def _tensor(searched: Search, estimate: StepEstimate) -> Iterator[str]:
     """The best without tensor parallelism if it is used, or with it if it is not."""
     used = estimate.point.tp > 1
     if "tp" in searched.pins:
+        return
+    if what := searched.costs.job.model.not_shared_by_tp:
+        yield f"tensor parallelism is not priced with {what}"
         return
     name = "without tensor parallelism" if used else "with tensor parallelism"
     text = _best_of(searched, estimate, lambda other: (other.tp > 1) != used)

@@ -1,7 +1,8 @@
 """The search: every legal point of a job, best first, in well under the time that pricing all would take.
 
     1. every mesh                        a floor of its time: work, weights and bubble, no exchange
-    2. the mesh with the lowest floor    its micro-batches and ZeRO stages without a memory saver: bounds
+    2. the mesh with the lowest floor    its micro-batches and ZeRO stages without a memory saver: bounds,
+                                         of their layers at first
     3. the point with the lowest bound   savers (tiling, checkpointing, offload) until it fits with room
     4. stop                              when the next is above the worst of the best few, and no tie
 
@@ -10,16 +11,19 @@ is dominated and never priced; and what has a floor above the best few cannot en
 out: `tests/test_plan_search.py` compares with brute force.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from heapq import heapify, heappop, heappush, nsmallest
+from itertools import groupby, takewhile
 from math import inf
+from operator import attrgetter
 
 from seqmesh.planner.candidates import (
     Mesh,
     Pins,
     bare_meshes,
+    experts_of,
     mesh_of,
     meshes,
     micro_batches_of,
@@ -56,6 +60,8 @@ class _Bound:
 
     seconds: float
     point: Point
+    is_exact: bool
+    """Whether they are what the point itself takes, or what its layers take."""
 
 
 @dataclass(frozen=True)
@@ -96,6 +102,7 @@ class Search:
             raise ValueError(explain_pins(costs.job, pins))
         self._bounds = lru_cache(maxsize=None)(self._bounds_of_mesh)
         self._fitting = lru_cache(maxsize=None)(self._fitting_of_bound)
+        self._seconds = lru_cache(maxsize=None)(costs.seconds)
 
     def found(self, top: int) -> Found:
         """The best few meshes, and those that tie with the first."""
@@ -119,7 +126,8 @@ class Search:
         for mesh in bare_meshes(job, pins):
             if any(self._with_fewest_savers(point) for point in variants(job, mesh, pins)):
                 zero_stages = zero_stages_of(job, mesh, pins)
-                floor = floors.floor(mesh, zero_stages, micro_batches_of(job, mesh, pins))
+                spread = mesh.but(experts=experts_of(job, mesh, pins)[-1])
+                floor = floors.floor(spread, zero_stages, micro_batches_of(job, mesh, pins))
                 yield _LegalMesh(floor, mesh)
 
     def _with_fewest_savers(self, point: Point) -> Point | None:
@@ -145,6 +153,11 @@ class Search:
                         heappush(queue, (bound.seconds, number, bound))
                         number += 1
                 continue
+            if not what.is_exact:
+                exact = _Bound(self._seconds(what.point), what.point, is_exact=True)
+                heappush(queue, (exact.seconds, number, exact))
+                number += 1
+                continue
             for one in self._fitting(what.point):
                 if accept(one.point):
                     priced.append(one)
@@ -156,19 +169,23 @@ class Search:
         return priced
 
     def _bounds_of_mesh(self, legal: _LegalMesh) -> tuple[_Bound, ...]:
-        """The points of a mesh that could fit with savers, priced without them."""
+        """The points of a mesh that could fit with savers, each with what its layers take without them."""
         found = []
-        too_large: set[int] = set()  # ZeRO stages of which a micro-batch cannot fit: no larger one can
-        for point in variants(self.costs.job, legal.mesh, self.pins):
-            if point.zero in too_large:  # micro-batches ascend
-                continue
-            if not _could_fit(self.costs, point, self.pins):
-                too_large.add(point.zero)
-                continue
-            fewest = self._with_fewest_savers(point)
-            if fewest is not None:
-                found.append(_Bound(self.costs.seconds(fewest), fewest))
+        every = variants(self.costs.job, legal.mesh, self.pins)
+        for _, alike in groupby(every, key=attrgetter("zero", "experts")):
+            for point in self._that_could_fit(list(alike)):
+                fewest = self._with_fewest_savers(point)
+                if fewest is not None:
+                    found.append(_Bound(self.costs.seconds_of_layers(fewest), fewest, is_exact=False))
         return tuple(found)
+
+    def _that_could_fit(self, points: list[Point]) -> Iterable[Point]:
+        """Of points of ascending micro-batches: no larger one fits than the first that does not."""
+
+        def could_fit(point: Point) -> bool:
+            return _could_fit(self.costs, point, self.pins)
+
+        return points if could_fit(points[-1]) else takewhile(could_fit, points)
 
     def _fitting_of_bound(self, base: Point) -> tuple[StepEstimate, ...]:
         """The points of a mesh that fit and that no other that fits with room dominates.
@@ -294,7 +311,8 @@ def any_legal(costs: CostModel, pins: Pins) -> bool:
 def explain_pins(job: Job, pins: Pins) -> str:
     """Why no legal point has these pins: the rule that the nearest point breaks."""
     named = {key: value for key, value in pins.items() if key in KEYS}
-    point = Point(zero=job.stack.zero_stages[0]).but(**named)
+    zero = job.stack.zero_stages[-1 if "experts" in pins else 0]
+    point = Point(zero=zero).but(**named)
     # The GPUs that the pins leave over go to the first axis that is free, so that their number is no mistake.
     free = [key for key in ("ring", "dp", "ulysses", "tp", "pp") if key not in pins]
     rest = job.cluster.gpus // max(1, point.gpus)

@@ -99,6 +99,8 @@ def _moved(name: str, value: float) -> tuple[float, ...]:
         return (1 - value,)
     if name in ("gradient_overlap", "prefetch") and value < 1:  # may be 0: half of what is missing to 1
         return (value + (1 - value) / 2,)
+    if name == "expert_balance":  # at least 1
+        return ((1 + SWING) * value,)
     if name == "overhead":  # so small that 20% of it decides nothing
         return (3 * value,)
     return ((1 - SWING) * value, (1 + SWING) * value) if value else ()

@@ -12,8 +12,9 @@ OFFLOADED = {
 
 
 def mesh_words(point: Point) -> str:
-    """The degrees above 1: `tp2 u4 r2 dp2`."""
+    """The degrees above 1: `tp2 u4 r2 dp2`, and the ranks that share experts: `ep8`."""
     degrees = {"tp": point.tp, "u": point.ulysses, "r": point.ring, "dp": point.dp, "pp": point.pp}
+    degrees["ep"] = point.experts
     words = [f"{name}{size}" for name, size in degrees.items() if size > 1]
     words += ["pool"] if point.pool else []
     return " ".join(words) or "1 GPU"

@@ -4,7 +4,7 @@
     messages        of pipelines: counted, not sent; received is what lies in the buffers
     votes           the other data-parallel ranks say of a step what this one says
     weights         made where they are: nobody sends them
-    meshes          joined with real numbers, since fake ones say nothing of ranks
+    meshes          joined and parted with real numbers, since fake ones say nothing of ranks
 
 Everything else is the code of real ranks. This process is the first of them on every axis but pp, where it
 may be any.
@@ -58,6 +58,8 @@ def fake_ranks(config: Config, stage: int = 0) -> Iterator[ParallelMesh]:
         undone.enter_context(replaced(schedules, "_batch_p2p", _exchange_nothing))
         joined = staticmethod(_with_real_tensors(DeviceMesh._concatenate))
         undone.enter_context(replaced(DeviceMesh, "_concatenate", joined))
+        parted = _with_real_tensors(DeviceMesh._unflatten)
+        undone.enter_context(replaced(DeviceMesh, "_unflatten", parted))
         yield setup.dims_of(config.mesh).build(config.run.device)
 
 

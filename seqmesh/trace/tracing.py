@@ -5,11 +5,12 @@
 
 What runs is `Trainer.step` of seqmesh/train, unchanged: the transformers model made parallel, with our
 attention, the engine with all its stages and buffers, the loss, the backward, the reduction of the gradients,
-clipping, AdamW and the checks. Three things are replaced:
+clipping, AdamW and the checks. Four things are replaced:
 
     tensors      by fake ones, which have a shape, a dtype and a lifetime but no data       FakeTensorMode
     the ranks    by ones that do not exist; this process is rank 0                          fake_ranks.py
     host reads   (`loss.item()`, label counts, norms, checksums) by 1: no allocation depends on them
+    routers      of spread experts by ones that use all experts evenly                      even_routing.py
 
 allocations.py says what is counted. Not seen are buffers inside one operator (the flash kernel's backward:
 1 MiB a thread, and a copy of a tile's queries), nor what an allocator rounds up or keeps. Two steps run; the
@@ -34,6 +35,7 @@ from torch.utils._pytree import tree_leaves
 
 from seqmesh.parallel.traffic import CountTraffic
 from seqmesh.trace.allocations import AllocationLog, TracedMemory
+from seqmesh.trace.even_routing import even_routing
 from seqmesh.trace.fake_ranks import fake_ranks, fake_weights
 from seqmesh.train.checkpoint_state import states_of_this_rank
 from seqmesh.train.config import Config
@@ -84,6 +86,7 @@ def trace_step(
     with (
         fake_ranks(config, stage) as mesh,
         fake_weights(),
+        even_routing(),
         torch.random.fork_rng(devices=[]),
         FakeTensorMode(allow_non_fake_inputs=True),
         log,

@@ -20,8 +20,8 @@ import torch.distributed as dist
 from seqmesh.parallel import ParallelMesh
 from seqmesh.parallel.traffic import CountTraffic, is_collective
 
-AXES = ("pp", "dp_replicate", "ring", "ulysses", "tp", "fsdp", "replicas", "rest")
-"""What bytes are told apart by: axes of the mesh, and two flattened ones (parallel/dims.py)."""
+AXES = ("pp", "dp_replicate", "ring", "ulysses", "sequence", "tp", "fsdp", "replicas", "rest")
+"""What bytes are told apart by: axes of the mesh, and three flattened ones (parallel/dims.py)."""
 
 
 class WatchCosts(CountTraffic):

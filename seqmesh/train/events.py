@@ -52,7 +52,7 @@ class StepMetrics:
     Always the larger number.
     """
     bytes_sent: int
-    """Sent by attention to other ranks, counted at the collectives, all ranks."""
+    """Sent along the sequence, heads, rows, states and halos, counted at the collectives, all ranks."""
     bytes_scheduled: int
     """What the schedules say, all ranks."""
     bytes_agree: bool

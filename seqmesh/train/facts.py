@@ -24,7 +24,7 @@ class RankFacts(NamedTuple):
     grad_norm: float
     """Of the gradients summed over ranks, before clipping: the same on every rank."""
     bytes_scheduled: float
-    """What attention sends to other ranks, as the rank's schedules say."""
+    """What attention and recurrent layers send to other ranks, as the rank's schedules say."""
     weight_sum: float
     """`weight_sum` after the step: finite if all weights are."""
     weight_bits: int
@@ -34,8 +34,11 @@ class RankFacts(NamedTuple):
 
     @property
     def bytes_sent(self) -> int:
-        """Sent by attention, counted at the collectives: schedules know nothing of weights and gradients."""
-        return self.costs.sent["ulysses"] + self.costs.sent["ring"]
+        """Sent by layers that mix tokens, counted at the collectives.
+
+        Schedules know nothing of weights and gradients.
+        """
+        return sum(self.costs.sent[axis] for axis in ("ulysses", "ring", "sequence"))
 
 
 @torch.no_grad()

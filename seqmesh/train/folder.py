@@ -20,6 +20,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 
 from seqmesh.integrations.layers import CHUNKED, FULL, SLIDING
 from seqmesh.parallel.load import check_folder, names_in_folder, stored_names
+from seqmesh.processes import first_line
 from seqmesh.train.fingerprint import fingerprint
 from seqmesh.train.paths import expanded
 from seqmesh.train.sizes import ModelSizes
@@ -77,7 +78,7 @@ def config_of(folder: str) -> PreTrainedConfig:
 
 
 def _no_model(folder: str, error: Exception) -> ValueError:
-    what = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    what = first_line(error)
     return ValueError(
         f"model.folder={folder!r} is no causal language model of transformers ({what});"
         " pass a folder that save_pretrained wrote"
@@ -124,7 +125,7 @@ def _check_convertible(folder: str, path: Path) -> None:
             path, device_map="meta", local_files_only=True, use_safetensors=True, output_loading_info=True
         )
     except Exception as error:
-        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        what = first_line(error)
         raise ValueError(
             f"the weights of model.folder={folder!r} cannot be read ({what}); restore its files"
         ) from None

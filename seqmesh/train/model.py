@@ -1,5 +1,7 @@
 """The model of a run, as transformers has it: from the keys of a recipe, or from a folder (folder.py)."""
 
+from typing import Any
+
 import torch
 from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
@@ -10,6 +12,11 @@ from seqmesh.train.config import Config, ModelConfig
 from seqmesh.train.data import TokenIds, tokenizer_of
 from seqmesh.train.lora import adapt
 from seqmesh.train.sizes import ModelSizes
+
+_REMEDY = (
+    "give a folder with its config.json as model.folder, or use llama, mistral, qwen2, ..., or with experts"
+    " mixtral, qwen3_moe"
+)
 
 
 def build(config: Config, vocabulary: TokenIds | None = None) -> PreTrainedModel:
@@ -103,21 +110,16 @@ def _check_rows(config: Config, rows: int, vocabulary: TokenIds) -> None:
 def _transformers_config(
     model: ModelConfig, seq_len: int, rows: int, vocabulary: TokenIds
 ) -> PreTrainedConfig:
-    """The recipe's sizes in transformers' names, with its window, or none, where the architecture has one."""
-    default = CONFIG_MAPPING[model.architecture]()
-    window: dict[str, int | bool | None] = {}
-    if hasattr(default, "sliding_window"):
-        window["sliding_window"] = model.window or None
-    if hasattr(default, "use_sliding_window"):  # Qwen: in the layers after the first max_window_layers
-        window |= {"use_sliding_window": model.window > 0, "max_window_layers": 0}
+    """The recipe's sizes in transformers' names, with its window and its experts where there are some."""
     return AutoConfig.for_model(
         model.architecture,
-        **window,
+        **_window(model),
+        **_mixture(model),
         hidden_size=model.hidden,
         num_hidden_layers=model.layers,
         num_attention_heads=model.heads,
         num_key_value_heads=model.kv_heads,
-        head_dim=model.head_dim,
+        head_dim=model.elements_of_head,
         intermediate_size=model.intermediate,
         vocab_size=rows,
         max_position_embeddings=seq_len,
@@ -127,6 +129,32 @@ def _transformers_config(
         eos_token_id=vocabulary.end,
         pad_token_id=vocabulary.padding,
     )
+
+
+def _window(model: ModelConfig) -> dict[str, Any]:
+    """The window, or none, where the architecture has one."""
+    default = CONFIG_MAPPING[model.architecture]()
+    given: dict[str, Any] = {}
+    if hasattr(default, "sliding_window"):
+        given["sliding_window"] = model.window or None
+    if hasattr(default, "use_sliding_window"):  # Qwen: in the layers after the first max_window_layers
+        given |= {"use_sliding_window": model.window > 0, "max_window_layers": 0}
+    return given
+
+
+def _mixture(model: ModelConfig) -> dict[str, Any]:
+    """Experts in all layers; weights of a token's experts add up to 1, as in published models."""
+    if not model.experts:
+        return {}
+    default = CONFIG_MAPPING[model.architecture]()
+    given: dict[str, Any] = {"num_experts_per_tok": model.experts_per_token}
+    name = "num_local_experts" if hasattr(default, "num_local_experts") else "num_experts"
+    given[name] = model.experts
+    if hasattr(default, "moe_intermediate_size"):
+        given["moe_intermediate_size"] = model.intermediate
+    if hasattr(default, "norm_topk_prob"):
+        given["norm_topk_prob"] = True
+    return given
 
 
 def _check_window(model: ModelConfig, config: PreTrainedConfig, sizes: ModelSizes) -> None:
@@ -148,22 +176,45 @@ def _check_window(model: ModelConfig, config: PreTrainedConfig, sizes: ModelSize
 
 
 def _check_sizes(built: PreTrainedModel, model: ModelConfig) -> None:
-    """An architecture that names its sizes differently would ignore the recipe.
-
-    One with experts has other FLOPs; its weights are known by their third dim.
-    """
+    """An architecture that names its sizes differently would ignore the recipe."""
     shapes = {name: tuple(parameter.shape) for name, parameter in built.named_parameters()}
     queries = [shape for name, shape in shapes.items() if name.endswith("self_attn.q_proj.weight")]
     keys = [shape for name, shape in shapes.items() if name.endswith("self_attn.k_proj.weight")]
-    q_shape = (model.hidden, model.hidden)
-    k_shape = (model.kv_heads * model.head_dim, model.hidden)
-    if (
-        queries != [q_shape] * model.layers
-        or keys != [k_shape] * model.layers
-        or any(len(shape) > 2 for shape in shapes.values())
-    ):
+    q_shape = (model.heads * model.elements_of_head, model.hidden)
+    k_shape = (model.kv_heads * model.elements_of_head, model.hidden)
+    if queries != [q_shape] * model.layers or keys != [k_shape] * model.layers:
         raise ValueError(
-            f"model.architecture={model.architecture!r} is not a dense decoder"
-            " with the dimensions of [model];"
-            " use llama, mistral, qwen2, ..."
+            f"model.architecture={model.architecture!r} is not a decoder with the dimensions of [model];"
+            f" {_REMEDY}"
+        )
+    # Weights of experts are known by their third dim.
+    has_experts = any(len(shape) > 2 for shape in shapes.values())
+    if has_experts != (model.experts > 0):
+        have, remedy = ("have", "set it") if has_experts else ("have no", "use mixtral, qwen3_moe")
+        raise ValueError(
+            f"model.experts={model.experts} with model.architecture={model.architecture!r}, whose layers"
+            f" {have} experts; {remedy}, or another architecture"
+        )
+    if has_experts:
+        _check_experts(shapes, model)
+
+
+def _check_experts(shapes: dict[str, tuple[int, ...]], model: ModelConfig) -> None:
+    """Layers that share an expert, or have biases or another router, are no models of these keys."""
+    said = {
+        "gate.weight": (model.experts, model.hidden),
+        "experts.gate_up_proj": (model.experts, 2 * model.intermediate, model.hidden),
+        "experts.down_proj": (model.experts, model.hidden, model.intermediate),
+    }
+    for layer in range(model.layers):
+        start = f"model.layers.{layer}.mlp."
+        found = {name.removeprefix(start): shape for name, shape in shapes.items() if name.startswith(start)}
+        if found == said:
+            continue
+        others = (found.keys() - said.keys()) or {name for name in found if found[name] != said[name]}
+        other = min(others, default="")
+        what = f"has {start}{other} of {found[other]}" if other else f"lacks experts in layer {layer}"
+        raise ValueError(
+            f"model.architecture={model.architecture!r} {what}, which the keys of [model] do not say; give a"
+            " folder with its config.json as model.folder, or use mixtral, qwen3_moe"
         )

@@ -27,6 +27,7 @@ _SHORT = {
     "model": "model.folder",
     "folder": "run.folder",
     "check": "run.check_every",
+    "experts": "mesh.experts",  # not model.experts
 }
 """Overrides with a name of their own."""
 

@@ -166,7 +166,7 @@ def describe(config: Config, report: Report, seconds: float, folder: Path) -> st
         "time": f"{report.compute_seconds:.2f} s computing, {report.waiting_seconds:.2f} waiting for others"
         f" and for what they send, {report.data_seconds:.2f} for data (medians)",
         "plan": _prediction(report),
-        "exchanged": f"{in_bytes(report.bytes_per_step)} a step by attention, all ranks;"
+        "exchanged": f"{in_bytes(report.bytes_per_step)} a step along the sequence, all ranks;"
         f" {_bytes_verdict(report)}",
         "sent": ", ".join(f"{axis} {in_bytes(sent)}" for axis, sent in report.sent.items()) or "nothing",
         "memory": f"peak {peaks} MiB on ranks 0, 1, ..., libraries included",

@@ -17,6 +17,7 @@ from typing import Any
 import torch.distributed as dist
 from transformers.utils import logging as transformers_logging
 
+from seqmesh import processes
 from seqmesh.parallel.adapters import what_trains
 from seqmesh.processes import Place, connect, one_line
 from seqmesh.provenance import this_command, versions
@@ -47,11 +48,10 @@ def place_from(environment: Mapping[str, str], config: Config) -> Place | None:
     Raises:
         ValueError: the launcher's world is not ulysses x ring.
     """
-    if "RANK" not in environment or "WORLD_SIZE" not in environment:
+    place = processes.place_from(environment)
+    if place is None:
         return None
-    rank = int(environment["RANK"])
-    world = int(environment["WORLD_SIZE"])
-    mesh = config.mesh
+    world, mesh = place.world, config.mesh
     if world != mesh.world:
         raise ValueError(
             f"{' x '.join(f'mesh.{axis}={n}' for axis, n in mesh.degrees.items() if n > 1) or 'no degree'}"
@@ -63,7 +63,7 @@ def place_from(environment: Mapping[str, str], config: Config) -> Place | None:
     # (recipes/launch/torchrun.sh).
     is_one_machine = environment.get("GROUP_WORLD_SIZE") == "1"
     attempt = int(environment.get("TORCHELASTIC_RESTART_COUNT", 0)) if is_one_machine else 0
-    return Place(rank=rank, world=world, rendezvous="env://", attempt=attempt)
+    return replace(place, attempt=attempt)
 
 
 def run(config: Config, place: Place | None, foresight: Foresight | None = None) -> Report | None:
@@ -170,7 +170,10 @@ def dry_run(config: Config, foresight: Foresight) -> str:
     prepared = _prepare(on_any_machine)
     expected = foresight.expect(config, token_ids(config, prepared.corpus))
     if expected.unknown:
-        raise ValueError(f"a step of it cannot be traced: {expected.unknown}; report this as a bug")
+        raise ValueError(
+            f"a step of it cannot be traced: {expected.unknown}; start the run without --dry-run, which says"
+            " what it holds as it goes"
+        )
     return "\n".join(describe_start(config, prepared.parameters, expected, trained=prepared.trained))
 
 

@@ -111,13 +111,11 @@ def check(config: Config) -> dict[str, tuple[int, ...]]:
 
 def _check_plans(hollow: PreTrainedModel, config: Config) -> None:
     """What tp, spread experts or a pipeline cannot do with this model."""
-    mesh = config.mesh
+    mesh, dims = config.mesh, dims_of(config.mesh)
     check_adapters(hollow, mesh.tp, mesh.experts)
     if mesh.tp > 1:
-        tensor.check_ranges(hollow, mesh.tp)
+        tensor.check_ranges(hollow, dims, mesh.experts)
     if mesh.experts > 1:
-        degrees = mesh.degrees
-        ranks = degrees["dp_shard"] * degrees["ring"] * degrees["ulysses"]
-        experts.expert_plan_of(hollow, mesh.experts, ranks)
+        experts.expert_plan_of(hollow, dims, mesh.experts)
     if mesh.pp > 1:
         split.check_stages(hollow, mesh.pp if config.train.pipeline == "1f1b" else 2 * mesh.pp)

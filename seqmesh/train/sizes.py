@@ -3,6 +3,7 @@
 MFU = model FLOPs / (seconds x peak). Model FLOPs of a step, forward + backward (backward = 2 x forward):
 
     6 x active matmul weights x tokens  +  6 x sum over calls of attention of  pairs x heads x (d + e)
+    + 6 x tokens x sum over recurrences of  heads x products with a head's state (x taps, of a convolution)
 
 where pairs is the number of (query, key) pairs that the layer's mask allows, exactly; d and e are the head
 dims of keys and of values. Of experts, as many are active as a token is routed to. Weights that do not train
@@ -21,7 +22,8 @@ from typing import NamedTuple
 from torch import nn
 from transformers import PreTrainedModel
 
-from seqmesh.integrations.calls import LayerCall, attention_calls, holds_experts
+from seqmesh.integrations.calls import LayerCall, calls_of, holds_experts
+from seqmesh.integrations.recurrent_calls import RecurrentCall
 from seqmesh.parallel.anatomy import Anatomy
 from seqmesh.parallel.layer_kinds import LayerKinds, allowed_pairs
 from seqmesh.train.config import DecoderSizes
@@ -57,6 +59,8 @@ class ModelSizes:
     """Whether input and output embeddings are one matrix."""
     calls: tuple[LayerCall, ...]
     """Of attention in a forward, in its order."""
+    recurrent: tuple[RecurrentCall, ...] = ()
+    """Of short convolutions and recurrences in a forward."""
 
     @staticmethod
     def of(model: PreTrainedModel) -> "ModelSizes":
@@ -67,6 +71,7 @@ class ModelSizes:
         """
         anatomy = Anatomy.of(model)
         model.train()
+        calls = calls_of(anatomy.base, list(anatomy.layers))
         return ModelSizes(
             parameters=sum(parameter.numel() for parameter in model.parameters()),
             trained=sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad),
@@ -75,7 +80,8 @@ class ModelSizes:
             experts=max((_experts_of(module) for module in model.modules()), default=0),
             layers=len(anatomy.layers),
             is_tied=anatomy.is_tied,
-            calls=attention_calls(anatomy.base, list(anatomy.layers)),
+            calls=calls.attention,
+            recurrent=calls.recurrent,
         )
 
     @cached_property
@@ -107,7 +113,8 @@ class ModelSizes:
     def step_flops(self, tokens: int, attention_work: int) -> float:
         """FLOPs of one forward and backward, see the top of the file."""
         weights = 4.0 * self.matmul_parameters + 2.0 * self.trained_matmul_parameters
-        return weights * tokens + 6.0 * attention_work
+        recurrent_work = sum(call.work for call in self.recurrent)
+        return (weights + 6.0 * recurrent_work) * tokens + 6.0 * attention_work
 
     def noncausal_work(self, sequences: int, seq_len: int) -> int:
         """`attention_work` by the convention that ignores masks."""

@@ -27,7 +27,11 @@ _OTHER = {
     "tp": "parts of every matrix",
 }
 """What ranks of an axis have that the others have not."""
-_JOINED = {"fsdp": "shards of parameters", "replicas": "gradients to be summed"}
+_JOINED = {
+    "sequence": "states of layers that carry one",
+    "fsdp": "shards of parameters",
+    "replicas": "gradients to be summed",
+}
 """The same of flattened axes (parallel/dims.py). The others carry a few numbers only."""
 SHOWN_RANKS = 5
 _A_FEW_NUMBERS = 4096
@@ -60,6 +64,10 @@ def describe_start(
         shown.append(f"{'memory':<10} {_memory(expected)}")
         if config.train.offload != "none":
             shown.append(f"{'':<10} what is kept on the host (train.offload) is counted too")
+        if config.mesh.experts > 1 and not expected.unknown:
+            shown.append(
+                f"{'':<10} if routers send every expert as many tokens; a rank that gets more, holds more"
+            )
     return shown
 
 
@@ -89,6 +97,8 @@ def _mesh_table(config: Config, expected: Expected | None) -> list[str]:
     for axis, have in _JOINED.items():
         if sent.get(axis, 0) > _A_FEW_NUMBERS:
             rows.append((axis, "", "", have, _sent(sent, axis)))
+    if config.mesh.experts > 1:  # ranks of the axes above, seen another way; their groups are no axis's
+        rows.append(("experts", str(config.mesh.experts), "", "experts of a layer", _sent(sent, "other")))
     if len(rows) == 1:
         return []
     widths = [max(len(row[column]) for row in rows) for column in range(5)]

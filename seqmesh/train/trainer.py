@@ -14,10 +14,8 @@ The same class with one rank on every axis: that is how a run checks its own fir
 
 import math
 import time
-from collections import Counter
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -25,7 +23,6 @@ from typing import NamedTuple
 
 import torch
 
-from seqmesh.integrations.calls import LayerCall
 from seqmesh.parallel import LocalBatch, ParallelDims, ParallelMesh, shard_micro_batches
 from seqmesh.train import device as devices
 from seqmesh.train import model as models
@@ -41,6 +38,7 @@ from seqmesh.train.events import StepMetrics
 from seqmesh.train.facts import RankFacts, check_agreement, gather_facts, weight_sum
 from seqmesh.train.recipe import dump
 from seqmesh.train.saving import Saver
+from seqmesh.train.scheduled import scheduled_bytes
 from seqmesh.train.sizes import ModelSizes
 from seqmesh.train.whereabouts import Note, nowhere
 
@@ -251,28 +249,10 @@ class Trainer:
         )
 
     def scheduled_traffic(self, batches: Sequence[LocalBatch]) -> dict[str, int]:
-        """Bytes that attention sends from this rank in a step, all layers, forward and backward, by axis."""
-        tp = self.mesh.dims.tp
-        total = {"ulysses": 0, "ring": 0}
-        alike = Counter(replace(call, layer=0) for call in self._own_calls())
-        for batch in batches:
-            for call, count in alike.items():
-                sent = batch.schedule_of(call).traffic(
-                    batch=1,
-                    heads=call.heads // tp,
-                    kv_heads=max(1, call.kv_heads // tp),
-                    head_dim=call.key_dim,
-                    value_head_dim=call.value_dim,
-                    dtype=self.model.plan.param_dtype or torch.float32,
-                )
-                total["ulysses"] += count * (sent.heads_forward + sent.heads_backward)
-                total["ring"] += count * (sent.rows_forward + sent.rows_backward)
-        return total
-
-    def _own_calls(self) -> list[LayerCall]:
-        """What the layers of this rank's stages call attention with."""
+        """Bytes that layers send from this rank in a step to mix tokens, forward and backward, by axis."""
         own = {number for part in self.model.parts for number in part.anatomy.own_numbers}
-        return [call for call in self.sizes.calls if call.layer in own]
+        dtype = self.model.plan.param_dtype or torch.float32
+        return scheduled_bytes(self.sizes, own, batches, tp=self.mesh.dims.tp, dtype=dtype)
 
     def _metrics(
         self,

@@ -146,6 +146,7 @@ FAMILIES: tuple[tuple[str, ...], ...] = (
     ("from_cu_seqlens([0, 5, 33])",),
     ("from_position_ids([0, 1, 2, 0, 1, 0, 1, 2, 3])",),
     ("from_padding([1, 1, 1, 1, 1, 0, 0])",),
+    ("from_key_mask([1, 1, 0, 1, 1, 1, 0, 0, 1])",),
     # Looks ahead only; rows that see nothing, and keys that nobody sees.
     (
         "Mask(40, 40, [Band(0, 40, 0, 40, lo=-6, hi=-1)])",

@@ -84,7 +84,8 @@ def verify(wanted: Wanted) -> int:
     """Run what is wanted and print what came of it: the exit code."""
     _check(wanted)
     # Only now: this loads torch.
-    from seqmesh.verify.ranks import Where, place_from
+    from seqmesh.processes import place_from
+    from seqmesh.verify.ranks import Where
 
     place = place_from(os.environ)
     meshes = _meshes(wanted, None if place is None else place.world)

@@ -20,6 +20,7 @@ from seqmesh.engine.mesh import SequenceMesh
 from seqmesh.engine.sharding import Schedule
 from seqmesh.integrations.transformers import plug_in
 from seqmesh.masks import Mask
+from seqmesh.processes import first_line
 
 SEED = 0
 TOKENS = 251
@@ -93,7 +94,7 @@ def build(given: Path, dtype: torch.dtype) -> PreTrainedModel:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, **eager)
     # Each configuration class of transformers has checks, and exceptions, of its own.
     except Exception as error:
-        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        what = first_line(error)
         raise ValueError(
             f"--model {given}: transformers cannot build it ({what}); pass a causal LM"
         ) from None
@@ -128,7 +129,7 @@ def packed(vocabulary: int, most: int | None) -> PackedBatch:
 def masks_of(config: Any, lengths: tuple[int, ...]) -> dict[str, Mask]:
     """What a model's layers see, by transformers' names of layer types: full, sliding, or both kinds."""
     window = getattr(config, "sliding_window", None)
-    types = set(getattr(config, "layer_types", None) or ())
+    types = set(getattr(config, "layer_types", None) or ()) & {FULL, SLIDING}
     if not types:
         types = {FULL} if window is None else {SLIDING}
     documents = masks.documents(lengths)

@@ -1,6 +1,7 @@
 """A Hugging Face model on a mesh against one device: loss, gradients, and the first module that deviates.
 
-    truth         one device, transformers' own attention with a dense mask, fp64
+    truth         one device, transformers' own attention with a dense mask, fp64; of a hybrid model each
+                  document by itself, with recurrences by their definitions
     one device    the same in the dtype asked for          its distance from the truth is the noise floor
     mesh          attention plugged in, the sequence sharded
 
@@ -21,7 +22,10 @@ import torch
 from torch import Tensor
 
 from seqmesh.engine.mesh import SequenceMesh
+from seqmesh.integrations.mixers import mixers_of
 from seqmesh.integrations.transformers import plug_in
+from seqmesh.masks import Mask
+from seqmesh.verify.definitions import by_definition
 from seqmesh.verify.hf_model import (
     PackedBatch,
     build,
@@ -33,7 +37,7 @@ from seqmesh.verify.hf_model import (
 )
 from seqmesh.verify.judge import LIMIT, TensorError, row_error
 from seqmesh.verify.oracle import DTYPES
-from seqmesh.verify.watch import Computed, alone, on_mesh
+from seqmesh.verify.watch import Computed, alone, alone_by_document, on_mesh
 
 ROUNDINGS = {"fp32": 4, "bf16": 1, "fp16": 1}
 """Of the floor, should one device be lucky, in units of the dtype's rounding: see judge.py."""
@@ -117,10 +121,23 @@ def compare_model(case: ModelCase, turn: int, device: torch.device) -> ModelOutc
         f"{type(model).__name__}, {weights}, {batch.ids.shape[1]} tokens in {len(batch.lengths)} documents"
     )
     del model
-    one = alone(build(given, dtype).to(device), batch, dense_masks(seen, dtype, device), device)
-    cpu = torch.device("cpu")
-    truth = alone(build(given, torch.float64), batch, dense_masks(seen, torch.float64, cpu), cpu)
+    one, truth = _on_one_device(given, dtype, batch, seen, device)
     return _outcome(case, batch, described, ours, one, truth)
+
+
+def _on_one_device(
+    given: Path, dtype: torch.dtype, batch: PackedBatch, seen: Mapping[str, Mask], device: torch.device
+) -> tuple[Computed, Computed]:
+    """The model in the dtype on the device, and in fp64 on the CPU."""
+    cpu = torch.device("cpu")
+    one, truth = build(given, dtype).to(device), build(given, torch.float64)
+    if mixers_of(truth):
+        with by_definition(truth):
+            return alone_by_document(one, batch, device), alone_by_document(truth, batch, cpu)
+    return (
+        alone(one, batch, dense_masks(seen, dtype, device), device),
+        alone(truth, batch, dense_masks(seen, torch.float64, cpu), cpu),
+    )
 
 
 def _outcome(

@@ -8,7 +8,7 @@ ranks may share one device: gloo moves tensors through the host, while NCCL refu
 """
 
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
@@ -68,13 +68,6 @@ class Where:
 
 Work = Callable[[Any, int, torch.device], Any]
 """What all ranks do with a request and its number, on their devices: an answer on one rank, else None."""
-
-
-def place_from(environment: Mapping[str, str]) -> Place | None:
-    """This process's place when torchrun (or alike) started it, None when ranks are ours to start."""
-    if "RANK" not in environment or "WORLD_SIZE" not in environment:
-        return None
-    return Place(rank=int(environment["RANK"]), world=int(environment["WORLD_SIZE"]), rendezvous="env://")
 
 
 def outcomes(cases: Sequence[AttentionCase], where: Where) -> Iterator[CaseOutcome]:

@@ -6,7 +6,7 @@
 What does not run along the tokens on every rank alike (an expert's rows, a table) is left out.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -69,6 +69,39 @@ def alone(model: nn.Module, batch: PackedBatch, dense: Any, device: torch.device
     loss.backward()
     gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
     return Computed(loss=float(loss.detach()), outputs=_stored(seen), gradients=_stored(gradients))
+
+
+def alone_by_document(model: nn.Module, batch: PackedBatch, device: torch.device) -> Computed:
+    """One device, each document by itself: for layers that no mask keeps apart."""
+    loss = torch.zeros((), device=device)
+    parts: list[dict[str, Tensor]] = []
+    rows = (x.split(batch.lengths, 1) for x in (batch.ids, batch.positions, batch.labels))
+    for ids, positions, labels in zip(*rows, strict=True):
+        with watched(model) as seen:
+            out = model(ids.to(device), position_ids=positions.to(device), use_cache=False)
+            share = next_token_loss(out.logits, labels.to(device), batch.label_count)
+        share.backward()
+        loss = loss + share.detach()
+        parts.append(seen)
+    gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return Computed(
+        loss=float(loss), outputs=_stored(_joined(parts, batch.lengths)), gradients=_stored(gradients)
+    )
+
+
+def _joined(parts: Sequence[Mapping[str, Tensor]], lengths: Sequence[int]) -> dict[str, Tensor]:
+    """Outputs of documents, one after the other; those that run along the tokens of every one."""
+    found: dict[str, Tensor] = {}
+    for name in parts[0]:
+        own = [part.get(name) for part in parts]
+        if any(x is None for x in own):
+            continue
+        outputs = [x for x in own if x is not None]
+        for dim in (1, 0):
+            if all(dim < x.ndim and x.shape[dim] == n for x, n in zip(outputs, lengths, strict=True)):
+                found[name] = torch.cat(outputs, dim)
+                break
+    return found
 
 
 def on_mesh(

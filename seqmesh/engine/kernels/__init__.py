@@ -13,7 +13,15 @@ from seqmesh.engine.kernels.cpu import CpuFlash
 from seqmesh.engine.kernels.cuda import CudaFlash
 from seqmesh.engine.kernels.cudnn import CudaCudnn
 from seqmesh.engine.kernels.efficient import CudaEfficient
-from seqmesh.engine.kernels.kernel import BatchKernel, Kernel, Launch, LogitRule, Problem, launches_of
+from seqmesh.engine.kernels.kernel import (
+    BatchKernel,
+    Kernel,
+    Launch,
+    LogitRule,
+    Problem,
+    choose,
+    launches_of,
+)
 from seqmesh.engine.kernels.reference import Reference
 from seqmesh.engine.kernels.tiles import Tile, TileShape
 
@@ -26,6 +34,7 @@ __all__ = [
     "Tile",
     "TileShape",
     "available",
+    "choose",
     "launches_of",
     "select",
 ]
@@ -49,32 +58,4 @@ def select(kernel: str | Kernel, problem: Problem) -> Kernel:
     Raises:
         ValueError: an unknown name, or no kernel left; the message lists every refusal.
     """
-    refusals = []
-    for candidate in _candidates(kernel):
-        refusal = candidate.refusal(problem)
-        if refusal is None:
-            return candidate
-        refusals.append(f"{candidate.name}: {refusal}")
-    raise ValueError(
-        f"no kernel computes {problem}; refused by {'; '.join(refusals)}."
-        " Change the inputs or pass another kernel"
-    )
-
-
-def _candidates(kernel: str | Kernel) -> tuple[Kernel, ...]:
-    """What `kernel=` allows, in the order of preference."""
-    if not isinstance(kernel, str):
-        if not hasattr(kernel, "refusal"):
-            raise ValueError(
-                f"kernel={kernel!r} is neither a name nor a Kernel;"
-                " use 'auto', a name, or an object with the members of Kernel"
-            )
-        return (kernel,)
-    if kernel == "auto":
-        return _AUTOMATIC
-    known = available()
-    named = tuple(one for one in known if one.name == kernel)
-    if not named:
-        names = ", ".join(repr(one.name) for one in known)
-        raise ValueError(f"kernel={kernel!r} is unknown; use 'auto', {names}, or pass a Kernel object")
-    return named
+    return choose(kernel, problem, automatic=_AUTOMATIC, known=available())

@@ -15,7 +15,7 @@ head dim of values.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -42,6 +42,69 @@ class Problem:
     def widest_head_dim(self) -> int:
         """The larger of both head dims: kernels that know one only get the narrower one padded."""
         return max(self.head_dim, self.value_head_dim or self.head_dim)
+
+
+ProblemT = TypeVar("ProblemT", contravariant=True)
+
+
+class Refusing(Protocol[ProblemT]):
+    """What says whether it computes a problem: a kernel of attention, or of a recurrence."""
+
+    name: str
+
+    def refusal(self, problem: ProblemT) -> str | None:
+        """Why it cannot compute a problem, or None if it can."""
+        ...
+
+
+KernelT = TypeVar("KernelT", bound=Refusing[Any])
+
+
+def choose(
+    kernel: str | KernelT, problem: object, *, automatic: Sequence[KernelT], known: Sequence[KernelT]
+) -> KernelT:
+    """The first kernel of those that are asked for which does not refuse a problem.
+
+    Args:
+        kernel: "auto", the name of a known kernel, or a kernel.
+        problem: what it must support.
+        automatic: what "auto" tries, in this order.
+        known: those that have names.
+
+    Raises:
+        ValueError: what is neither a name nor a kernel, an unknown name, or no kernel left; the message lists
+            every refusal.
+    """
+    refusals = []
+    for candidate in _candidates(kernel, automatic, known):
+        refusal = candidate.refusal(problem)
+        if refusal is None:
+            return candidate
+        refusals.append(f"{candidate.name}: {refusal}")
+    raise ValueError(
+        f"no kernel computes {problem}; refused by {'; '.join(refusals)}."
+        " Change the inputs or pass another kernel"
+    )
+
+
+def _candidates(
+    kernel: str | KernelT, automatic: Sequence[KernelT], known: Sequence[KernelT]
+) -> Sequence[KernelT]:
+    """What `kernel=` allows, in the order of preference."""
+    if not isinstance(kernel, str):
+        if not hasattr(kernel, "refusal"):
+            raise ValueError(
+                f"kernel={kernel!r} is neither a name nor a Kernel;"
+                " use 'auto', a name, or an object with the members of Kernel"
+            )
+        return (kernel,)
+    if kernel == "auto":
+        return automatic
+    named = tuple(one for one in known if one.name == kernel)
+    if not named:
+        names = ", ".join(repr(one.name) for one in known)
+        raise ValueError(f"kernel={kernel!r} is unknown; use 'auto', {names}, or pass a Kernel object")
+    return named
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -15,22 +15,19 @@ one chunk hides behind the compute of its neighbours (engine/ulysses.py), C chun
     home                 |       0     1     2 | 3   short for
 """
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from functools import lru_cache
 from itertools import pairwise
-from math import isqrt
 
-from seqmesh import masks
 from seqmesh.layouts import split_evenly
-from seqmesh.masks import Mask
-from seqmesh.planner.cost.network import Group, Network, place
-from seqmesh.planner.cost.ring_load import RingLoad, StageLoad, ring_load
+from seqmesh.planner.cost.network import Group, Network
+from seqmesh.planner.cost.ring_load import RingLoad, StageLoad
 from seqmesh.planner.inputs.assumptions import Assumptions
 from seqmesh.planner.inputs.job import Job
 from seqmesh.schedule.heads import HeadShare, default_chunks, overlaps_exchange, split_heads
-from seqmesh.schedule.hops import Stages
-from seqmesh.schedule.traffic import heads_traffic, rows_traffic
+from seqmesh.schedule.traffic import RowHeads, heads_traffic, rows_traffic
 
 BACKWARD_FLOPS = 2.5
 """Of the forward's.
@@ -54,9 +51,9 @@ class Pass:
     """Exchange of K/V rows, hidden or not."""
     rows_exposed_s: float = 0.0
     """The part of `rows_s` that no compute hides."""
-    heads_bytes: int = 0
+    heads_bytes: float = 0
     """Sent to ulysses groups, by all ulysses x ring ranks together."""
-    rows_bytes: int = 0
+    rows_bytes: float = 0
     """Sent to ring groups, by all ulysses x ring ranks together."""
 
     @property
@@ -73,6 +70,22 @@ class AttentionCost:
     backward: Pass
 
 
+@lru_cache(maxsize=4096)
+def mean_cost(found: tuple[tuple[AttentionCost, float], ...]) -> AttentionCost:
+    """The mean of the costs of layers, each with its share of them; some may have no attention."""
+    if len(found) == 1 and found[0][1] == 1:
+        return found[0][0]
+    names = [field.name for field in fields(Pass)]
+
+    def mean(passes: Sequence[tuple[Pass, float]]) -> Pass:
+        return Pass(**{name: sum(share * getattr(one, name) for one, share in passes) for name in names})
+
+    return AttentionCost(
+        forward=mean([(cost.forward, share) for cost, share in found]),
+        backward=mean([(cost.backward, share) for cost, share in found]),
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class AttentionShape:
     """One call of attention: sizes on a tensor-parallel rank."""
@@ -80,6 +93,9 @@ class AttentionShape:
     heads: int
     kv_heads: int
     head_dim: int
+    """Of q and k, d."""
+    value_head_dim: int
+    """Of v and the output, e."""
     batch: int
     ulysses: int
     element: int
@@ -93,14 +109,20 @@ class AttentionShape:
             heads=m.heads // tp,
             kv_heads=m.kv_heads // tp,
             head_dim=m.head_dim,
+            value_head_dim=m.value_head_dim,
             batch=batch,
             ulysses=ulysses,
             element=job.numerics.element,
         )
 
+    @property
+    def both_dims(self) -> int:
+        """Elements of a head of k and v, or of q and the output, together: d + e."""
+        return self.head_dim + self.value_head_dim
+
     def head_chunks(self, tokens: int, ring: int) -> tuple[tuple[HeadShare, ...], ...]:
         """Heads of every ulysses rank in each chunk, as the engine cuts so many tokens by default."""
-        elements = tokens * self.batch * (self.heads + self.kv_heads) * 2 * self.head_dim
+        elements = tokens * self.batch * (self.heads + self.kv_heads) * self.both_dims
         wanted = default_chunks(self.ulysses, ring, elements, self.element)
         return split_heads(self.heads, self.kv_heads, self.ulysses, wanted)
 
@@ -109,7 +131,8 @@ class AttentionShape:
         """Of the heads exchanged in one direction, q, k and v or their gradients; the rest is the output."""
         (shares,) = split_heads(self.heads, self.kv_heads, self.ulysses)
         kv = sum(share.kv for share in shares)  # a K/V head goes to every rank that uses it
-        return (self.heads + 2 * kv) / (2 * self.heads + 2 * kv)
+        there = self.heads * self.head_dim + kv * self.both_dims
+        return there / ((self.heads + kv) * self.both_dims)
 
 
 def hides_heads(job: Job, ulysses: int, chunks: int) -> bool:
@@ -131,27 +154,29 @@ def attention_cost(
     """The cost of one attention call, forward and backward."""
     network = Network(job.cluster, job.assumptions)
     walk = _StageWalk(job, ring, shape, network, ring_group)
-    row_head_bytes = shape.batch * shape.head_dim * shape.element
+    of_keys = shape.batch * shape.head_dim * shape.element
+    of_values = shape.batch * shape.value_head_dim * shape.element
     heads = _head_rows(ring.layout.counts, shape.heads, shape.kv_heads, shape.ulysses)
     kv_heads = sum(share.kv for share in split_heads(shape.heads, shape.kv_heads, shape.ulysses)[0])
     rows = rows_traffic(rows_sent=ring.rows_moved, rows_received=ring.rows_moved, kv_heads=kv_heads)
 
-    def complete(walked: Pass, sent: "_HeadRows", rows: int) -> Pass:
+    def complete(walked: Pass, sent: "_HeadRows", rows: RowHeads) -> Pass:
         # Two collectives for each chunk of heads: to their owners, and home.
         calls = 2 * walk.chunks
-        heads_s = network.all_to_all_seconds(ulysses_group, sent.most * row_head_bytes, calls=calls)
+        most = max(one.bytes(of_keys, of_values) for one in sent.ranks)
+        heads_s = network.all_to_all_seconds(ulysses_group, most, calls=calls)
         hides = hides_heads(job, shape.ulysses, walk.chunks)
         return replace(
             walked,
             heads_s=heads_s,
             heads_exposed_s=walk.exposed_heads(walked, heads_s) if hides else heads_s,
-            heads_bytes=sent.total * row_head_bytes,
-            rows_bytes=rows * row_head_bytes,
+            heads_bytes=sent.total.bytes(of_keys, of_values),
+            rows_bytes=rows.bytes(of_keys, of_values),
         )
 
     return AttentionCost(
-        forward=complete(walk.forward(), heads.forward, rows.forward.total),
-        backward=complete(walk.backward(), heads.backward, rows.backward.total),
+        forward=complete(walk.forward(), heads.forward, rows.forward),
+        backward=complete(walk.backward(), heads.backward, rows.backward),
     )
 
 
@@ -159,10 +184,10 @@ def attention_cost(
 class _HeadRows:
     """Rows x heads that are sent to ulysses groups in one direction."""
 
-    total: int
+    total: RowHeads
     """By all ranks."""
-    most: int
-    """By the rank that sends most."""
+    ranks: frozenset[RowHeads]
+    """By each of them, those that differ."""
 
 
 @dataclass(frozen=True)
@@ -175,18 +200,22 @@ class _HeadRowsBothWays:
 def _head_rows(counts: tuple[int, ...], heads: int, kv_heads: int, ulysses: int) -> _HeadRowsBothWays:
     """What ring ranks with so many tokens each send to their ulysses groups."""
     (shares,) = split_heads(heads, kv_heads, ulysses)
-    forward_total = forward_most = backward_total = backward_most = 0
+    forward: Counter[RowHeads] = Counter()
+    backward: Counter[RowHeads] = Counter()
     for count in sorted(set(counts)):
         tokens = [stop - start for start, stop in pairwise(split_evenly(count, ulysses))]
         alike = counts.count(count)
         for rank in range(ulysses):
             sent = heads_traffic(rows=tokens, kv_rows=tokens, shares=shares, ulysses_rank=rank)
-            forward, backward = sent.forward.total, sent.backward.total
-            forward_total += alike * forward
-            backward_total += alike * backward
-            forward_most = max(forward_most, forward)
-            backward_most = max(backward_most, backward)
-    return _HeadRowsBothWays(_HeadRows(forward_total, forward_most), _HeadRows(backward_total, backward_most))
+            forward[sent.forward] += alike
+            backward[sent.backward] += alike
+    return _HeadRowsBothWays(_of_ranks(forward), _of_ranks(backward))
+
+
+def _of_ranks(sent: Counter[RowHeads]) -> _HeadRows:
+    keys = sum(ranks * one.keys for one, ranks in sent.items())
+    values = sum(ranks * one.values for one, ranks in sent.items())
+    return _HeadRows(RowHeads(keys, values), frozenset(sent))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -198,7 +227,9 @@ class _Direction:
     flops: float
     """Of the forward's."""
     q_bytes: float
-    """Read and written in a merge, for each element of a query row."""
+    """Read and written in a merge, for each element of a row of the output, or of dq."""
+    q_dim: int
+    """Elements of such a row and head."""
     kv_bytes: float
     """The same of a received K or V row: its gradient is added up at home."""
     row_transfers: int
@@ -242,6 +273,7 @@ class _StageWalk:
                 efficiency=self._a.attention_forward,
                 flops=1.0,
                 q_bytes=self._a.merge_bytes,
+                q_dim=self._shape.value_head_dim,
                 kv_bytes=0.0,
                 row_transfers=1,
             )
@@ -254,6 +286,7 @@ class _StageWalk:
                 efficiency=self._a.attention_backward,
                 flops=BACKWARD_FLOPS,
                 q_bytes=self._a.dq_bytes,
+                q_dim=self._shape.head_dim,
                 kv_bytes=self._a.dkv_bytes,
                 row_transfers=2,
             )
@@ -290,16 +323,18 @@ class _StageWalk:
         return Pass(kernel_s=kernel, merge_s=merge, rows_s=rows, rows_exposed_s=exposed)
 
     def _compute(self, stage: StageLoad, direction: _Direction) -> _StageWork:
-        """Seconds in the kernel, and in merges and launches, of one such stage."""
+        """Seconds in the kernel, and in merges and launches, of one such stage.
+
+        Values narrower than keys cost as much as those: flash attention pads them with zeros.
+        """
         s = self._shape
         rate = self._peak * direction.efficiency * head_rate(s.head_dim, self._a)
         kernel = direction.flops * 4 * s.head_dim * self._heads * s.batch * stage.slow_pairs / rate
         launches = self._a.launch * stage.blocks * self.chunks
         if not stage.hop:  # own rows come first: there is nothing to merge with yet
             return _StageWork(kernel, launches)
-        elements = s.batch * s.head_dim
-        q_moved = direction.q_bytes * stage.q_rows * self._heads * elements
-        kv_moved = direction.kv_bytes * stage.received * 2 * self._kv_heads * elements
+        q_moved = direction.q_bytes * stage.q_rows * self._heads * s.batch * direction.q_dim
+        kv_moved = direction.kv_bytes * stage.received * self._kv_heads * s.batch * s.both_dims
         return _StageWork(kernel, launches + (q_moved + kv_moved) / self._memory_rate)
 
     def _fetch(self, stage: StageLoad, direction: _Direction) -> float:
@@ -311,7 +346,7 @@ class _StageWalk:
     def _row_bytes(self, sent: int, received: int) -> float:
         """Of K and V, both ways at once: the larger decides."""
         s = self._shape
-        return max(sent, received) * 2 * self._kv_heads * s.batch * s.head_dim * s.element
+        return max(sent, received) * self._kv_heads * s.batch * s.both_dims * s.element
 
 
 FULL_HEAD = 128
@@ -327,51 +362,3 @@ def head_rate(head_dim: int, a: Assumptions) -> float:
         return a.small_head_rate * head_dim / a.small_head
     between = (head_dim - a.small_head) / max(1.0, FULL_HEAD - a.small_head)
     return min(1.0, a.small_head_rate + (1 - a.small_head_rate) * between)
-
-
-class Loads:
-    """Ring loads of a job, each computed once.
-
-    A ring passes through an exchange for each hop that is used, which hides most; where only few rows travel
-    (packed documents, windows, short shards) fewer exchanges cost less latency. Where the stack may choose,
-    `stages` is chosen by the time of one attention on the ring alone, among what `Schedule.build` takes.
-    """
-
-    def __init__(self, job: Job) -> None:
-        self._job = job
-        self._of = lru_cache(maxsize=None)(self._load)
-
-    def __call__(self, ring: int) -> RingLoad:
-        """The load of a ring degree."""
-        return self._of(ring)
-
-    def _load(self, ring: int) -> RingLoad:
-        return self.fastest(self._job.mask, self._job.layout, ring)
-
-    def fastest(self, mask: Mask, layout: str, ring: int) -> RingLoad:
-        """The load of some mask and layout with the fastest exchanges."""
-        half_rows = self._job.assumptions.attention_half_rows
-        found = ring_load(mask, layout, ring, half_rows, self._stages(mask, ring))
-        if len(found) == 1:
-            return found[0]
-        return min(found, key=self._seconds)
-
-    def _stages(self, mask: Mask, ring: int) -> Sequence[Stages]:
-        """Values of `stages` to compare.
-
-        A causal sequence needs all of its ring: merged by number, it would have too much to hide at once.
-        """
-        if ring <= 2 or not self._job.stack.chooses_stages:
-            return [None]
-        if mask == masks.causal(mask.q_len):
-            return [None, "auto"]
-        return [None, "auto", *sorted({1, isqrt(ring)} - {ring - 1})]
-
-    def _seconds(self, load: RingLoad) -> float:
-        """Forward and backward of one attention on this ring alone; no heads are exchanged."""
-        shape = AttentionShape.of(self._job, batch=1, ulysses=1)
-        cost = attention_cost(self._job, load, shape, self._ring_group(1), self._ring_group(load.layout.ring))
-        return cost.forward.seconds + cost.backward.seconds
-
-    def _ring_group(self, size: int) -> Group:
-        return place(("ring",), (size,), frozenset(("ring",)), self._job.cluster.gpus_per_node)

@@ -9,12 +9,14 @@ A test compares it with the estimate of every point of many meshes (tests/test_p
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import lru_cache
 from math import inf
 
 from seqmesh import layouts
 from seqmesh.planner.cost.attention import AttentionCost, attention_cost
 from seqmesh.planner.cost.network import Group
+from seqmesh.planner.cost.recurrent import RecurrentLayers
 from seqmesh.planner.cost.ring_load import RingLoad, StageLoad
 from seqmesh.planner.cost.step import CostModel
 from seqmesh.planner.inputs.job import Job
@@ -27,7 +29,15 @@ class FloorModel(CostModel):
     """The cost model of a job whose attention exchanges nothing and is balanced."""
 
     def __init__(self, costs: CostModel) -> None:
-        super().__init__(costs.job, costs.loads)
+        # Experts that are spread as far as can be, evenly, are the least work and the least to exchange.
+        job, assumed = costs.job, costs.job.assumptions
+        even = (
+            job
+            if assumed.expert_balance == 1
+            else replace(job, assumptions=assumed.moved("expert_balance", 1))
+        )
+        super().__init__(even, costs.loads)
+        self.recurrent = RecurrentLayers(even, costs.loads, self.network, scouts=False)
         self._least = lru_cache(maxsize=None)(_least_load)
 
     def attention(self, point: Point) -> AttentionCost:
@@ -38,7 +48,10 @@ class FloorModel(CostModel):
         return attention_cost(job, load, self.attention_shape(point), ALONE, ALONE)
 
     def floor(self, mesh: Point, zero_stages: Sequence[int], micro_batches: Sequence[int]) -> float:
-        """Seconds that a mesh takes with any of these, ascending micro-batches, and any savers."""
+        """Seconds that a mesh takes with any of these, ascending micro-batches, and any savers.
+
+        Of a mixture, the mesh's experts are spread as far as they can be.
+        """
         large = mesh.but(micro_batch=micro_batches[-1])
         bubble = (mesh.pp - 1) / self.job.micro_batches(mesh.but(micro_batch=micro_batches[0]))
         work = sum(term.seconds for term in self._work(large))
@@ -65,7 +78,9 @@ def _least_load(job: Job, ring: int, sequences: int) -> RingLoad:
         received=0,
     )
     return RingLoad(
-        layout=layouts.contiguous(tokens, ring),
+        layout=layouts.contiguous(
+            tokens, 1
+        ),  # of as many spans as ranks it would take long, and says nothing
         stages=(one,),
         asked=None,
         exchanges=0,

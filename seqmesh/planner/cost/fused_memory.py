@@ -6,6 +6,7 @@
                   attention, or that of the MLP
     overhead      a stated share of the memory                   inputs/assumptions.py
 
+Of layers of several kinds the mean is kept, and made again; of the MLP's moment the largest counts.
 Pipeline stages differ: the first holds the embedding and most micro-batches, the last the head and the
 logits. The fuller one counts.
 
@@ -15,18 +16,49 @@ ulysses.py and merge.py for the attention's own buffers. What autograd keeps is 
 
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 from seqmesh.planner.cost.attention import AttentionShape, hides_heads
 from seqmesh.planner.cost.memory import StepMemory, overhead
 from seqmesh.planner.cost.parameters import stage_parameters
 from seqmesh.planner.cost.pipeline import in_flight
+from seqmesh.planner.cost.recurrent import FP32
 from seqmesh.planner.cost.step_loads import LoadKey, StepLoads
 from seqmesh.planner.inputs.job import Job
-from seqmesh.planner.inputs.point import Point
+from seqmesh.planner.inputs.mixers import MixedState, Mixer
+from seqmesh.planner.inputs.point import TILE_ROWS, Point
+from seqmesh.planner.inputs.shape import FeedForward, ModelShape
+from seqmesh.schedule.chains import Chains
 from seqmesh.schedule.heads import split_heads
 
-TILE_ROWS = 4096
-"""Rows of a tile of the loss, and of the MLP."""
+
+class Passed(NamedTuple):
+    """What a token passes in a layer's feed-forward networks, in numbers of a token."""
+
+    width: float
+    """Between the products, of all networks that it passes."""
+    routed: float
+    """Experts that it is sent to, of each of which there is an input and a result."""
+    results: float
+    """Results of width h: of its experts, and of what every token passes."""
+    logits: float
+    """Of the router."""
+
+
+def passed_by(of: FeedForward, spread: float) -> Passed:
+    """Of layers of a kind, on a rank with so many times the mean of rows."""
+    if not of.experts:
+        return Passed(of.width, 0, 1, 0)
+    routed = spread * of.active
+    return Passed(of.width + routed * of.expert_width, routed, routed + (of.width > 0), of.experts)
+
+
+def mean_passed(model: ModelShape, spread: float) -> Passed:
+    """Of a layer, on average over all."""
+    kinds = [(of.layers, passed_by(of, spread)) for of in model.feed_forwards]
+    if len(kinds) == 1 and model.networks == model.layers:
+        return kinds[0][1]
+    return Passed(*(sum(n * one[at] for n, one in kinds) / model.layers for at in range(len(Passed._fields))))
 
 
 @dataclass(frozen=True)
@@ -46,6 +78,7 @@ class FusedMemory:
         self._job = job
         self._loads = loads
         self._attention_of = lru_cache(maxsize=None)(self._attention_moment)
+        self._passed_of = lru_cache(maxsize=None)(self._one_passed)
         self._layer_of = lru_cache(maxsize=None)(self._layer_activations)
 
     def of(self, point: Point) -> StepMemory:
@@ -66,14 +99,20 @@ class FusedMemory:
         states = self._states(point, first=pipeline_stage == 0, last=last)
         activations = self._activations(point, pipeline_stage)
         loads = self._loads
-        attention = self._attention_of(point.tp, point.ulysses, loads.key(point), loads.batch(point))
+        shape = AttentionShape.of(self._job, batch=loads.batch(point), ulysses=point.ulysses, tp=point.tp)
+        kinds = (self._attention_of(shape, key) for key, _ in loads.keys(point))
+        attention = max(kinds, key=lambda kind: sum(kind.values()))
         moments = {
             "logits": self._logits(point) if last else {},
             "attention": {**activations.again, **attention},
             "mlp": {**activations.again, **self._mlp_moment(point)},
         }
+        if self._job.model.mixer is not None:
+            moments["mixer"] = {**activations.again, **self._mixer_moment(self._job.model.mixer, point)}
         peak = max(moments.values(), key=lambda moment: sum(moment.values()))
         categories = {**states.gpu, **activations.gpu, **peak}
+        if self._job.model.mixer is not None and not activations.again:
+            categories["activations_states"] = self._kept_states(self._job.model.mixer, point, pipeline_stage)
         present = {name: size for name, size in categories.items() if size}
         gaps = round(self._job.assumptions.fragmentation * sum(present.values()))
         if gaps:
@@ -87,20 +126,21 @@ class FusedMemory:
     def _states(self, point: Point, *, first: bool, last: bool) -> _Placed:
         """Weights, gradients and optimizer states, each whole or sharded by the ZeRO stage."""
         numerics = self._job.numerics
-        parameters = stage_parameters(self._job, point, first=first, last=last)
+        weights = stage_parameters(self._job, point, first=first, last=last)
 
-        def shards(from_zero_stage: int) -> int:
-            return point.replicas if point.zero >= from_zero_stage else 1
+        def size(each: int, from_zero_stage: int) -> int:
+            held = weights.sharded(point) if point.zero >= from_zero_stage else weights.whole
+            return int(each * held)
 
-        optimizer = numerics.optimizer * parameters // shards(1)
-        gradients = numerics.gradient * parameters // shards(2)
+        optimizer = size(numerics.optimizer, 1)
+        gradients = size(numerics.gradient, 2)
         if self._job.stack.shards_masters:
             # The masters are the parameters; what is whole is made of them, in bf16 and for a step at most.
             if point.zero == 2 and self._job.micro_batches(point) > 1:
-                gradients += numerics.gradient * parameters
-            whole = 0 if point.zero == 3 else numerics.element * parameters
+                gradients += int(numerics.gradient * weights.whole)
+            whole = 0 if point.zero == 3 else int(numerics.element * weights.whole)
         else:
-            whole = numerics.element * parameters // shards(3)
+            whole = size(numerics.element, 3)
         gpu = {
             "parameters": whole,
             "gradients": gradients,
@@ -113,7 +153,8 @@ class FusedMemory:
         """Whole weights and gradients for as long as they are needed, with so many of embedding and head."""
         numerics = self._job.numerics
         model = self._job.model
-        layer = model.layer_parameters // point.tp
+        experts = model.layer_expert_parameters
+        layer = (model.layer_parameters - experts) // point.tp + experts // point.experts
         embedding = model.embedding_parameters // point.tp
         if self._job.stack.shards_masters and point.zero >= 2:
             # FSDP2's root has embedding and head, which stay whole from forward to backward. A layer's
@@ -129,20 +170,49 @@ class FusedMemory:
 
     def layer_activations(self, point: Point) -> dict[str, int]:
         """What autograd keeps of one layer for one micro-batch, by module, without checkpointing."""
-        return self._layer_of(point.tp, point.ulysses, self._job.tokens(point), point.tiling == "mlp")
+        spread = self._job.expert_spread(point)
+        tokens = self._job.tokens(point)
+        return self._layer_of(point.tp, point.ulysses, tokens, point.tiling == "mlp", spread)
 
-    def _layer_activations(self, tp: int, ulysses: int, n: int, mlp_tiled: bool) -> dict[str, int]:
+    def _layer_activations(
+        self, tp: int, ulysses: int, n: int, mlp_tiled: bool, spread: float
+    ) -> dict[str, int]:
         m = self._job.model
         element = self._job.numerics.element
-        ffn = (3 if m.gated else 2) * m.intermediate
-        norms = element * 4 * m.hidden * n // tp  # inputs and outputs of both norms
+        passed = mean_passed(m, spread)
+        # Of every expert its input and its result too; of the router its logits, and in fp32 their softmax.
+        ffn = (3 if m.gated else 2) * passed.width + 2 * passed.routed * m.hidden + 3 * passed.logits
+        norms = element * 4 * m.hidden * n // tp * m.norms // (2 * m.layers)  # in and out of both norms
         if self._job.stack.keeps_gathered:
             norms += 2 * element * m.hidden * (n - n // tp)
-        return {
+        kept = {
             "activations_norms": norms,
-            "activations_attention": self._attention_activations(tp, ulysses, n),
-            "activations_mlp": 0 if mlp_tiled else element * ffn * n // tp,
+            "activations_attention": self._attention_activations(tp, ulysses, n) * m.attending // m.layers,
+            "activations_mlp": 0 if mlp_tiled else int(element * ffn * n // tp),
         }
+        if m.mixer is not None:
+            numbers = m.mixer.kept + m.mixer.reads
+            kept["activations_mixers"] = element * numbers * n * m.mixer.layers // m.layers
+        return kept
+
+    def _kept_states(self, mixer: Mixer, point: Point, pipeline_stage: int) -> int:
+        """Of all layers of a stage, where none is computed again."""
+        held = in_flight(point, pipeline_stage, self._job.micro_batches(point))
+        runs = self._job.layers(point) * held * mixer.layers / self._job.model.layers
+        return round(runs * self._states_passed(point))
+
+    def _states_passed(self, point: Point) -> int:
+        """What a layer keeps of states that enter its pieces, and of transitions of its heads of the walk."""
+        return self._loads.batch(point) * self._passed_of(self._loads.chains(point))
+
+    def _one_passed(self, chains: Chains) -> int:
+        """Of one sequence."""
+        m = self._job.model
+        heads, numbers, transition = m.mixer.state if m.mixer else MixedState(0, 0, 0)
+        sizes = [chains.sizes(rank) for rank in range(chains.size)]
+        own = -(-heads // chains.size)
+        entered = max(size.entered for size in sizes) * heads * numbers
+        return FP32 * (entered + sizes[0].passed * own * transition)
 
     def _attention_activations(self, tp: int, ulysses: int, n: int) -> int:
         """q, k, v and out as the kernel sees them and the fp32 lse; with ulysses out at home once more."""
@@ -157,8 +227,14 @@ class FusedMemory:
             group_rows = n * ulysses
             q_rows = group_rows * max(share.q for share in shares)
             kv_rows = group_rows * max(share.kv for share in shares)
-            at_home = element * m.head_dim * n * heads  # the output projection keeps its input
-        return element * m.head_dim * (2 * q_rows + 2 * kv_rows) + 4 * q_rows + at_home
+            # The output projection keeps its input.
+            at_home = element * m.value_head_dim * n * heads
+        # What latent attention keeps between its products: before and behind a norm, and the rotary part.
+        z = m.latent
+        between = element * n * (2 * (z.q_rank + z.kv_rank) + z.rotary_dim) if z else 0
+        # A gate, and its product with the output.
+        gate = 2 * element * m.value_head_dim * n * heads if m.gated_attention else 0
+        return element * m.both_dims * (q_rows + kv_rows) + 4 * q_rows + at_home + between + gate
 
     def _activations(self, point: Point, pipeline_stage: int) -> _Placed:
         """Kept activations of a pipeline stage, of all its micro-batches in flight."""
@@ -183,28 +259,43 @@ class FusedMemory:
         """What a selective checkpoint keeps of a layer beside its input: matrix products, and attention's."""
         job, m = self._job, self._job.model
         bytes_a_column = job.numerics.element * job.tokens(point) // point.tp
+        passed = mean_passed(m, job.expert_spread(point))
+        down = passed.results * m.hidden
         if (
             job.stack.selective == "half"
         ):  # q, v, attention's output and lse, the first of the MLP, and its last
-            attended = (2 * m.heads + m.kv_heads) * m.head_dim
-            mlp = m.intermediate + (m.hidden if m.gated else 0)
+            attended = (m.heads * m.both_dims + m.kv_heads * m.value_head_dim) * m.attending / m.layers
+            attended += self._mixer_columns() / 2
+            mlp = passed.width + (down if m.gated else 0)
             lse = 4 * m.heads * job.tokens(point) // point.tp
-            return {"activations_products": bytes_a_column * (attended + mlp) + lse}
-        before_silu = 0 if point.tiling == "mlp" else (2 if m.gated else 1) * m.intermediate
+            return {"activations_products": int(bytes_a_column * (attended + mlp)) + lse}
+        of_mlp = 0 if point.tiling == "mlp" else (2 if m.gated else 1) * passed.width + down + passed.logits
         # Without ulysses q, k and v are what attention keeps already.
-        qkv = (m.heads + 2 * m.kv_heads) * m.head_dim if point.ulysses > 1 else 0
-        down = 0 if point.tiling == "mlp" else m.hidden
+        qkv = m.heads * m.head_dim + m.kv_heads * m.both_dims if point.ulysses > 1 else 0
+        mixing = (qkv + m.hidden) * m.attending / m.layers + self._mixer_columns()
         return {
             "activations_attention": self.layer_activations(point)["activations_attention"],
-            "activations_products": bytes_a_column * (qkv + m.hidden + before_silu + down),
+            "activations_products": int(bytes_a_column * (mixing + of_mlp)),
         }
+
+    def _mixer_columns(self) -> float:
+        """Numbers of a token that the products of mixers give, of a layer on average."""
+        m = self._job.model
+        if m.mixer is None:
+            return 0.0
+        return sum(matrix.columns for matrix in m.mixer.matrices(m.hidden)) * m.mixer.layers / m.layers
 
     def _made_again(self, point: Point) -> dict[str, int]:
         """The rest of a layer, made again for its backward: norms, and the MLP's activation."""
         job, m = self._job, self._job.model
         whole = self.layer_activations(point)
-        mlp = 0 if point.tiling == "mlp" else job.numerics.element * m.intermediate * job.tokens(point)
-        return {"activations_norms": whole["activations_norms"], "activations_mlp": mlp // point.tp}
+        passed = mean_passed(m, job.expert_spread(point))
+        # Of experts also the rows that come to them, and those that come back.
+        again = 0 if point.tiling == "mlp" else passed.width + 2 * passed.routed * m.hidden
+        mlp = int(job.numerics.element * again * job.tokens(point) // point.tp)
+        again_too = ("activations_norms", "activations_mixers")
+        kept = {name: size for name, size in whole.items() if name in again_too}
+        return {**kept, "activations_mlp": mlp}
 
     def _logits(self, point: Point) -> dict[str, int]:
         job = self._job
@@ -221,43 +312,51 @@ class FusedMemory:
     def _mlp_moment(self, point: Point) -> dict[str, int]:
         """Gradients inside the MLP, and its gathered input under tensor parallelism.
 
+        Of experts also gradients of their inputs and results; where they are spread, each sent and received.
         Where it is tiled, a tile's activations too: they are made again in the backward.
         """
         m = self._job.model
         rows = self._job.tokens(point)
-        ffn = (3 if m.gated else 2) * m.intermediate // point.tp
+        spread = self._job.expert_spread(point)
+        kinds = (passed_by(of, spread) for of in m.feed_forwards)
+        gates = 3 if m.gated else 2
+        ways = 4 if point.experts > 1 else 2
+        ffn = max(gates * one.width // point.tp + ways * one.routed * m.hidden for one in kinds)
         if point.tiling == "mlp":
             rows = min(rows, TILE_ROWS)
             ffn *= 2
         gathered = m.hidden if point.tp > 1 else 0
-        return {"mlp_gradients": self._job.numerics.element * rows * (ffn + gathered)}
+        return {"mlp_gradients": int(self._job.numerics.element * rows * (ffn + gathered))}
 
-    def _attention_moment(self, tp: int, ulysses: int, key: LoadKey, batch: int) -> dict[str, int]:
+    def _mixer_moment(self, mixer: Mixer, point: Point) -> dict[str, int]:
+        """Gradients inside a layer that carries a state, and the states of one on their way."""
+        numbers = mixer.channels + mixer.inner * (1 + mixer.gates)
+        gradients = self._job.numerics.element * numbers * self._job.tokens(point)
+        return {"mixer_gradients": gradients, "mixer_states": 2 * self._states_passed(point)}
+
+    def _attention_moment(self, shape: AttentionShape, key: LoadKey) -> dict[str, int]:
         """Buffers of one attention backward, the heads in chunks as engine/ulysses.py takes them."""
-        job = self._job
+        job, ulysses = self._job, shape.ulysses
         load = self._loads.of(key)
         element = job.numerics.element
-        shape = AttentionShape.of(job, batch=batch, ulysses=ulysses, tp=tp)
-        d = shape.head_dim * batch
+        d, both = shape.head_dim * shape.batch, shape.both_dims * shape.batch
         chunks = shape.head_chunks(load.layout.s, key.ring)
-        q = kv = 0
-        for chunk in chunks:
-            for share in chunk:
-                q = max(q, share.q)
-                kv = max(kv, 2 * share.kv)  # k and v
+        q = max(share.q for chunk in chunks for share in chunk)
+        kv = max(share.kv for chunk in chunks for share in chunk)
         rows = max(load.layout.counts)
         home_rows = -(-rows // ulysses)
         # Rows of the fullest stage that does not compute a rank's own.
         received = max((max(stage.received, stage.sent) for stage in load.stages[1:]), default=0)
         # Where chunks overlap, the next one's dout is sent and received while this one's is in use.
         douts = 3 if hides_heads(job, ulysses, len(chunks)) else 2
+        exchanged = douts * shape.value_head_dim * shape.batch * q + 2 * (d * q + both * kv)
         return {
             # dout, dq, dk, dv of this rank's tokens
-            "attention_gradients": element * home_rows * d * (2 * shape.heads + 2 * shape.kv_heads),
+            "attention_gradients": element * home_rows * both * (shape.heads + shape.kv_heads),
             # dout, and dq, dk, dv, each sent and received
-            "attention_exchange": element * rows * d * (douts * q + 2 * (q + kv)) if ulysses > 1 else 0,
+            "attention_exchange": element * rows * exchanged if ulysses > 1 else 0,
             # K/V here and in flight; dK/dV leaving and arriving
-            "attention_stages": element * received * d * kv * 4,
+            "attention_stages": element * received * both * kv * 4,
             # fp32: sums of dq and of the rank's own dk, dv; and dk, dv of received rows
-            "attention_accumulators": 4 * d * (rows * (q + kv) + received * kv),
+            "attention_accumulators": 4 * (rows * (d * q + both * kv) + received * both * kv),
         }

@@ -1,7 +1,6 @@
 """Memory of one rank at the peak of a step: what a memory model answers, whatever the training stack.
 
-fused_memory.py has the model of a fused stack, trainer_memory.py that of `seqmesh train`; MEMORY_MODELS of
-step.py says which stack has which.
+fused_memory.py has the model of fused stacks, trainer_memory.py that of `seqmesh train`.
 """
 
 from dataclasses import dataclass

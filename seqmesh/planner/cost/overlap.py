@@ -14,7 +14,8 @@ class OverlapBudget:
     """
 
     def __init__(self, busy: float) -> None:
-        self._left = busy
+        self.left = busy
+        """Seconds that hide nothing yet."""
 
     def hide(self, terms: Iterable[CostTerm]) -> list[CostTerm]:
         """The terms, each hidden only as far as there is compute left."""
@@ -23,6 +24,6 @@ class OverlapBudget:
     def _hide(self, term: CostTerm) -> CostTerm:
         if term.exposed >= term.seconds:
             return term
-        hidden = min(term.seconds - term.exposed, self._left)
-        self._left -= hidden
-        return replace(term, exposed=term.seconds - hidden) if self._left == 0 else term
+        hidden = min(term.seconds - term.exposed, self.left)
+        self.left -= hidden
+        return replace(term, exposed=term.seconds - hidden) if self.left == 0 else term

@@ -34,6 +34,22 @@ def exposed_crossings(point: Point, micro_batches: int) -> int:
     return crossings(point, 0 if point.virtual > 1 else micro_batches)
 
 
+def boundary_bytes(point: Point, micro_batches: int, activation: float, nodes: int) -> tuple[float, float]:
+    """Of the bytes that a rank sends over pp - 1 boundaries, the share that leaves a node; and the bytes.
+
+    Args:
+        point: its pipeline.
+        micro_batches: of a step.
+        activation: bytes of one that crosses, and of its gradient.
+        nodes: of the pipeline's ranks: nodes - 1 boundaries lie between two.
+    """
+    if point.pp == 1:
+        return 0.0, 0.0
+    # All ranks together: a boundary between any two stages that follow one another.
+    sends = 2 * micro_batches * (point.virtual * point.pp - 1) / point.pp
+    return (nodes - 1) / (point.pp - 1), sends * activation
+
+
 def in_flight(point: Point, stage: int, micro_batches: int) -> float:
     """Micro-batches of whose activations a rank keeps all of its layers', at most."""
     if point.virtual == 1:

@@ -78,18 +78,18 @@ class RingLoad:
 
 
 def ring_load(
-    mask: Mask, layout: str, ring: int, half_rows: float, tried: Sequence[Stages] = (None,)
+    mask: Mask, layout: str | Layout, ring: int, half_rows: float, tried: Sequence[Stages] = (None,)
 ) -> list[RingLoad]:
     """The load of a ring degree, for each value of `stages` that gives other exchanges than those before it.
 
     Args:
         mask: of one sequence.
-        layout: its name, one of `Schedule.build`'s.
+        layout: or its name, one of `Schedule.build`'s.
         ring: ring degree.
         half_rows: rows of a block that runs at half efficiency.
         tried: values of `stages` of `ring_schedule`.
     """
-    laid = _layout(mask, layout, ring)
+    laid = layout if isinstance(layout, Layout) else lay_out([mask], [1], layout, ring)
     areas, received = _areas_and_rows(mask, laid)
     busiest = max(range(ring), key=lambda r: areas[r] + layouts.DEFAULT_PAIRS_PER_ROW * received[r])
     imbalance = max(areas) * ring / mask.area if mask.area else 1.0
@@ -115,7 +115,18 @@ def ring_load(
     return loads
 
 
-def _layout(mask: Mask, name: str, ring: int) -> Layout:
+def lay_out(found: Sequence[Mask], layers: Sequence[int], name: str, ring: int) -> Layout:
+    """The layout of a name for masks of so many layers each, as the trainer takes it (parallel/batch.py).
+
+    Args:
+        found: the masks, of one length.
+        layers: of each.
+        name: one of `Schedule.build`'s.
+        ring: ring degree.
+    """
+    mask = found[0]
+    if len(found) > 1 and name in ("auto", "balanced"):
+        return (layouts.auto if name == "auto" else layouts.balanced)(found, ring, weights=layers)
     if name == "auto" and ring > 1 and mask.q_len >= ZIGZAG_ROWS * ring and mask == masks.causal(mask.q_len):
         return layouts.zigzag(mask.q_len, ring)  # what auto picks, without comparing (a test shows it)
     return layouts.named(name, mask, mask.q_len, ring)

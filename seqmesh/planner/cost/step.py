@@ -1,7 +1,7 @@
 """The cost model: memory, time and bytes of a step at any point, put together from this folder's parts.
 
     every micro-batch    matrix products, attention, head
-                         ulysses, ring and tensor parallel exchange, activations to the host
+                         ulysses, ring, experts and tensor parallel exchange, activations to the host
     once a step          optimizer, gradients, weights          ZeRO-2 and 3: every micro-batch
     pipeline             bubble and boundary activations: pipeline.py
     everything           waits for the slowest GPU
@@ -11,46 +11,42 @@ heads, where there are chunks enough (both in attention.py); offloaded activatio
 share of ZeRO-3's gathers, of gradients and of tensor parallelism by assumption.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 from math import log, sqrt
+from operator import attrgetter
+from typing import NamedTuple
 
-from seqmesh.planner.cost.attention import AttentionCost, AttentionShape, attention_cost
+from seqmesh.planner.cost.attention import AttentionCost, AttentionShape, attention_cost, mean_cost
 from seqmesh.planner.cost.compute import Compute
 from seqmesh.planner.cost.estimate import PIPELINE, CostTerm, StepEstimate, compute
+from seqmesh.planner.cost.experts import expert_group, sent_to_experts, sparse_share
 from seqmesh.planner.cost.fused_memory import FusedMemory
 from seqmesh.planner.cost.memory import MemoryModel
 from seqmesh.planner.cost.network import PCIE, Group, Network, add_bytes, place
 from seqmesh.planner.cost.overlap import OverlapBudget
 from seqmesh.planner.cost.parameters import fullest_parameters, mean_parameters
-from seqmesh.planner.cost.pipeline import crossings, exposed_crossings, idle_seconds
+from seqmesh.planner.cost.pipeline import boundary_bytes, crossings, exposed_crossings, idle_seconds
+from seqmesh.planner.cost.recurrent import RecurrentLayers
 from seqmesh.planner.cost.ring_load import RingLoad
 from seqmesh.planner.cost.step_loads import LoadKey, StepLoads
 from seqmesh.planner.cost.tensor_parallel import tensor_calls
 from seqmesh.planner.cost.trainer_memory import TrainerMemory
-from seqmesh.planner.cost.weights import sent_for_weights
+from seqmesh.planner.cost.weights import sent_in_groups
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.point import Point
-from seqmesh.planner.inputs.stack import (
-    FsdpStack,
-    FusedStack,
-    MegatronStack,
-    PaperStack,
-    SeqmeshStack,
-    Stack,
-    TrainerStack,
-)
+from seqmesh.planner.inputs.stack import TrainerStack
 
-MEMORY_MODELS: Mapping[type[Stack], Callable[[Job, StepLoads], MemoryModel]] = {
-    FusedStack: FusedMemory,
-    SeqmeshStack: FusedMemory,
-    FsdpStack: FusedMemory,
-    MegatronStack: FusedMemory,
-    PaperStack: FusedMemory,
-    TrainerStack: TrainerMemory,
-}
-"""The memory model of each stack."""
+
+class _Layers(NamedTuple):
+    """The terms of all layers and micro-batches."""
+
+    terms: tuple[CostTerm, ...]
+    busy: float
+    """Seconds that the GPU's own units compute."""
+    left: float
+    """Of these, those that hide nothing."""
 
 
 class CostModel:
@@ -59,11 +55,15 @@ class CostModel:
     def __init__(self, job: Job, loads: StepLoads | None = None) -> None:
         self.job = job
         self.loads = loads or StepLoads(job)
-        self.memory = MEMORY_MODELS[type(job.stack)](job, self.loads)
+        memory = TrainerMemory if isinstance(job.stack, TrainerStack) else FusedMemory
+        self.memory: MemoryModel = memory(job, self.loads)
         self.compute = Compute(job)
         self.network = Network(job.cluster, job.assumptions)
-        self._attention = lru_cache(maxsize=None)(self._attention_cost)
+        self.recurrent = RecurrentLayers(job, self.loads, self.network)
+        self._attention = lru_cache(maxsize=None)(self._cost_of)
+        self._degrees = attrgetter(*job.axes)
         self._group = lru_cache(maxsize=None)(self._place)
+        self._layers = lru_cache(maxsize=1024)(self._in_layers)
 
     def estimate(self, point: Point) -> StepEstimate:
         """Everything about a legal point."""
@@ -72,7 +72,8 @@ class CostModel:
         memory = self.memory.of(point)
         load = self.load(point)
         linear = 6.0 * m.matmul_parameters * job.seq_len * job.global_batch
-        pair = 12.0 * m.layers * m.heads * m.head_dim
+        linear += self.recurrent.flops()
+        pair = 6.0 * m.layers * m.heads * m.both_dims
         return StepEstimate(
             point=point,
             memory=memory,
@@ -86,7 +87,7 @@ class CostModel:
             exchanges=load.exchanges,
             imbalance=load.imbalance,
             flops=linear + pair * job.area,
-            flops_noncausal=linear + pair * job.all_pairs,
+            flops_noncausal=linear + pair * job.all_pairs * (m.attending / m.layers),
             peak=job.peak,
         )
 
@@ -94,16 +95,9 @@ class CostModel:
         """The estimate of a step alone."""
         return sum(term.exposed for term in self._terms(point))
 
-    def notes(self, point: Point) -> Iterator[str]:
-        """Assumptions of one machine's that move this point's time by more than a percent."""
-        if self.job.assumptions.one_nic_per_partial_node:
-            without = self.with_assumption("one_nic_per_partial_node", 0.0).seconds(point)
-            less = 1 - without / self.seconds(point)
-            if less > 0.01:
-                yield (
-                    "groups with a part of a node's GPUs are taken to have one network card"
-                    f" (one_nic_per_partial_node, seen on one cluster): without that, {less:.0%} less time"
-                )
+    def seconds_of_layers(self, point: Point) -> float:
+        """Of these, those of layers and pipeline: the same for points that differ in ZeRO's stage alone."""
+        return sum(term.exposed for term in self._layers_of(point).terms)
 
     def with_assumption(self, name: str, value: float) -> "CostModel":
         """The same job under another assumption; shares are kept below 1."""
@@ -121,22 +115,23 @@ class CostModel:
 
     def group(self, point: Point, *members: str) -> Group:
         """The process group over some axes."""
-        return self._group(point.tp, point.ulysses, point.ring, point.dp, point.pp, members)
+        return self._group(self._degrees(point), members)
 
-    def _place(self, tp: int, ulysses: int, ring: int, dp: int, pp: int, members: tuple[str, ...]) -> Group:
-        degree = {"tp": tp, "ulysses": ulysses, "ring": ring, "dp": dp, "pp": pp}
-        degrees = tuple(degree[axis] for axis in self.job.axes)
+    def _place(self, degrees: tuple[int, ...], members: tuple[str, ...]) -> Group:
         return place(self.job.axes, degrees, frozenset(members), self.job.cluster.gpus_per_node)
 
     def attention(self, point: Point) -> AttentionCost:
-        """One layer's attention for one micro-batch."""
+        """One layer's attention for one micro-batch: the mean over layers, where they see more or less."""
+        return mean_cost(tuple((cost, share) for _, share, cost in self._attentions(point)))
+
+    def _attentions(self, point: Point) -> Iterator[tuple[LoadKey, float, AttentionCost]]:
+        """That of each kind of layers, with what it depends on and their share."""
         ulysses, ring = self.group(point, "ulysses"), self.group(point, "ring")
         shape = self.attention_shape(point)
-        return self._attention(shape, self.loads.key(point), ulysses, ring)
+        for key, share in self.loads.keys(point):
+            yield key, share, self._attention(shape, key, ulysses, ring)
 
-    def _attention_cost(
-        self, shape: AttentionShape, key: LoadKey, ulysses: Group, ring: Group
-    ) -> AttentionCost:
+    def _cost_of(self, shape: AttentionShape, key: LoadKey, ulysses: Group, ring: Group) -> AttentionCost:
         return attention_cost(self.job, self.loads.of(key), shape, ulysses, ring)
 
     def attention_shape(self, point: Point) -> AttentionShape:
@@ -145,8 +140,8 @@ class CostModel:
         return AttentionShape.of(self.job, batch=batch, ulysses=point.ulysses, tp=point.tp)
 
     def load(self, point: Point) -> RingLoad:
-        """The load of its ring."""
-        return self.loads.of(self.loads.key(point))
+        """The load of its ring, in the layers that see most."""
+        return self.loads.of(self.loads.keys(point)[0].key)
 
     def layer_runs(self, point: Point) -> int:
         """How often a rank computes a layer in a step."""
@@ -164,30 +159,39 @@ class CostModel:
         What is hidden is taken from one `OverlapBudget`: first by the exchanges inside the layers, then by
         the weights.
         """
-        work = list(self._work(point))
-        busy = sum(term.seconds for term in work)
-        budget = OverlapBudget(busy)
-        in_layers = budget.hide((*self._exchanges(point), *self._activations_to_host(point, busy)))
-        micro_batches = [*work, *in_layers]
+        layers = self._layers_of(point)
+        budget = OverlapBudget(layers.left)
         terms = [
-            *micro_batches,
-            *self._bubble(point, micro_batches),
-            *budget.hide(self._weights(point, busy)),
-            *self._waiting(point, busy),
+            *layers.terms,
+            *budget.hide(self._weights(point, layers.busy)),
+            *self._waiting(point, layers.busy),
             *self._optimizer(point),
         ]
         return tuple(term for term in terms if term.seconds)
 
+    def _layers_of(self, point: Point) -> "_Layers":
+        # ZeRO's stage says how documents are dealt, and nothing else of the layers.
+        return self._layers(point.but(zero=3 if self.job.documents and point.zero == 3 else 0))
+
+    def _in_layers(self, point: Point) -> "_Layers":
+        """What is the same whatever is sharded: work, exchanges inside the layers, and the pipeline's."""
+        work = list(self._work(point))
+        busy = sum(term.seconds for term in work)
+        budget = OverlapBudget(busy)
+        terms = [*work, *budget.hide((*self._exchanges(point), *self._activations_to_host(point, busy)))]
+        return _Layers((*terms, *self._bubble(point, terms)), busy, budget.left)
+
     def _work(self, point: Point) -> Iterator[CostTerm]:
         """What the GPU's own units compute."""
         job = self.job
-        layer = self.compute.layer(point.tp, job.tokens(point))
+        layer = self.compute.layer(point)
         attention = self.attention(point)
         forward, backward = attention.forward, attention.backward
         runs = self.layer_runs(point)
         yield compute("matrix products", runs * (layer.matmul_forward + layer.matmul_backward))
         yield compute("attention kernel", runs * (forward.kernel_s + backward.kernel_s))
         yield compute("attention merge and launches", runs * (forward.merge_s + backward.merge_s))
+        yield from self.recurrent.work(point, runs)
         passes = 1 + job.assumptions.streamed_backward
         yield compute("norms, rotary, activation", runs * passes * layer.elementwise)
         # Work that the savers do twice; the exchanges of a repeated forward are counted with the exchanges.
@@ -196,12 +200,12 @@ class CostModel:
         if self.repeats_attention(point):
             again += forward.kernel_s + forward.merge_s
         yield compute("recomputation", runs * again)
-        head = self.compute.head(point.tp, job.tokens(point), point.tiling != "none")
+        head = self.compute.head(point.tp, job.tokens(point))
         yield compute("output head and loss", job.micro_batches(point) * self._beside_layers(point, head))
 
     def _repeated(self, point: Point) -> float:
         """Seconds of a layer's products and elementwise work that its backward computes again."""
-        layer = self.compute.layer(point.tp, self.job.tokens(point))
+        layer = self.compute.layer(point)
         selective = self.job.stack.selective
         if point.checkpointing == "none" or (point.checkpointing == "selective" and selective == "all"):
             return 0.0
@@ -215,7 +219,7 @@ class CostModel:
             return head
         job = self.job
         fewer = point.pp * job.layers(point) - job.model.layers
-        layer = self.compute.layer(point.tp, job.tokens(point))
+        layer = self.compute.layer(point)
         attention = self.attention(point)
         seconds = layer.matmul_forward + layer.matmul_backward + layer.elementwise
         seconds += attention.forward.kernel_s + attention.backward.kernel_s + self._repeated(point)
@@ -239,12 +243,24 @@ class CostModel:
             runs * (times * forward.rows_s + backward.rows_s),
             runs * (times * forward.rows_exposed_s + backward.rows_exposed_s),
         )
+        yield from self.recurrent.exchanges(point, runs, self.group(point, "ulysses", "ring"))
+        yield from self._experts(point)
         tp = self.group(point, "tp")
         calls = sum(tensor_calls(self.job, point))
         seconds = runs * self.network.round_seconds(tp, calls * self._tp_call_bytes(point), calls)
         yield self._on_links(
             "tensor parallel exchange", tp, seconds, seconds * self.job.assumptions.tp_exposed
         )
+
+    def _experts(self, point: Point) -> Iterator[CostTerm]:
+        """Tokens to the ranks of their experts, and back."""
+        if point.experts == 1:
+            return
+        sent = sent_to_experts(self.job, point)
+        group = expert_group(self.job, point)
+        seconds = self.network.all_to_all_seconds(group, sent.most, sent.calls)
+        runs = self.layer_runs(point) * sparse_share(self.job.model)
+        yield self._on_links("experts exchange", group, runs * seconds, runs * seconds)
 
     def _on_links(self, name: str, group: Group, seconds: float, exposed: float) -> CostTerm:
         """A term of the slowest link class that a group uses."""
@@ -281,7 +297,7 @@ class CostModel:
             return
         job = self.job
         count = job.micro_batches(point)
-        layer = self.compute.layer(point.tp, job.tokens(point))
+        layer = self.compute.layer(point)
         a_pass = sum(term.exposed for term in micro_batches) / count
         bubble = idle_seconds(point, a_pass, job.layers(point) * layer.matmul_backward / 2)
         yield CostTerm(name="pipeline bubble", cause=PIPELINE, seconds=bubble, exposed=bubble)
@@ -297,17 +313,18 @@ class CostModel:
 
     def _weights(self, point: Point, busy: float) -> Iterator[CostTerm]:
         """Data parallelism and ZeRO, over all ranks that hold the same weights."""
-        group = self.group(point, "ulysses", "ring", "dp")
         job = self.job
         a, layers = job.assumptions, job.layers(point)
-        sent = sent_for_weights(job, point, fullest_parameters(job, point))
+        replicas = self.group(point, "ulysses", "ring", "dp")
+        views = sent_in_groups(job, point, fullest_parameters(job, point), replicas)
+        group, sent = views[0]
         # What is exchanged once a step has the last backward, or the first forward, to hide behind.
         a_pass = busy / job.micro_batches(point)
-        reduce = self.network.round_seconds(group, sent.gradients, sent.reductions)
+        reduce = sum(self.network.round_seconds(at, one.gradients, one.reductions) for at, one in views)
         beside = 2 / 3 * (busy if sent.reductions > layers else a_pass)
         yield self._hidden("gradient reduction", group, reduce, a.gradient_overlap * (1 - 1 / layers), beside)
         if point.zero:
-            gather = self.network.round_seconds(group, sent.weights, sent.gathers)
+            gather = sum(self.network.round_seconds(at, one.weights, one.gathers) for at, one in views)
             beside = busy if point.zero == 3 else a_pass / 3 * job.stack.gathers_ahead
             yield self._hidden("weight gathering", group, gather, a.prefetch * (1 - 1 / (2 * layers)), beside)
 
@@ -320,7 +337,8 @@ class CostModel:
     def _optimizer(self, point: Point) -> Iterator[CostTerm]:
         """AdamW streams its state through memory: the GPU's, or the host's after gradients came down."""
         numerics = self.job.numerics
-        mine = fullest_parameters(self.job, point) / (point.replicas if point.zero else 1)
+        weights = fullest_parameters(self.job, point)
+        mine = weights.sharded(point) if point.zero else weights.whole
         if not point.offloads_optimizer:
             yield compute("optimizer", self.compute.streamed(numerics.update * mine))
             return
@@ -336,13 +354,20 @@ class CostModel:
     def _bytes(self, point: Point) -> Iterator[dict[str, float]]:
         """Bytes per link class that one GPU sends in a step, on average."""
         yield from self._attention_bytes(point)
-        tp_calls = self.layer_runs(point) * sum(tensor_calls(self.job, point))
+        runs, sequence = self.layer_runs(point), self.group(point, "ulysses", "ring")
+        yield from self.recurrent.sent(point, runs, sequence)
+        tp_calls = runs * sum(tensor_calls(self.job, point))
         tp_bytes = tp_calls * self._tp_call_bytes(point)
         yield self.network.round_bytes(self.group(point, "tp"), tp_bytes)
-        sent = sent_for_weights(self.job, point, mean_parameters(self.job, point))
         replicas = self.group(point, "ulysses", "ring", "dp")
-        yield self.network.round_bytes(replicas, sent.gradients + sent.weights)
-        yield self._pipeline_bytes(point)
+        for group, sent in sent_in_groups(self.job, point, mean_parameters(self.job, point), replicas):
+            yield self.network.round_bytes(group, sent.gradients + sent.weights)
+        if point.experts > 1:
+            moved = runs * sparse_share(self.job.model) * sent_to_experts(self.job, point).mean
+            yield self.network.spread_bytes(expert_group(self.job, point).off_node, moved)
+        count, nodes = self.job.micro_batches(point), self.group(point, "pp").nodes
+        crossed = boundary_bytes(point, count, self._activation_bytes(point), nodes)
+        yield self.network.spread_bytes(*crossed)
         yield from self._host_bytes(point)
 
     def _attention_bytes(self, point: Point) -> Iterator[dict[str, float]]:
@@ -351,29 +376,20 @@ class CostModel:
         times = 2 if self.repeats_attention(point) else 1
         forward, backward = attention.forward, attention.backward
         heads = times * forward.heads_bytes + backward.heads_bytes
-        heads_off_node = self.group(point, "ulysses").off_node
-        yield self.network.spread_bytes(heads_off_node, runs * heads / point.sp)
-        load = self.load(point)
-        rows = float(times * forward.rows_bytes + backward.rows_bytes)
-        if load.rows_moved:
-            # The rows of the busiest micro-batch; on average over the step they are others.
-            rows *= self.loads.rows_moved(self.loads.key(point)) / load.rows_moved
-        rows_off_node = load.off_node(self.group(point, "ring").per_node)
-        yield self.network.spread_bytes(rows_off_node, runs * rows / point.sp)
-
-    def _pipeline_bytes(self, point: Point) -> dict[str, float]:
-        """Activations and their gradients over pp - 1 boundaries, of which nodes - 1 leave a node."""
-        boundaries = point.pp - 1
-        crossing = (self.group(point, "pp").nodes - 1) / boundaries if boundaries else 0.0
-        # All ranks together: a boundary between any two stages that follow one another.
-        sends = 2 * self.job.micro_batches(point) * (point.virtual * point.pp - 1) / point.pp
-        sent = sends * self._activation_bytes(point) if boundaries else 0.0
-        return self.network.spread_bytes(crossing, sent)
+        yield self.network.spread_bytes(self.group(point, "ulysses").off_node, runs * heads / point.sp)
+        ring = self.group(point, "ring")
+        for key, share, cost in self._attentions(point):
+            load = self.loads.of(key)
+            rows = share * (times * cost.forward.rows_bytes + cost.backward.rows_bytes)
+            if load.rows_moved:
+                # The rows of the busiest micro-batch; on average over the step they are others.
+                rows *= self.loads.rows_moved(key) / load.rows_moved
+            yield self.network.spread_bytes(load.off_node(ring.per_node), runs * rows / point.sp)
 
     def _host_bytes(self, point: Point) -> Iterator[dict[str, float]]:
         numerics = self.job.numerics
         if point.offloads_optimizer:
-            mine = mean_parameters(self.job, point) / point.replicas
+            mine = mean_parameters(self.job, point).sharded(point)
             yield {PCIE: mine * (numerics.gradient + numerics.element)}
         if point.offloads_activations:
             yield {PCIE: 2 * self._activation_bytes(point) * self.layer_runs(point)}

@@ -2,6 +2,9 @@
 
 from dataclasses import dataclass
 
+from seqmesh.planner.cost.experts import expert_group
+from seqmesh.planner.cost.network import Group
+from seqmesh.planner.cost.parameters import RankWeights
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.point import Point
 
@@ -18,8 +21,21 @@ class SentForWeights:
     """Collectives that gather weights."""
 
 
-def sent_for_weights(job: Job, point: Point, parameters: float) -> SentForWeights:
-    """What a rank with so many weights sends.
+def sent_in_groups(
+    job: Job, point: Point, weights: RankWeights, replicas: Group
+) -> list[tuple[Group, SentForWeights]]:
+    """What a rank sends for its weights to its replicas, and for experts that are spread to fewer of them."""
+    if point.experts == 1:
+        return [(replicas, sent_for_weights(job, point, weights.whole, point.replicas))]
+    copies = point.replicas // point.experts
+    return [
+        (replicas, sent_for_weights(job, point, weights.dense, point.replicas)),
+        (expert_group(job, point, copies=True), sent_for_weights(job, point, weights.experts, copies)),
+    ]
+
+
+def sent_for_weights(job: Job, point: Point, parameters: float, ranks: int) -> SentForWeights:
+    """What a rank with so many weights sends to the ranks that hold the same ones, itself among them.
 
     ZeRO-2 and 3 reduce every layer's gradients after every micro-batch; FSDP2 that keeps weights whole, only
     after the last. ZeRO-3 gathers in the forward and in the backward of each.
@@ -36,7 +52,7 @@ def sent_for_weights(job: Job, point: Point, parameters: float) -> SentForWeight
         gathers, gathered = 2 * layers * count, 2 * count
     else:
         gathers, gathered = layers if stack.gathers_ahead else 1, min(1, point.zero)
-    part = parameters * (point.replicas - 1) / point.replicas
+    part = parameters * (ranks - 1) / ranks
     return SentForWeights(
         gradients=job.numerics.gradient * part * sent,
         weights=job.numerics.element * part * gathered,

@@ -22,10 +22,16 @@ MOST = 1e15
 
 
 def _assumed(
-    value: float, unit: str, source: str, *, share: bool = False, may_be_zero: bool = False
+    value: float,
+    unit: str,
+    source: str,
+    *,
+    share: bool = False,
+    may_be_zero: bool = False,
+    least: float = LEAST,
 ) -> float:
     """A field with what is known of it: a share is at most 1."""
-    known = {"unit": unit, "source": source, "share": share, "may_be_zero": may_be_zero}
+    known = {"unit": unit, "source": source, "share": share, "may_be_zero": may_be_zero, "least": least}
     default: float = field(default=value, metadata=known)
     return default
 
@@ -218,6 +224,20 @@ class Assumptions:
         "SwiGLU, fused: gate and up read, product written",
         may_be_zero=True,
     )
+    streamed_routed: float = _assumed(
+        7.0,
+        "numbers of hidden size a row",
+        "of a token and expert; transformers' AllToAllEP, forward: rows put in the order of experts (r, w),"
+        " results put back (r, w), weighted (r, w), added up (r)",
+        may_be_zero=True,
+    )
+    expert_balance: float = _assumed(
+        1.0,
+        "of the mean",
+        "assumption, unmeasured; tokens of the busiest of the ranks that share experts: 1 is what a router"
+        " is trained for, and does not reach",
+        least=1.0,
+    )
     streamed_backward: float = _assumed(
         2.0,
         "of the forward's",
@@ -265,10 +285,10 @@ class Assumptions:
     def __post_init__(self) -> None:
         for f in _named():
             name, value = f.name, getattr(self, f.name)
-            may_be_zero = f.metadata["may_be_zero"]
-            if not (LEAST <= value <= MOST or (value == 0 and may_be_zero)):
+            may_be_zero, least = f.metadata["may_be_zero"], f.metadata["least"]
+            if not (least <= value <= MOST or (value == 0 and may_be_zero)):
                 kind = "0, or a number" if may_be_zero else "a positive finite number"
-                raise ValueError(f"assumption {name} = {value}: use {kind} from {LEAST:g} to {MOST:g}")
+                raise ValueError(f"assumption {name} = {value}: use {kind} from {least:g} to {MOST:g}")
             if f.metadata["share"] and value > 1:
                 raise ValueError(f"assumption {name} = {value}: it is a share; use at most 1")
 

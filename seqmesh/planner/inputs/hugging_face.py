@@ -1,7 +1,8 @@
 """The shape of a model from its Hugging Face config.json.
 
-It is read only if its model_type is one whose layers are known to be all alike: attention, then a
-feed-forward network. Anything else is refused, for a wrong shape would make every prediction wrong.
+It is read only if its model_type is one whose layers are known: attention or a mixer (hybrid_configs.py),
+then a feed-forward network or experts. Anything else is refused, for a wrong shape would make every
+prediction wrong.
 """
 
 import json
@@ -9,9 +10,10 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
-from seqmesh.planner.inputs.shape import ModelShape
+from seqmesh.planner.inputs.hybrid_configs import HybridLayers, split_hybrid
+from seqmesh.planner.inputs.shape import LatentShape, MixtureShape, ModelShape
 from seqmesh.planner.inputs.tables import Table, read_text, shown, unknown
 
 
@@ -28,6 +30,20 @@ class _Type:
     """Keys that it names otherwise than LLaMA."""
     defaults: Mapping[str, object] = field(default_factory=dict)
     """Keys whose absence does not mean null."""
+    expert_width: str = ""
+    """Key of the width of one expert; empty: it has none."""
+    latent: bool = False
+    """Whether its attention is latent, and its routers have buffers: DeepSeek-V3."""
+    gated_attention: bool = False
+    """Whether queries come with a gate of attention's output."""
+    shared_width: str = ""
+    """Key of the width of the experts that every token passes; empty: so many of the width of one."""
+    shared_gate: bool = False
+    """Whether what those give has a gate."""
+    router_buffers: bool = False
+    """Whether its routers have buffers, without latent attention."""
+    full_every: int = 0
+    """Where layer_types is absent, every so manyth layer sees everything, the others a window; 0: no such."""
 
 
 _GPT2: Final = {
@@ -38,6 +54,15 @@ _GPT2: Final = {
 }
 _FALCON: Final = {"intermediate_size": "ffn_hidden_size", "num_key_value_heads": "num_kv_heads"}
 _QWEN: Final = {"num_key_value_heads": 32, "use_sliding_window": False, "max_window_layers": 28}
+_GEMMA: Final = {"num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096}
+_GPT_OSS: Final = {"num_key_value_heads": 8, "head_dim": 64, "sliding_window": 128}
+_QWEN_MOE: Final = _Type(
+    defaults={"num_key_value_heads": 2, "head_dim": 256},
+    gated_attention=True,
+    expert_width="moe_intermediate_size",
+    shared_width="shared_expert_intermediate_size",
+    shared_gate=True,
+)
 _QWEN_VL: Final = _Type(
     tied=None, defaults={"num_key_value_heads": 8, "use_sliding_window": False, "max_window_layers": 80}
 )
@@ -59,37 +84,72 @@ _TYPES: Final[Mapping[str, _Type]] = {
     "gpt2": _Type(gated=False, tied=True, expansion=4, keys=_GPT2),
     "opt": _Type(gated=False, tied=True, keys={"intermediate_size": "ffn_dim"}),
     "falcon": _Type(gated=False, tied=True, expansion=4, keys=_FALCON, defaults={"multi_query": True}),
+    "gemma2": _Type(tied=True, full_every=2, defaults=_GEMMA),
+    "gemma3_text": _Type(tied=True, full_every=6, defaults=_GEMMA | {"vocab_size": 262208}),
+    "mixtral": _Type(defaults={"num_key_value_heads": 8}, expert_width="intermediate_size"),
+    "qwen3_moe": _Type(
+        defaults={"num_key_value_heads": 4, "use_sliding_window": False, "max_window_layers": 28},
+        expert_width="moe_intermediate_size",
+    ),
+    "gpt_oss": _Type(full_every=2, defaults=_GPT_OSS, expert_width="intermediate_size"),
+    "deepseek_v3": _Type(latent=True, expert_width="moe_intermediate_size"),
+    **dict.fromkeys(("qwen3_next", "qwen3_5_moe_text"), _QWEN_MOE),
+    "qwen3_5_text": _Type(defaults={"num_key_value_heads": 4, "head_dim": 256}, gated_attention=True),
+    "olmo_hybrid": _Type(),
+    "kimi_linear": _Type(latent=True, expert_width="moe_intermediate_size"),
+    "nemotron_h": _Type(
+        gated=False,
+        defaults={"num_key_value_heads": 8, "head_dim": 128},
+        expert_width="moe_intermediate_size",
+        shared_width="moe_shared_expert_intermediate_size",
+        router_buffers=True,
+    ),
+    **dict.fromkeys(("bamba", "falcon_h1"), _Type(defaults={"num_key_value_heads": 8})),
+    "granitemoehybrid": _Type(expert_width="intermediate_size", shared_width="shared_intermediate_size"),
+    "lfm2": _Type(tied=True, defaults={"num_key_value_heads": 8}),
+    "lfm2_moe": _Type(
+        tied=True,
+        defaults={"num_key_value_heads": 8},
+        expert_width="moe_intermediate_size",
+        router_buffers=True,
+    ),
 }
-"""The model types whose layers are all alike, with transformers' defaults."""
+"""The model types whose layers are known, with transformers' defaults."""
 
-_MIXED: Final = (
-    "gemma2",
-    "gemma3_text",
-    "gemma3n_text",
-    "cohere2",
-    "exaone4",
-    "gpt_oss",
-    "olmo3",
-    "llama4_text",
-    "gpt_neo",
+_MIXED: Final = ("gemma3n_text", "cohere2", "exaone4", "olmo3", "llama4_text", "gpt_neo")
+_RECURRENT: Final = (
+    "mamba",
+    "mamba2",
+    "falcon_mamba",
+    "rwkv",
+    "recurrent_gemma",
+    "jamba",
+    "minimax",
+    "xlstm",
 )
-_RECURRENT: Final = ("mamba", "mamba2", "falcon_mamba", "rwkv", "recurrent_gemma", "jamba", "lfm2", "xlstm")
+_OTHERWISE: Final = {
+    "zamba": "shares one block of attention between layers",
+    "zamba2": "shares one block of attention between layers",
+    "bailing_hybrid": "gates its latent attention head by head",
+}
+"""Hybrid models that are not known, and why not."""
 _EXPERTS: Final = ("num_local_experts", "num_experts", "n_routed_experts", "moe_num_experts")
-_LAYER_TYPES: Final = ("full_attention", "sliding_attention")
+_FULL: Final = "full_attention"
+_LAYER_TYPES: Final = (_FULL, "sliding_attention")
 
 
 def shape_from_config(path: Path) -> ModelShape:
     """The shape in a config.json, or in the one of this folder.
 
     Raises:
-        ValueError: no such file, a mistake in it, or a model that is not a dense decoder with equal layers.
+        ValueError: no such file, a mistake in it, or a model that is no decoder of known layers.
     """
     path = path / "config.json" if os.path.isdir(path) else path
     whole = _read_json(path)
-    _refuse(whole)
-    config = whole
+    config, hybrid = split_hybrid(whole)
+    _refuse(config)
     if "text_config" in whole:
-        config = _text_config(whole)
+        config, hybrid = split_hybrid(_text_config(whole))
         _refuse(config)
     model_type = config.text("model_type")
     if model_type not in _TYPES:
@@ -97,7 +157,8 @@ def shape_from_config(path: Path) -> ModelShape:
         raise ValueError(f"{mistake}; or write its shape as [model.NAME] in a TOML file")
     kind = _TYPES[model_type]
     complete = replace(config, values={**kind.defaults, **config.values})
-    return _shape(complete, kind, f"{whole.name} config.json, model_type {model_type}")
+    shape = _shape(complete, kind, hybrid, f"{whole.name} config.json, model_type {model_type}")
+    return replace(shape, folder=str(path.parent) if path.name == "config.json" else "")
 
 
 def _text_config(whole: Table) -> Table:
@@ -126,23 +187,31 @@ def _read_json(path: Path) -> Table:
 
 
 def _refuse(config: Table) -> None:
-    """Refuse what is not a decoder of equal layers of attention and a dense feed-forward network."""
-    experts = [key for key in _EXPERTS if key in config and config.count(key, least=0) > 1]
-    if experts:
-        raise _refusal(config, "is a mixture of experts", f"{experts[0]} = {config.values[experts[0]]}")
+    """Refuse what is not a decoder of attention and a feed-forward network, or experts of a known type."""
+    model_type = config.text("model_type") if "model_type" in config else ""
+    kind = _TYPES.get(model_type, _Type())
+    experts = _experts(config)
+    if experts and not kind.expert_width:
+        raise _refusal(config, "is a mixture of experts", f"{experts} = {config.values[experts]}")
     if config.flag("is_encoder_decoder", default=False):
         raise _refusal(config, "is an encoder-decoder", "is_encoder_decoder = true")
-    if "kv_lora_rank" in config:
+    if "kv_lora_rank" in config and not kind.latent:
         raise _refusal(config, "has multi-head latent attention", "kv_lora_rank")
-    _refuse_layers(config)
+    _refuse_layers(config, model_type)
     hidden = config.values.get("hidden_size")
     if config.values.get("word_embed_proj_dim", hidden) != hidden:
         raise _refusal(config, "embeds in another width than it computes", "word_embed_proj_dim")
 
 
-def _refuse_layers(config: Table) -> None:
-    """Refuse layers without attention, of several kinds, or of a kind that is not known."""
-    model_type = config.text("model_type") if "model_type" in config else ""
+def _experts(config: Table) -> str:
+    """The key that says how many experts there are, if there are several; else empty."""
+    return next((key for key in _EXPERTS if key in config and config.count(key, least=0) > 1), "")
+
+
+def _refuse_layers(config: Table, model_type: str) -> None:
+    """Refuse layers without attention, of several kinds where none are known, or of an unknown kind."""
+    if model_type in _OTHERWISE:
+        raise _refusal(config, _OTHERWISE[model_type], f"model_type {model_type}")
     recurrent = [shown(key) for key in config.values if key.startswith(("mamba_", "ssm_", "linear_"))]
     if not recurrent and model_type in _RECURRENT:
         recurrent = [f"model_type {model_type}"]
@@ -152,32 +221,32 @@ def _refuse_layers(config: Table) -> None:
     kinds = [repr(layer_types)]
     if isinstance(layer_types, list):
         kinds = sorted({shown(str(each)) for each in layer_types})
-    if len(kinds) > 1:
+    known = _TYPES.get(model_type, _Type())
+    if len(kinds) > 1 and not known.full_every and "use_sliding_window" not in known.defaults:
         raise _refusal(config, "mixes kinds of layers", f"layer_types {', '.join(kinds)}")
     if model_type in _MIXED:
         raise _refusal(config, "mixes kinds of layers", f"model_type {model_type}")
-    if kinds and kinds[0] not in _LAYER_TYPES:
-        raise _refusal(config, "has layers of an unknown kind", f"layer_types {kinds[0]}")
+    unknown_kinds = [kind for kind in kinds if kind not in _LAYER_TYPES]
+    if unknown_kinds:
+        raise _refusal(config, "has layers of an unknown kind", f"layer_types {unknown_kinds[0]}")
 
 
 def _refusal(config: Table, reason: str, evidence: str) -> ValueError:
-    remedy = "give a dense decoder whose layers are all alike"
+    remedy = "give a decoder of a known model_type"
     return ValueError(
         f"{config.where}: the model {reason} ({evidence}), which the plan cannot price; {remedy}"
     )
 
 
-def _shape(config: Table, kind: _Type, source: str) -> ModelShape:
+def _shape(config: Table, kind: _Type, hybrid: HybridLayers | None, source: str) -> ModelShape:
     def key(llama: str) -> str:
         return kind.keys.get(llama, llama)
 
     hidden = config.count(key("hidden_size"))
     heads = config.count(key("num_attention_heads"))
     layers = config.count(key("num_hidden_layers"))
-    if "head_dim" not in config and hidden % heads:
-        raise ValueError(
-            f"{config.where}: hidden size {hidden} over {heads} heads is not a whole head_dim; add head_dim"
-        )
+    latent = _latent(config) if kind.latent else None
+    reach = _reach(config, kind, layers)
     width = key("intermediate_size")
     if kind.expansion and width not in config:
         intermediate = kind.expansion * hidden
@@ -188,14 +257,66 @@ def _shape(config: Table, kind: _Type, source: str) -> ModelShape:
         layers=layers,
         hidden=hidden,
         heads=heads,
-        kv_heads=_kv_heads(config, key("num_key_value_heads"), heads),
-        head_dim=config.count("head_dim") if "head_dim" in config else hidden // heads,
+        kv_heads=heads if latent else _kv_heads(config, key("num_key_value_heads"), heads),
+        head_dim=_head_dim(config, hidden, heads, latent),
+        value_dim=config.count("v_head_dim") if latent else None,
         intermediate=intermediate,
         vocabulary=config.count("vocab_size"),
         gated=kind.gated,
         tied_embeddings=config.flag("tie_word_embeddings", kind.tied),
-        sliding_window=_window(config, layers),
+        sliding_window=reach.window,
+        full_layers=reach.full_layers,
+        mixture=_mixture(config, kind) if _experts(config) else None,
+        latent=latent,
+        gated_attention=kind.gated_attention,
+        mixer=hybrid.mixer if hybrid else None,
+        attention_layers=hybrid.attention_layers if hybrid else None,
+        network_layers=hybrid.network_layers if hybrid else None,
         source=source,
+    )
+
+
+def _head_dim(config: Table, hidden: int, heads: int, latent: LatentShape | None) -> int:
+    if latent is not None:
+        return config.count("qk_nope_head_dim") + latent.rotary_dim
+    if "head_dim" in config:
+        return config.count("head_dim")
+    if hidden % heads:
+        raise ValueError(
+            f"{config.where}: hidden size {hidden} over {heads} heads is not a whole head_dim; add head_dim"
+        )
+    return hidden // heads
+
+
+def _latent(config: Table) -> LatentShape:
+    return LatentShape(
+        q_rank=config.count("q_lora_rank", least=0),
+        kv_rank=config.count("kv_lora_rank"),
+        rotary_dim=config.count("qk_rope_head_dim"),
+    )
+
+
+def _mixture(config: Table, kind: _Type) -> MixtureShape:
+    width = config.count(kind.expert_width)
+    if config.values.get("decoder_sparse_step", 1) != 1:
+        step = config.values["decoder_sparse_step"]
+        raise _refusal(config, "has experts in some of its layers only", f"decoder_sparse_step = {step}")
+    dense = config.values.get("mlp_only_layers") or []
+    if not isinstance(dense, list):
+        raise _refusal(config, "has layers of an unknown kind", f"mlp_only_layers {dense!r}")
+    first = config.count("first_k_dense_replace", least=0) if "first_k_dense_replace" in config else 0
+    shared = config.count("n_shared_experts", least=0) * width if "n_shared_experts" in config else 0
+    if kind.shared_width:
+        shared = config.count(kind.shared_width, least=0)
+    return MixtureShape(
+        experts=config.count(_experts(config)),
+        active=config.count("num_experts_per_tok"),
+        intermediate=width,
+        architecture="qwen3_moe" if config.text("model_type") == "qwen3_moe" else "mixtral",
+        shared=shared,
+        shared_gate=kind.shared_gate,
+        dense_layers=first + len(dense),
+        has_router_buffers=kind.latent or kind.router_buffers,
     )
 
 
@@ -207,17 +328,29 @@ def _kv_heads(config: Table, key: str, heads: int) -> int:
     return config.count(key) if key in config else heads
 
 
-def _window(config: Table, layers: int) -> int | None:
-    """The window of every layer; None where no layer has one."""
+class _Seen(NamedTuple):
+    """What layers see."""
+
+    window: int | None = None
+    """Of the layers that have one; None: no layer has."""
+    full_layers: int = 0
+    """Layers that see everything beside them."""
+
+
+def _reach(config: Table, kind: _Type, layers: int) -> _Seen:
     if "use_sliding_window" in config.values and not config.flag("use_sliding_window", default=False):
-        return None
-    layer_types = config.values.get("layer_types")
+        return _Seen()
+    layer_types = config.values.get("layer_types") or []
+    if not layer_types and "sliding_window" not in config:
+        return _Seen()
+    full = layers // kind.full_every if kind.full_every else 0
     if isinstance(layer_types, list) and layer_types:
-        return config.count("sliding_window") if layer_types[0] == "sliding_attention" else None
-    if "sliding_window" not in config:
-        return None
-    # Qwen's first max_window_layers layers see everything, those after them a window.
-    full = config.count("max_window_layers", least=0) if "use_sliding_window" in config else 0
-    if 0 < full < layers:
-        raise _refusal(config, "mixes kinds of layers", f"max_window_layers = {full} of {layers}")
-    return config.count("sliding_window") if full == 0 else None
+        different = set(layer_types)
+        if len(different) > 1 and len(layer_types) != layers:
+            raise ValueError(
+                f"{config.where}: layer_types has {len(layer_types)} of {layers} layers; name all"
+            )
+        full = layers if different == {_FULL} else layer_types.count(_FULL)
+    elif "use_sliding_window" in config:  # Qwen's first max_window_layers layers see everything
+        full = min(layers, config.count("max_window_layers", least=0))
+    return _Seen() if full == layers else _Seen(config.count("sliding_window"), full)

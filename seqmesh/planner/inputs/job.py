@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from itertools import accumulate
+from typing import NamedTuple
 
 from seqmesh import layouts, masks
 from seqmesh.masks import Mask
@@ -18,6 +19,14 @@ from seqmesh.planner.inputs.tables import unknown
 
 LARGEST = 1 << 40
 """Tokens, or sequences, beyond which nobody plans."""
+
+
+class LayerReach(NamedTuple):
+    """What so many layers see."""
+
+    window: int | None
+    """Keys that a query sees, itself among them; None: all before it."""
+    layers: int
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +72,11 @@ class Job:
         if self.layout not in layouts.NAMES:
             raise unknown("layout", self.layout, layouts.NAMES)
         _ = self.peak, self.product_rate  # raises where the GPU has no rate for this precision
+        if self.model.mixer is not None and self.layout == "striped":
+            raise ValueError(
+                f"layout=striped with {self.model.name}, whose layers carry a state, which every token of a"
+                " strided layout would pass on; use auto, zigzag, balanced or contiguous"
+            )
         if sorted(self.axes) != sorted(AXES):
             raise ValueError(
                 f"axes {','.join(self.axes)} must name each of {','.join(AXES)} once,"
@@ -133,18 +147,27 @@ class Job:
         return round(self.capacity * (1 - self.headroom))
 
     @cached_property
-    def mask(self) -> Mask:
-        """Which query meets which key in one sequence; of packed ones, the first."""
-        return self.mask_of(self.sequences[0] if self.documents else (self.seq_len,))
+    def reaches(self) -> tuple[LayerReach, ...]:
+        """Layers by what they see, those that see everything first. All have one layout."""
+        m = self.model
+        if m.sliding_window is None or m.sliding_window >= self.seq_len:
+            return (LayerReach(None, m.attending),)
+        found = (LayerReach(None, m.full_layers), LayerReach(m.sliding_window, m.attending - m.full_layers))
+        return tuple(reach for reach in found if reach.layers)
 
-    def mask_of(self, documents: Sequence[int]) -> Mask:
-        """The same in a row of documents."""
+    def mask_of(self, documents: Sequence[int], reach: LayerReach) -> Mask:
+        """Which query meets which key in a row of documents, in some layers."""
         tokens = sum(documents)
         causal = masks.documents(documents) if len(documents) > 1 else masks.causal(tokens)
-        window = self.model.sliding_window
-        if window is None or window >= tokens:
+        if reach.window is None or reach.window >= tokens:
             return causal
-        return causal & masks.sliding_window(tokens, window)
+        return causal & masks.sliding_window(tokens, reach.window)
+
+    def _area(self, documents: Sequence[int]) -> int:
+        """Allowed (query, key) pairs of a row: the mean over layers, rounded, where they differ."""
+        areas = (reach.layers * self.mask_of(documents, reach).area for reach in self.reaches)
+        layers = self.model.layers
+        return (sum(areas) + layers // 2) // layers
 
     @cached_property
     def sequences(self) -> tuple[tuple[int, ...], ...]:
@@ -160,12 +183,12 @@ class Job:
     @cached_property
     def sequence_areas(self) -> tuple[int, ...]:
         """Allowed (query, key) pairs of each packed sequence."""
-        return tuple(self.mask_of(documents).area for documents in self.sequences)
+        return tuple(map(self._area, self.sequences))
 
     @cached_property
     def area(self) -> int:
         """Allowed (query, key) pairs of a step."""
-        return sum(self.sequence_areas) if self.documents else self.global_batch * self.mask.area
+        return sum(self.sequence_areas) if self.documents else self.global_batch * self._area((self.seq_len,))
 
     @cached_property
     def all_pairs(self) -> int:
@@ -181,6 +204,10 @@ class Job:
     def tokens(self, point: Point) -> int:
         """Tokens of a micro-batch on the fullest rank."""
         return point.micro_batch * -(-self.seq_len // point.sp)
+
+    def expert_spread(self, point: Point) -> float:
+        """Tokens of the busiest of the ranks that share a layer's experts, over the mean."""
+        return self.assumptions.expert_balance if point.experts > 1 else 1.0
 
     def layers(self, point: Point) -> int:
         """Layers of the fullest pipeline rank: each of its stages, if it has several, has as many."""

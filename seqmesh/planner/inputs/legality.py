@@ -31,6 +31,7 @@ def violations(job: Job, point: Point) -> Iterator[str]:
     """
     yield from _ranks(job, point)
     yield from _heads(job, point)
+    yield from _experts(job, point)
     yield from _layers(job, point)
     yield from _tokens(job, point)
     yield from _sequences(job, point)
@@ -74,6 +75,41 @@ def _heads(job: Job, point: Point) -> Iterator[str]:
         yield (
             f"ulysses={point.ulysses} with {left} query heads on each tp={tp} rank leaves ranks without a"
             f" head; use ulysses <= {left} and put the rest on ring"
+        )
+
+
+def _experts(job: Job, point: Point) -> Iterator[str]:
+    m, experts = job.model, point.experts
+    if point.tp > 1 and m.not_shared_by_tp:
+        also = ""
+        if m.mixture is not None:
+            also = "; seqmesh train runs it, with mesh.experts a multiple of tp"
+        elif m.mixer is not None:
+            also = "; seqmesh train runs it, with those layers whole on every rank of tp"
+        yield f"tp={point.tp} with {m.not_shared_by_tp} is not priced: use tp=1{also}"
+    if experts == 1:
+        return
+    if m.mixture is None:
+        yield f"experts={experts}: {m.name} has no experts; use experts=1"
+    elif m.mixture.experts % experts:
+        yield (
+            f"experts={experts} does not divide the {m.mixture.experts} experts of {m.name};"
+            f" use a divisor of {m.mixture.experts}"
+        )
+    elif point.replicas % experts:
+        yield (
+            f"experts={experts} over dp x ulysses x ring = {point.replicas} ranks; use a degree that divides"
+            " them"
+        )
+    elif point.zero < job.stack.experts_from_zero:
+        yield (
+            f"experts={experts} with zero={point.zero}: seqmesh train spreads experts over ranks that share"
+            " weights; use zero=2 or 3, or experts=1"
+        )
+    elif "pp" in point.used(job.axes)[1:-1]:
+        yield (
+            f"axes={','.join(job.axes)} with experts={experts}: pp lies between the ranks that share them;"
+            " use an order with pp at an end, or experts=1"
         )
 
 

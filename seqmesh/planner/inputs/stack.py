@@ -84,6 +84,8 @@ class Stack:
     """Whether what is exchanged once a step goes layer by layer, beside the last and the next pass."""
     leaves_headroom: ClassVar[bool] = False
     """Whether plans fill what a card reports as its memory, and not all that it is sold with."""
+    experts_from_zero: ClassVar[int] = 2
+    """ZeRO stage from which on experts can be spread: of `seqmesh train`, where weights are sharded."""
     remedy: ClassVar[str | None] = None
     """What to do when nothing fits, where a larger machine or a shorter sequence is not the answer."""
 
@@ -197,6 +199,7 @@ class MegatronStack(SeqmeshStack):
     chooses_stages: ClassVar[bool] = False
     selective: ClassVar[str] = "all"
     gathers_ahead: ClassVar[bool] = True
+    experts_from_zero: ClassVar[int] = 0
 
     @property
     def assumed(self) -> Mapping[str, float]:

@@ -5,6 +5,8 @@
     ring 16, one pool                          [mesh]   ring = 16, pool = true
     ZeRO-3, bf16, checkpointing full           [train]  zero = 3, precision = "bf16", checkpointing = "full"
     llama3-8b, 128K tokens, 4 sequences        [model], [data]
+    mixtral-8x7b, experts over 8 of the ranks  [model]  experts = 8, experts_per_token = 2; [mesh] experts = 8
+    gpt-oss-20b, whose layers differ           [model]  folder
     what the trainer has no key for, or        "# - head_dim=256: ..."
     refuses beside the rest
 
@@ -18,6 +20,7 @@ from typing import Any, NamedTuple
 
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.point import AXES, Point
+from seqmesh.planner.inputs.shape import ModelShape
 from seqmesh.train.config import Config, DataConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
 
 BYTE_TOKENS = 259
@@ -40,6 +43,10 @@ def emit(job: Job, point: Point) -> tuple[str, list[str]]:
     Raises:
         ValueError: the trainer cannot build this model at all, in the trainer's own words.
     """
+    if job.model.untrainable:
+        raise ValueError(
+            f"seqmesh train cannot run {job.model.name}: {job.model.untrainable}; use another model"
+        )
     settings = {"mesh": _mesh(job, point), "model": _model(job), "data": _data(job)}
     settings |= {"train": _train(job, point), "run": {"device": _Setting("cuda")}}
     sections = {name: {key: one.value for key, one in keys.items()} for name, keys in settings.items()}
@@ -72,12 +79,14 @@ def _check(job: Job, sections: Mapping[str, dict[str, Any]]) -> None:
 
 def _mesh(job: Job, point: Point) -> dict[str, _Setting]:
     """The degrees, from the slowest links to the fastest as the trainer's axes are."""
+    experts = {"experts": _Setting(point.experts)} if point.experts > 1 else {}
     return {
         "pp": _stages(job, point),
         "dp_shard": _Setting(point.dp),
         "ring": _Setting(point.ring),
         "ulysses": _Setting(point.ulysses),
         "tp": _Setting(point.tp),
+        **experts,
         "pool": _Setting(point.pool),
         "layout": _Setting(job.layout),
     }
@@ -94,15 +103,45 @@ def _stages(job: Job, point: Point) -> _Setting:
 
 def _model(job: Job) -> dict[str, _Setting]:
     m = job.model
+    # Of a mixture, a folder says more than the shape: how its router chooses, which norms it has.
+    if not m.is_said_by_keys or (m.mixture is not None and m.folder):
+        return {"folder": _folder(m)}
+    wide = m.head_dim * m.heads != m.hidden
     return {
         "hidden": _Setting(m.hidden),
         "layers": _Setting(m.layers),
         "heads": _Setting(m.heads),
         "kv_heads": _Setting(m.kv_heads),
-        "intermediate": _Setting(m.intermediate),
+        **({"head_dim": _Setting(m.head_dim)} if wide else {}),
+        **_feed_forward(m),
         "vocabulary": _vocabulary(m.vocabulary),
         "tie_embeddings": _Setting(m.tied_embeddings),
     }
+
+
+def _feed_forward(m: ModelShape) -> dict[str, _Setting]:
+    if m.mixture is None:
+        return {"intermediate": _Setting(m.intermediate)}
+    return {
+        "architecture": _Setting(m.mixture.architecture),
+        "intermediate": _Setting(m.mixture.intermediate),
+        "experts": _Setting(m.mixture.experts),
+        "experts_per_token": _Setting(m.mixture.active),
+    }
+
+
+def _folder(m: ModelShape) -> _Setting:
+    """Where the model is that keys cannot say: with layers of several kinds, or latent attention."""
+    if m.folder:
+        return _Setting(m.folder)
+    what = "layers that differ (windows, or experts, in some), shared experts or latent attention"
+    if m.mixer is not None:
+        what = "layers that carry a state"
+    return _Setting(
+        m.name,
+        f"model.folder={m.name}: no keys of the trainer say {what}; put its config.json there"
+        f" ({m.source or 'with its weights'})",
+    )
 
 
 def _vocabulary(rows: int) -> _Setting:
@@ -126,7 +165,26 @@ def _train(job: Job, point: Point) -> dict[str, _Setting]:
         "shard_norms": _Setting(point.tp > 1),
         "micro_batch": _Setting(point.micro_batch),
         "precision": _precision(job, point),
+        "pipeline": _pipeline(job, point),
     }
+
+
+def _pipeline(job: Job, point: Point) -> _Setting:
+    """The order of micro-batches, of which the trainer has two with two stages a rank."""
+    asked = f"pipeline={point.pipeline}"
+    if point.pipeline == "1f1b" or _stages(job, point).value == 1:
+        return _Setting("1f1b", "" if point.pipeline == "1f1b" else f"{asked}: the recipe has no stages")
+    needs = f"the trainer's has 2 stages a rank and needs {2 * point.pp} layers"
+    if job.model.layers < 2 * point.pp:
+        return _Setting("1f1b", f"{asked} with {job.model.layers} layers: {needs}")
+    if job.micro_batches(point) % point.pp:
+        return _Setting("1f1b", f"{asked}: the trainer's takes a multiple of {point.pp} micro-batches")
+    if point.pipeline == "interleaved":
+        more = "" if point.virtual == 2 else f"virtual={point.virtual}: the trainer's rank has 2 stages"
+        return _Setting("interleaved", more)
+    if point.zero == 3 or point.checkpointing != "none":
+        return _Setting("1f1b", f"{asked}: the trainer's needs zero <= 2 and checkpointing=none")
+    return _Setting("zero-bubble", f"{asked}: the trainer's is interleaved too, with 2 stages a rank")
 
 
 def _checkpointing(job: Job, point: Point) -> _Setting:
@@ -169,8 +227,6 @@ def _machine(job: Job, point: Point) -> Iterator[str]:
 def _schedule(job: Job, point: Point) -> Iterator[str]:
     """When weights are whole, and gradients reduced."""
     count = job.micro_batches(point)
-    if point.pipeline != "1f1b":
-        yield f"pipeline={point.pipeline}, virtual={point.virtual}: the recipe has 1f1b"
     if point.zero >= 2 and count > 1:
         yield (
             f"zero={point.zero} with {count} micro-batches: gradients are reduced once, after the last,"
@@ -184,14 +240,14 @@ def _shape(job: Job) -> Iterator[str]:
     """The model's shape where a recipe cannot say it, and the text."""
     m = job.model
     yield "tokens: the trainer's are bytes; of the embeddings it uses the first rows"
-    if m.head_dim * m.heads != m.hidden:
-        yield f"head_dim={m.head_dim}: the trainer's is hidden / heads = {m.hidden // m.heads}"
+    if job.documents:
+        yield f"{len(job.documents)} documents of given lengths: the trainer packs the documents of its text"
+    if "folder" in _model(job):
+        return
     if not m.gated:
         yield "a feed-forward network of two matrices: the trainer's Llama has three (SwiGLU)"
     if m.sliding_window is not None:
         yield f"sliding_window={m.sliding_window}: the trainer's Llama attends to the whole document"
-    if job.documents:
-        yield f"{len(job.documents)} documents of given lengths: the trainer packs the documents of its text"
     yield "rotary base: a plan has none; the recipe keeps the trainer's default"
 
 

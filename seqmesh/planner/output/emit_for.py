@@ -58,6 +58,10 @@ def _alike(job: Job, point: Point) -> Iterator[str]:
         yield f"tiling={point.tiling}: it makes all logits of a micro-batch at once; expect more memory"
     if point.offloads_activations:
         yield f"offload={point.offload}: it does not keep full checkpoints on the host"
+    if not job.model.is_plain:
+        mixers = "layers that carry a state, " if job.model.mixer else ""
+        own = f"{mixers}experts, windows and latent attention"
+        yield f"{job.model.name}: add the program's own flags for {own}"
     if point.pipeline != "1f1b":
         yield f"pipeline={point.pipeline}: this command runs 1f1b; add the program's own flags for it"
     if job.numerics.fp8_products:
@@ -82,6 +86,7 @@ def _torchtitan(job: Job, point: Point) -> Command:
         "context_parallel_degree": point.sp,
         "tensor_parallel_degree": point.tp,
         "pipeline_parallel_degree": point.pp,
+        "expert_parallel_degree": point.experts,
     }
     command.flags |= {f"--parallelism.{name}": str(value) for name, value in flags.items()}
     if not whole:
@@ -152,6 +157,8 @@ def _megatron_mesh(point: Point) -> dict[str, str]:
         "--pipeline-model-parallel-size": str(point.pp),
         "--context-parallel-size": str(point.sp),
     }
+    if point.experts > 1:
+        flags["--expert-model-parallel-size"] = str(point.experts)
     if point.ulysses > 1 and point.ring > 1:
         flags |= {"--cp-comm-type": "a2a+p2p"}
         flags["--hierarchical-context-parallel-sizes"] = f"{point.ulysses} {point.ring}"

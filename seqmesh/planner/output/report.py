@@ -12,6 +12,7 @@ from seqmesh.planner.candidates import Pins, mesh_of
 from seqmesh.planner.cost.estimate import StepEstimate
 from seqmesh.planner.cost.step import CostModel
 from seqmesh.planner.inputs.job import Job
+from seqmesh.planner.inputs.point import Point
 from seqmesh.planner.inputs.units import about_tokens, format_bytes, format_count, format_seconds
 from seqmesh.planner.output.console import link_bytes, link_name, plain_table, print_list
 from seqmesh.planner.reasons import reasons, why_not
@@ -83,9 +84,10 @@ def _heading(out: Console, job: Job) -> None:
     m = job.model
     documents = len(job.documents)
     packed = f", {documents} packed document{'s' if documents > 1 else ''}" if documents else ""
+    active = f", {format_count(m.active_parameters)} active" if m.mixture else ""
     state = "measured profile" if c.gpu.measured else "rates by data sheet, unmeasured"
     out.print(
-        f"[bold]{escape(m.name)}[/] ({format_count(m.parameters)} parameters),"
+        f"[bold]{escape(m.name)}[/] ({format_count(m.parameters)} parameters{active}),"
         f" {about_tokens(job.seq_len)} tokens{packed}, global batch {job.global_batch},"
         f" on {c.nodes} x {c.gpus_per_node} {escape(c.gpu.name)}"
         f" ({format_bytes(job.capacity)} each; {state}; attention by {job.attention_kernel})"
@@ -165,8 +167,19 @@ def show_memory(out: Console, costs: CostModel, estimate: StepEstimate) -> None:
     )
     if memory.host:
         out.print(f"  on the host: {format_bytes(memory.host)}")
-    for note in costs.notes(estimate.point):
-        out.print(f"  {note}")
+    _show_one_nic(out, costs, estimate.point)
+
+
+def _show_one_nic(out: Console, costs: CostModel, point: Point) -> None:
+    """That an assumption of one cluster's moves this point's time, by more than a percent."""
+    if costs.job.assumptions.one_nic_per_partial_node:
+        without = costs.with_assumption("one_nic_per_partial_node", 0.0).seconds(point)
+        less = 1 - without / costs.seconds(point)
+        if less > 0.01:
+            out.print(
+                "  groups with a part of a node's GPUs are taken to have one network card"
+                f" (one_nic_per_partial_node, seen on one cluster): without that, {less:.0%} less time"
+            )
 
 
 def _show_time(out: Console, estimate: StepEstimate) -> None:

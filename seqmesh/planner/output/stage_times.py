@@ -1,10 +1,9 @@
 """Seconds of each stage of one attention call on the ring, which the estimate has only as a sum."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from seqmesh.planner.cost.attention import AttentionCost, Pass, attention_cost
-from seqmesh.planner.cost.ring_load import StageLoad
+from seqmesh.planner.cost.ring_load import RingLoad, StageLoad
 from seqmesh.planner.cost.step import CostModel
 from seqmesh.planner.inputs.point import Point
 
@@ -19,23 +18,45 @@ class StageTime:
     exposed: float
     """The part of `fetch` that the stage before does not hide."""
 
+    def times(self, share: float) -> "StageTime":
+        """So much of it."""
+        return StageTime(
+            kernel=share * self.kernel,
+            merge=share * self.merge,
+            fetch=share * self.fetch,
+            exposed=share * self.exposed,
+        )
+
 
 @dataclass(frozen=True)
 class StageTimes:
     """The stages of one attention call, in their order."""
 
-    forward: Sequence[StageTime]
-    backward: Sequence[StageTime]
+    forward: list[StageTime]
+    backward: list[StageTime]
 
 
 def stage_times(costs: CostModel, point: Point) -> StageTimes:
     """The stages of one attention call; they add up to `costs.attention(point)`.
 
+    Where layers see more or less, a call is the mean of theirs: the stages of one kind, then of the other,
+    each as long as its share of the layers.
+    """
+    found = StageTimes([], [])
+    for key, share in costs.loads.keys(point):
+        of_kind = _of_load(costs, point, costs.loads.of(key))
+        found.forward.extend(stage.times(share) for stage in of_kind.forward)
+        found.backward.extend(stage.times(share) for stage in of_kind.backward)
+    return found
+
+
+def _of_load(costs: CostModel, point: Point, ring: RingLoad) -> StageTimes:
+    """The stages in layers with this load.
+
     Each is the cost of a call that has this stage alone. How much of its fetch is exposed depends on the
     stage before: that is what the two together have more than the one before has alone.
     """
     job = costs.job
-    ring = costs.load(point)
     shape = costs.attention_shape(point)
     ulysses_group, ring_group = costs.group(point, "ulysses"), costs.group(point, "ring")
 

@@ -4,7 +4,7 @@
 
     each micro-batch    layer 0 forward ... layer L-1, head and loss, layer L-1 backward ... layer 0
     a layer             norms, q k v o products | heads out | ring stages, the next fetch beside each, and
-                        what they hide of the heads | heads home | MLP
+                        what they hide of the heads | heads home | tokens to experts | MLP | back
     after them          gradient reduction, optimizer, weight gathering
 
 Nothing is priced here: terms come from `CostModel.estimate`, a layer's parts from `CostModel.attention` and
@@ -23,6 +23,7 @@ from typing import Any
 
 from seqmesh.planner.cost.attention import Pass
 from seqmesh.planner.cost.estimate import COMPUTE, PIPELINE
+from seqmesh.planner.cost.experts import repeats_experts
 from seqmesh.planner.cost.step import CostModel
 from seqmesh.planner.cost.tensor_parallel import tensor_calls
 from seqmesh.planner.inputs.point import Point
@@ -34,7 +35,16 @@ MOST_EVENTS = 20_000
 
 
 def timeline(costs: CostModel, point: Point) -> dict[str, Any]:
-    """One step of a point as a Chrome trace: {"traceEvents": [...], "displayTimeUnit": "ms"}."""
+    """One step of a point as a Chrome trace: {"traceEvents": [...], "displayTimeUnit": "ms"}.
+
+    Raises:
+        ValueError: a model with layers that carry a state.
+    """
+    if costs.job.model.mixer is not None:
+        raise ValueError(
+            f"{costs.job.model.name} has layers that carry a state, which a trace does not draw yet; leave"
+            " --trace out, or use --plot"
+        )
     return _Step(costs, point).draw()
 
 
@@ -49,10 +59,11 @@ class _Step:
         self.trace = Trace({term.name: term.cause for term in self.estimate.terms})
         self.layer_runs = costs.layer_runs(point)
         self.micro_batches = self.job.micro_batches(point)
-        self.layer = costs.compute.layer(point.tp, self.job.tokens(point))
+        self.layer = costs.compute.layer(point)
         self.attention = costs.attention(point)
         self.stages = stage_times(costs, point)
         self.repeats_attention = costs.repeats_attention(point)
+        self.repeats_experts = repeats_experts(self.job, point)
         self.tensor_calls = tensor_calls(self.job, point)
         self.qkv_share = costs.attention_shape(point).qkv_share  # q, k and v go one way, and out the other
         self.mlp_share = self.layer.mlp_forward / self.layer.matmul_forward
@@ -111,7 +122,9 @@ class _Step:
         self.trace.work("matrix products", in_attention, **at, part="attention")
         self._tensor(self.tensor_calls.forward / 2, at)
         self._attend(attention, self.stages.forward, self.qkv_share, at)
+        self._experts(1, at)
         self.trace.work("matrix products", layer.matmul_forward * self.mlp_share, **at, part="MLP")
+        self._experts(1, at)
         self._tensor(self.tensor_calls.forward / 2, at)
         # The copy begins here, and what follows hides it.
         self._host_copy(at, start=self.trace.clock)
@@ -123,7 +136,9 @@ class _Step:
         self._gather(at)
         self._host_copy(at)
         self._recompute(at)
+        self._experts(1, at)
         self.trace.work("matrix products", layer.matmul_backward * self.mlp_share, **at, part="MLP")
+        self._experts(1, at)
         self._tensor(self.tensor_calls.backward / 2, at)
         self._attend(attention, self.stages.backward, 1 - self.qkv_share, at)
         self.trace.work("matrix products", in_attention, **at, part="attention")
@@ -144,6 +159,7 @@ class _Step:
             # Its stages are not drawn one by one: what is hidden runs beside the whole event.
             self._hidden_heads(forward, start, at)
             self.trace.exchange("ring exchange", forward.rows_s, forward.rows_exposed_s, start, **at)
+        self._experts(2 * self.repeats_experts, at)
         self._tensor(self.tensor_calls.again, at)
 
     def _attend(
@@ -180,6 +196,12 @@ class _Step:
         if calls:
             of_a_layer = sum(self.tensor_calls)
             self._share("tensor parallel exchange", calls / of_a_layer / self.layer_runs, **at)
+
+    def _experts(self, ways: float, at: dict[str, Any]) -> None:
+        """Tokens to the ranks of their experts, or back: so many of the ways of a layer."""
+        if ways:
+            of_a_layer = 4 + 2 * self.repeats_experts
+            self._share("experts exchange", ways / of_a_layer / self.layer_runs, **at)
 
     def _host_copy(self, at: dict[str, Any], start: float | None = None) -> None:
         """A layer's checkpoint, to the host in the forward and back in the backward."""

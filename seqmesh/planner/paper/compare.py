@@ -111,9 +111,14 @@ def compare(model: ModelShape, *, ranks: int, batch: int, seq_len: int, top_k: i
         top_k: experts of a token, for expert parallelism: one expert of the model's own width on every rank.
 
     Raises:
-        ValueError: fewer than two ranks, an empty batch or sequence, or more experts for a token than there
-            are ranks.
+        ValueError: other blocks than the table's, fewer than two ranks, an empty batch or sequence, or more
+            experts for a token than there are ranks.
     """
+    if not model.is_plain:
+        raise ValueError(
+            f"{model.name} has experts, latent attention or several kinds of layers, and Table 2 is of one"
+            " plain block; compare a dense model"
+        )
     _check(ranks, batch, seq_len, top_k)
     rules = corrected_rules(model, ranks)
     numbers = Evaluation(model, rules, ranks=ranks, batch=batch, seq_len=seq_len, top_k=top_k)

@@ -93,44 +93,36 @@ class BackwardMoments:
         return self.step.moment(name, held, activations=activations, host=kept["host"], **transients)
 
     def _of_loss(self) -> Iterator[Moment]:
-        """The loss, from the last hidden states to their gradient, with all activations.
+        """The loss, which makes its gradients too and leaves them to its backward, which scales them.
 
-        Beside those it keeps the log-sum-exp of every row for its backward, which makes the gradients of the
-        head's weight and of all hidden states, adding to the one and filling the other chunk by chunk.
+        Those of all hidden states are filled chunk by chunk. Those of the head's weight are summed in fp32.
         """
-        rank, layer = self.rank, self.step.layer
-        n, V = rank.tokens, rank.vocabulary
-        kept = self._kept(rank.layers)
-        saved = self.step.last_norm + n * FP32
-        chunk = min(n, LOSS_ROWS)
+        rank, layer, weights = self.rank, self.step.layer, self.step.weights
+        kept, rows = self._kept(rank.layers), layer.whole
+        columns = min(rank.tokens, LOSS_ROWS) * rank.vocabulary
+        # Logits less the largest of their row, and their exp; then their gradient, a summand of the weight's.
+        of_chunk = max(2 * FP32 * columns, rank.element * (columns + rank.head))
+        sums = 0 if rank.is_half else FP32 * rank.head  # what is left is in the weight's precision
+        held = weights.in_loss(self.turn, head=0)
+        yield self._moment(
+            "loss",
+            held,
+            kept,
+            layer.norm + rows + sums,
+            logits_transients=of_chunk + FP32 * rank.head - sums,
+            layer_transients=layer.normed,
+        )
         # What becomes `.grad` as it is, in place of a summand of it.
         is_own = not (rank.is_half or self.turn.accumulates or self._tied_head())
         of_head = rank.root - rank.shape.hidden if is_own else 0
-        # Logits, those less the largest of their row, and its exp. The chunk before left its logits only.
-        nothing = self.step.weights.in_loss(self.turn, head=0)
-        yield self._moment("loss forward", nothing, kept, saved, logits_transients=3 * FP32 * chunk * V)
-        # Logits and their gradient, while the summand of the weight's gradient is made from it.
-        of_weight = (FP32 + rank.element) * chunk * V + rank.element * rank.head
         yield self._moment(
             "loss backward",
-            self.step.weights.in_loss(self.turn, head=of_head),
+            weights.in_loss(self.turn, head=of_head),
             kept,
-            saved,
-            logits_transients=FP32 * (rank.head - of_head) + max(self._softmax_bytes(), of_weight),
-            layer_transients=layer.whole,
+            layer.norm + rows + rank.element * rank.head,
+            logits_transients=rank.element * (rank.head - of_head),
+            layer_transients=rows,
         )
-
-    def _softmax_bytes(self) -> int:
-        """Bytes of logits that the loss's backward holds at most while it makes a chunk's softmax.
-
-        Three of the chunk: its logits, those less the log-sum-exp, and its exp. From the second chunk on also
-        the gradient of the logits of the chunk before, whose name is bound until this one's is made.
-        """
-        n, V = self.rank.tokens, self.rank.vocabulary
-        first = min(n, LOSS_ROWS)
-        second = min(n - first, LOSS_ROWS)
-        before = self.rank.element * first if second else 0
-        return V * max(3 * FP32 * first, before + 3 * FP32 * second)
 
     def _last_norm(self) -> Moment:
         """At the backward of the square in the last norm.

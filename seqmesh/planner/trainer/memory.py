@@ -65,11 +65,13 @@ def trainer_moments(rank: TrainedRank) -> list[Moment]:
 
 
 def check_trainable(shape: ModelShape) -> None:
-    """Raise ValueError if the trainer has no such model: it trains a Llama whose heads fill its width."""
+    """Raise ValueError if the formula has no such model: it is of a Llama whose heads fill its width."""
+    if not shape.is_plain:
+        raise _not_a_llama(shape, "experts, latent attention or several kinds of layers")
     if shape.heads * shape.head_dim != shape.hidden:
         raise ValueError(
             f"model {shape.name!r} has {shape.heads} heads of {shape.head_dim} for hidden={shape.hidden},"
-            " but our trainer's heads fill the width;"
+            " but the formula is of heads that fill the width;"
             f" trace a model with head_dim={shape.hidden // shape.heads}"
         )
     if not shape.gated:
@@ -80,6 +82,6 @@ def check_trainable(shape: ModelShape) -> None:
 
 def _not_a_llama(shape: ModelShape, what: str) -> ValueError:
     return ValueError(
-        f"model {shape.name!r} has {what}, which our trainer's Llama cannot have;"
+        f"model {shape.name!r} has {what}, which the formula does not have: it is of a Llama;"
         " trace a gated model without a window"
     )

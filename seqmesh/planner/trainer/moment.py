@@ -18,7 +18,7 @@ class Moment:
     activations: int
     """Saved for the backward by layers not yet reached."""
     logits_transients: int = 0
-    """A chunk's logits, what is made of them, and its summand of the gradient of the head's weight."""
+    """A chunk's logits, what is made of them, and gradients of the head's weight before they are its own."""
     layer_transients: int = 0
     """Gradients of activations on their way, and of a tied head, which waits for the embedding's."""
     attention_transients: int = 0

@@ -14,7 +14,7 @@ from seqmesh.planner.inputs.hardware import Cluster
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.numerics import numerics_for
 from seqmesh.planner.inputs.point import Point
-from seqmesh.planner.inputs.shape import ModelShape
+from seqmesh.planner.inputs.shape import MixtureShape, ModelShape
 from seqmesh.planner.inputs.stack import TrainerStack
 from seqmesh.train.config import Config, ModelConfig
 
@@ -80,6 +80,7 @@ def _point(config: Config) -> Point:
         # The trainer's loss is always tiled.
         tiling="mlp" if train.tiling == "mlp" else "loss",
         micro_batch=config.micro_batch,
+        experts=config.mesh.experts,
         pool=_is_pool(config),
     )
 
@@ -108,12 +109,24 @@ def _shape(model: ModelConfig, vocabulary: int) -> ModelShape:
         hidden=model.hidden,
         heads=model.heads,
         kv_heads=model.kv_heads,
-        head_dim=model.head_dim,
+        head_dim=model.elements_of_head,
         intermediate=model.intermediate,
         vocabulary=vocabulary,
         tied_embeddings=model.tie_embeddings,
         sliding_window=model.window or None,
+        mixture=_mixture(model),
         source="a recipe",
+    )
+
+
+def _mixture(model: ModelConfig) -> MixtureShape | None:
+    if not model.experts:
+        return None
+    return MixtureShape(
+        experts=model.experts,
+        active=model.experts_per_token,
+        intermediate=model.intermediate,
+        architecture=model.architecture,
     )
 
 

@@ -55,8 +55,8 @@ class TrainerStep:
 
     @cached_property
     def last_norm(self) -> int:
-        """What the last norm saves, with its result, which the loss does."""
-        return self.layer.norm + self.layer.normed if self.rank.is_last else 0
+        """What the last norm saves, with the gradient of its result, which the loss leaves."""
+        return self.layer.norm + self.layer.whole if self.rank.is_last else 0
 
     @cached_property
     def waiting(self) -> int:

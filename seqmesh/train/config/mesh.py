@@ -27,9 +27,9 @@ class MeshConfig:
     tp: int = 1
     """Ranks that share every matrix; divides model.heads."""
     experts: int = 1
-    """Of the dp_shard x ring x ulysses ranks, so many share the experts of a layer: tokens travel to them
-    (expert parallelism). Another view of the same ranks: they are not multiplied by it. 1: each rank gathers
-    all experts."""
+    """Of the dp_shard x ring x ulysses x tp ranks, so many share the experts of a layer: tokens travel to
+    them (expert parallelism). Another view of the same ranks: they are not multiplied by it. A multiple of
+    tp. 1: each rank gathers all experts."""
     pool: bool = False
     """Whether dp_shard x ring ranks are one ring for all sequences of a step, placed by the balanced layout:
     short documents whole on a rank, long ones over several, and no rank waits for a longer one."""

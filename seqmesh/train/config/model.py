@@ -19,17 +19,24 @@ class ModelConfig:
     from scratch, of the keys below."""
 
     architecture: str = "llama"
-    """Model type in transformers: llama, or a dense decoder with the same fields (mistral, qwen2, ...)."""
+    """Model type in transformers: llama, or a dense decoder with the same fields (mistral, qwen2, ...); with
+    `experts`, mixtral or qwen3_moe."""
     hidden: int = 192
     """hidden_size."""
     layers: int = 3
     """num_hidden_layers."""
     heads: int = 4
-    """num_attention_heads; divides `hidden`."""
+    """num_attention_heads; divides `hidden` unless `head_dim` is given."""
     kv_heads: int = 2
     """num_key_value_heads; divides `heads`."""
+    head_dim: int = 0
+    """Elements of a head; 0: hidden / heads."""
     intermediate: int = 512
-    """intermediate_size of the gated MLP."""
+    """intermediate_size of the gated MLP; of a mixture, that of an expert."""
+    experts: int = 0
+    """MLPs in each layer, of which a router chooses (num_local_experts, num_experts); 0: one MLP."""
+    experts_per_token: int = 0
+    """Of these, how many a token is routed to (num_experts_per_tok); with `experts` at least 1."""
     vocabulary: int = 0
     """Token ids of the embeddings; 0: those of the data."""
     rope_theta: float = 10000.0
@@ -50,16 +57,38 @@ class ModelConfig:
         if self.folder:
             self._check_folder_says_everything()
         sizes = ("hidden", "layers", "heads", "kv_heads", "intermediate", "rope_theta")
-        at_least("model", self, **dict.fromkeys(sizes, 1), vocabulary=0, window=0)
+        others = ("vocabulary", "window", "head_dim", "experts", "experts_per_token")
+        at_least("model", self, **dict.fromkeys(sizes, 1), **dict.fromkeys(others, 0))
         require(
             self.heads % self.kv_heads == 0,
             f"model.kv_heads={self.kv_heads} does not divide model.heads={self.heads};"
             f" use a divisor of {self.heads}",
         )
+        self._check_head_dim()
+        self._check_experts()
+
+    def _check_head_dim(self) -> None:
+        if self.head_dim:
+            require(
+                self.head_dim % 2 == 0,
+                f"model.head_dim={self.head_dim} is odd, and rotary embeddings turn pairs; use an even one",
+            )
+            return
         require(
-            self.hidden % self.heads == 0 and self.head_dim % 2 == 0,
+            self.hidden % self.heads == 0 and self.elements_of_head % 2 == 0,
             f"model.hidden={self.hidden} over model.heads={self.heads} is not an even head dim,"
-            f" which rotary embeddings need; use a multiple of {2 * self.heads}",
+            f" which rotary embeddings need; use a multiple of {2 * self.heads}, or model.head_dim",
+        )
+
+    def _check_experts(self) -> None:
+        chosen = f"model.experts_per_token={self.experts_per_token}"
+        require(
+            self.experts > 0 or self.experts_per_token == 0,
+            f"{chosen} with model.experts=0: there are none to choose of; leave it out, or set model.experts",
+        )
+        require(
+            self.experts == 0 or 1 <= self.experts_per_token <= self.experts,
+            f"{chosen} of model.experts={self.experts}: use 1 to {self.experts}",
         )
 
     def _check_folder_says_everything(self) -> None:
@@ -85,9 +114,10 @@ class ModelConfig:
             heads=self.heads,
             kv_heads=self.kv_heads,
             tie_embeddings=self.tie_embeddings,
+            experts=self.experts,
         )
 
     @property
-    def head_dim(self) -> int:
-        """Elements of one head."""
-        return self.hidden // self.heads
+    def elements_of_head(self) -> int:
+        """Head dim."""
+        return self.head_dim or self.hidden // self.heads

@@ -1,5 +1,6 @@
 """A whole recipe, and the rules that join its sections."""
 
+import math
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -72,13 +73,13 @@ def check_fits(config: Config, sizes: DecoderSizes) -> None:
     require(
         sizes.experts > 0 or (config.mesh.experts == 1 and config.train.balance == 0),
         f"mesh.experts={config.mesh.experts} and train.balance={config.train.balance} with"
-        f" model {config.model.name}, which has no experts; leave them out, or give the model.folder of a"
-        " mixture of experts",
+        f" model {config.model.name}, which has no experts; leave them out, or give model.experts, or the"
+        " model.folder of a mixture of experts",
     )
     require(
         config.mesh.experts == 1 or sizes.experts % config.mesh.experts == 0,
         f"mesh.experts={config.mesh.experts} does not divide the {sizes.experts} experts of"
-        f" model.folder={sizes.folder!r}; use a divisor of {sizes.experts}",
+        f" model {config.model.name}; use a divisor of {sizes.experts}",
     )
 
 
@@ -121,16 +122,21 @@ def _check_layers(config: Config, sizes: DecoderSizes) -> None:
 
 def _check_experts(config: Config) -> None:
     mesh, train = config.mesh, config.train
-    ranks = mesh.degrees["dp_shard"] * mesh.degrees["ring"] * mesh.degrees["ulysses"]
+    ranks = math.prod(mesh.degrees[axis] for axis in ("dp_shard", "ring", "ulysses", "tp"))
     require(
-        ranks % mesh.experts == 0,
-        f"mesh.experts={mesh.experts} over dp_shard x ring x ulysses = {ranks} ranks; use a degree that"
-        " divides them",
+        mesh.experts == 1 or (ranks % mesh.experts == 0 and mesh.experts % mesh.tp == 0),
+        f"mesh.experts={mesh.experts} over dp_shard x ring x ulysses x tp = {ranks} ranks with"
+        f" mesh.tp={mesh.tp}; use a degree that divides them, and a multiple of mesh.tp",
     )
     require(
-        mesh.experts == 1 or (train.zero >= 2 and mesh.tp == 1),
-        f"mesh.experts={mesh.experts} with train.zero={train.zero} and mesh.tp={mesh.tp}: experts are spread"
-        " over ranks that share parameters; use train.zero=2 or 3, and mesh.tp=1",
+        mesh.experts == 1 or train.zero >= 2,
+        f"mesh.experts={mesh.experts} with train.zero={train.zero}: experts are spread over ranks that share"
+        " parameters; use train.zero=2 or 3",
+    )
+    require(
+        train.balance == 0 or not train.shard_norms,
+        f"train.balance={train.balance} with train.shard_norms: that loss takes routers to have all rows of a"
+        " rank; use one of them",
     )
     require(
         train.balance == 0 or mesh.pp == 1,

@@ -4,7 +4,7 @@ import os
 import platform
 import subprocess
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -22,8 +22,15 @@ def machine() -> dict[str, Any]:
 
 def versions() -> dict[str, str]:
     """Of what a run computes with."""
-    packages = {package: version(package) for package in ("seqmesh", "torch", "transformers")}
+    packages = {package: _version(package) for package in ("seqmesh", "torch", "transformers")}
     return {"python": platform.python_version(), **packages}
+
+
+def _version(package: str) -> str:
+    try:
+        return version(package)
+    except PackageNotFoundError:  # of a source tree on the path
+        return "not installed"
 
 
 def commit() -> str | None:

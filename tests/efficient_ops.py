@@ -63,6 +63,7 @@ class StandIn:
         assert seed.dtype == offset.dtype == torch.int64
         check(q, k, v, grad_out, out, bias=bias)
         rows = q.shape[2]
+        assert out.transpose(1, 2).is_contiguous(), "kernel_backward.h: o_strideM() is head_dim * num_heads"
         assert lse.is_contiguous()
         assert lse.shape[2] == rows + -rows % 32
         weights = (logits(q, k, bias, is_causal, scale) - lse[:, :, :rows].unsqueeze(-1)).exp()

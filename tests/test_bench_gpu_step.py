@@ -2,11 +2,17 @@
 
 import json
 import sys
+from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
+from math import nan
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 import torch.distributed as dist
+from torch import Tensor
 
 from seqmesh import cli
 from seqmesh.bench import gpu_step
@@ -38,6 +44,33 @@ def test_a_rank_of_sixteen_takes_its_step_alone() -> None:
     assert found.predicted_seconds is not None
     assert found.predicted_seconds > 0
     assert found.priced_otherwise == ()
+
+
+def leaving_it_nan(collective: Callable[..., Any]) -> Callable[..., Any]:
+    """As PyTorch 2.11's fake backend leaves what is received, with the worst in it."""
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        found = collective(*args, **kwargs)
+        (found if isinstance(found, Tensor) else kwargs.get("output", args[0] if args else None)).fill_(nan)
+        return found
+
+    return called
+
+
+def test_numbers_are_finite_where_the_backend_fills_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    functional = torch.ops._c10d_functional
+    for owner, names in (
+        (functional, ("all_to_all_single", "reduce_scatter_tensor")),
+        (dist, ("all_to_all_single", "reduce_scatter_tensor", "reduce_scatter_single")),
+    ):
+        for name in names:
+            monkeypatch.setattr(owner, name, leaving_it_nan(getattr(owner, name)))
+    found = measure(SMALL, None, steps=1)
+    assert found.mfu_mask > 0
+    with monkeypatch.context() as without:
+        without.setattr(gpu_step, "arrivals_filled", nullcontext)
+        with pytest.raises(FloatingPointError, match="loss nan"):
+            measure(SMALL, None, steps=1)
 
 
 def test_the_command_prints_and_writes_what_it_measured(

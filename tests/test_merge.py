@@ -140,3 +140,33 @@ def test_the_fused_merge_in_tritons_interpreter_is_the_plain_one() -> None:
         [sys.executable, "-c", INTERPRETED], env=environment, capture_output=True, text=True, timeout=300
     )
     assert found.returncode == 0, found.stderr
+
+
+COMPILED = """
+import itertools
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from seqmesh.engine.fused_merge import ROWS, _merge_rows
+
+names = _merge_rows.arg_names
+for wide, block, dim, target in itertools.product(("fp32", "fp64"), ("bf16", "fp32"), (8, 128), (80, 90)):
+    signature = dict.fromkeys(names, "i64") | {"out": f"*{wide}", "lse": f"*{wide}"}
+    signature |= {"block_out": f"*{block}", "block_lse": f"*{wide}", "ROWS": "constexpr", "DIM": "constexpr"}
+    constants = {(names.index("ROWS"),): ROWS, (names.index("DIM"),): dim}
+    made = compile(ASTSource(_merge_rows, signature, constants), target=GPUTarget("cuda", target, 32))
+    lines = made.asm["ptx"].splitlines()
+    barrier = next(i for i, line in enumerate(lines) if "bar.sync" in line)
+    assert max(i for i, line in enumerate(lines) if "ld.global" in line) < barrier
+    assert barrier < min(i for i, line in enumerate(lines) if "st.global" in line)
+"""
+
+
+@pytest.mark.fast
+@pytest.mark.skipif(not TRITON.exists(), reason="Triton is not set up: make .venv/triton")
+def test_no_warp_overwrites_what_another_has_yet_to_read(tmp_path: Path) -> None:
+    # Compiled for GPUs that are not here. On an H200 the merge was wrong without the barrier.
+    environment = os.environ | {"PYTHONPATH": f"{TRITON}:{ROOT}", "TRITON_CACHE_DIR": str(tmp_path)}
+    found = subprocess.run(
+        [sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert found.returncode == 0, found.stderr

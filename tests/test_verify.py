@@ -79,6 +79,16 @@ def test_what_a_kernel_has_not_is_left_out() -> None:
     assert not any(case.softcap or case.value_head_dim for case in plain)
 
 
+def test_on_a_gpu_every_kernel_and_dtype_meets_a_long_sequence_on_every_mesh() -> None:
+    on_gpus = [replace(support, device="cuda") for support in ALL]
+    long = [case for case in grid(MESHES, on_gpus, quick=False) if case.made_mask().q_len > 2000]
+    asked = {(case.ulysses, case.ring, case.kernel, case.dtype) for case in long}
+    assert asked == {(*mesh, support.kernel, support.dtype) for mesh in MESHES for support in ALL}
+    assert {case.what for case in long} == {"causal", "documents", "sliding_window"}
+    for cases in (grid(MESHES, ALL, quick=False), grid(MESHES, on_gpus, quick=True)):
+        assert all(case.made_mask().q_len <= 2000 for case in cases)
+
+
 def test_what_is_not_tried_is_said() -> None:
     found = {(support.kernel, support.dtype, support.softcap) for support in supported("cpu")}
     assert {("reference", dtype, True) for dtype in DTYPES} <= found

@@ -14,7 +14,9 @@ _Json = Annotated[Path | None, typer.Option("--json", help="Also write every fig
 def add_to(app: typer.Typer) -> None:
     """Add the command `bench` and its own."""
     planners = typer.Option("--profile", help="Write a measured profile for seqmesh plan, and nothing else.")
-    measured = typer.Option("--ranks", help="Ranks that --profile measures at once.")
+    devices = typer.Option("--device", help="Of --profile: cuda or cpu (default: a GPU if there is one).")
+    measured = typer.Option("--ranks", help="CPU ranks that --profile measures at once (default: 4).")
+    links = typer.Option("--gpu", help="The planner's GPU whose links --profile takes (default: found).")
 
     bench = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
     app.add_typer(bench, name="bench")
@@ -25,20 +27,26 @@ def add_to(app: typer.Typer) -> None:
         quick: _Quick = False,
         json: _Json = None,
         profile: Annotated[Path | None, planners] = None,
-        ranks: Annotated[int, measured] = 4,
+        device: Annotated[str | None, devices] = None,
+        ranks: Annotated[int | None, measured] = None,
+        gpu: Annotated[str, links] = "",
     ) -> int:
         """Measure speed against one process, memory, bytes, schedules and load balance,
         with their targets.
         """
         if context.invoked_subcommand is not None:
-            if quick or json or profile:
+            if quick or json or profile or device or ranks is not None or gpu:
                 raise ValueError("options stand after the measurement: seqmesh bench generate --quick")
             return 0
         if profile is not None:
             from seqmesh.bench.profile import write_profile
 
-            write_profile(profile, ranks)
+            write_profile(profile, device, ranks, gpu)
             return 0
+        if device or ranks is not None or gpu:
+            raise ValueError(
+                "--device, --ranks and --gpu are of --profile FILE; pass that too, or leave them out"
+            )
         from seqmesh.bench.report import run_bench
 
         return run_bench(quick, json)

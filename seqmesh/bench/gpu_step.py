@@ -6,7 +6,7 @@
 
 What runs is `Trainer.step`: the transformers model made parallel, attention with all its stages, the loss,
 the backward, the gradients' reduction, clipping, AdamW. The other ranks do not exist: each collective copies
-what this rank sends until it has as much as would arrive (trace/fake_ranks.py). So kernels, launches, memory
+what this rank sends until it has as much as would arrive (arrivals.py). So kernels, launches, memory
 and copies are real, and nothing waits for a link. Weights are noise, every packed sequence is one document.
 
 MFU is of the whole job's model FLOPs over all its ranks, each of which would take this rank's time: what a
@@ -20,6 +20,7 @@ from statistics import median
 
 import torch
 
+from seqmesh.bench.arrivals import arrivals_filled
 from seqmesh.bench.gpu_rank import device_name
 from seqmesh.bench.report import header, opened, write_json
 from seqmesh.foresee import cluster_for, known_as
@@ -137,15 +138,15 @@ def measure(config: Config, cluster: Cluster | None, steps: int) -> RankStep:
     """Time steps of rank 0, after one that is not counted."""
     world = config.mesh.world
     peak, source = _peak(config, cluster)
-    with fake_ranks(config) as mesh, weights_of_noise(), torch.random.fork_rng(devices=[]):
+    with fake_ranks(config) as mesh, arrivals_filled(), weights_of_noise(), torch.random.fork_rng(devices=[]):
         trainer = Trainer(config, text_of(config, _token_ids(config)), mesh, peak_flops_per_s=peak * world)
         trainer.step()
         taken = []
         for _ in range(steps):
-            _finish(config)
+            devices.finish(config.run.device)
             start = time.perf_counter()
             metrics = trainer.step()
-            _finish(config)
+            devices.finish(config.run.device)
             taken.append(time.perf_counter() - start)
     seconds = median(taken)
     scale = metrics.seconds / seconds  # its MFU is of the last step
@@ -168,11 +169,6 @@ def measure(config: Config, cluster: Cluster | None, steps: int) -> RankStep:
         predicted_memory_bytes=None if estimate is None else estimate.memory.total,
         priced_otherwise=() if priced is None else priced.missing,
     )
-
-
-def _finish(config: Config) -> None:
-    if config.run.device == "cuda":
-        torch.cuda.synchronize()
 
 
 def _peak(config: Config, cluster: Cluster | None) -> tuple[float, str]:

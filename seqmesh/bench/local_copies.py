@@ -18,6 +18,7 @@ from torch import Tensor
 from torch._C import _distributed_c10d as c10d  # whose stubs lack most of what is used here
 from torch.futures import Future
 
+from seqmesh.bench.arrivals import fill
 from seqmesh.engine.mesh import SequenceMesh
 
 NAME = "seqmesh_local_copies"
@@ -42,13 +43,7 @@ class LocalCopies(dist.ProcessGroup):
         """Fill the receive buffer with what is sent, again and again."""
         del receive_sizes, send_sizes, options
         self.bytes_sent += sent.nbytes
-        into, source = received.view(-1), sent.view(-1)
-        if not source.numel():
-            into.zero_()
-        else:
-            for start in range(0, into.numel(), source.numel()):
-                part = into[start : start + source.numel()]
-                part.copy_(source[: part.numel()])
+        fill(received, sent)
         done: Future[Tensor] = Future()
         done.set_result(received)
         return c10d._create_work_from_future(done)  # type: ignore[attr-defined]

@@ -1,21 +1,23 @@
-"""A measured profile of this machine for `seqmesh plan --profile`: what its ranks reach, all of them at once.
+"""A measured profile of this machine for `seqmesh plan --profile`: what its ranks or its GPU reach.
 
-    matrix products        FLOP/s, in fp32        -> with the kernel's rates the peak, of which all are shares
-    attention kernel       at two block lengths   -> its rate on long blocks, the length with half of it
-    copies                 bytes/s                -> memory
-    all-to-all over gloo   two message sizes      -> latency and bytes/s of the links
+    matrix products        by size                  -> FLOP/s of large ones, the outputs with half of it
+    attention              by rows and head dim     -> its rates on long blocks, the rows with half of them
+    copies                 bytes/s                  -> memory; on a GPU the host's link too
+    all-to-all over gloo   two message sizes        -> latency and bytes/s of the links, of CPU ranks
 
-    seqmesh bench --profile machine.toml --ranks 4
-    seqmesh plan --model ... --gpu measured --gpus-per-node 4 --profile machine.toml --precision fp32
+    seqmesh bench --profile machine.toml                        one GPU, in bf16, where there is one
+    seqmesh plan --gpu measured --profile machine.toml --model ...
+    seqmesh bench --profile machine.toml --device cpu --ranks 4
+    seqmesh plan --gpu measured --gpus-per-node 4 --profile machine.toml --precision fp32 --model ...
 
-Ranks are processes of one thread on the CPU, as `seqmesh train` starts them. GPUs are not measured yet: write
-their profile by hand (docs/planner.md has the form).
+CPU ranks are processes of one thread, all of which measure at once, as `seqmesh train` starts them. A GPU is
+measured alone: its links are those of the GPU that it is `like`.
 """
 
 import os
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -23,128 +25,192 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from seqmesh.engine.kernels import LogitRule, Problem, select
-from seqmesh.masks import Band
+from seqmesh.bench import curves
+from seqmesh.bench.curves import SIZES, Rates
+from seqmesh.foresee import known_as
+from seqmesh.planner.inputs.hardware import known_gpus, load_gpu
 from seqmesh.processes import Workers
 from seqmesh.provenance import commit, machine, this_command
-from seqmesh.train.device import measure_matmul_flops_per_s
 
-HEADS = 4
-HEAD_DIM = 64
-BLOCKS = (256, 2048)
-"""Rows of the two full blocks."""
 MESSAGES = (64 << 10, 8 << 20)
 """Bytes that a rank sends in the two all-to-alls."""
-COPIED_FLOATS = 8 << 20
 ROUNDS = 5
-BACKWARD_FORWARDS = 2.5
-"""A backward's FLOPs over a forward's, as seqmesh/planner/cost/attention.py counts them."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RankRates:
-    """One rank's rates, each the median of a few rounds, while all ranks measure the same."""
+    """One CPU rank's rates, while all ranks measure the same."""
 
-    matmul: float
-    """FLOP/s of large products."""
-    forward: tuple[float, float]
-    """FLOP/s of attention forward at the two block lengths."""
-    backward: tuple[float, float]
-    """FLOP/s of its backward, counted as BACKWARD_FORWARDS forwards."""
-    copy: float
-    """Bytes/s, read and written."""
+    compute: Rates
     exchange: tuple[float, float]
     """Seconds of an all-to-all of the two sizes."""
     memory: int
     """Bytes of memory for each rank."""
 
 
-def write_profile(path: Path, ranks: int) -> None:
-    """Measure, and write the TOML file. Forks processes: call it before any tensor work.
+@dataclass(frozen=True, kw_only=True)
+class GpuRates:
+    """A GPU's rates."""
+
+    name: str
+    """As PyTorch calls it."""
+    like: str
+    """The planner's GPU whose links are taken."""
+    compute: Rates
+    host_copy: float
+    """Bytes/s."""
+    memory: int
+    """Bytes, as PyTorch reports them."""
+
+
+def write_profile(path: Path, device: str | None = None, ranks: int | None = None, like: str = "") -> None:
+    """Measure, and write the TOML file. Forks processes on CPU: call it before any tensor work.
+
+    Args:
+        path: of the file.
+        device: "cuda" or "cpu"; default: a GPU if there is one.
+        ranks: of the CPU, measured at once; default: 4.
+        like: the planner's name of the GPU whose links are taken; default: found by PyTorch's name.
 
     Raises:
-        ValueError: the file cannot be written; before anything is measured.
+        ValueError: something that cannot be measured, or the file cannot be written; before anything is.
     """
-    if ranks < 2:
+    has_gpu = torch.cuda.device_count() > 0
+    chosen = device or ("cuda" if has_gpu else "cpu")
+    if chosen not in SIZES:
+        raise ValueError(f"--device {chosen}: a profile is of cuda or cpu; use one of them")
+    if chosen == "cuda":
+        if not has_gpu:
+            raise ValueError("--device cuda: PyTorch sees no CUDA device here; use --device cpu")
+        if ranks is not None:
+            raise ValueError(f"--ranks {ranks}: a GPU is measured alone; leave it out, or use --device cpu")
+        name = torch.cuda.get_device_name()
+        found = _like(name, like)
+        _touch(path)
+        path.write_text(gpu_toml(_measured_gpu(name, found)), encoding="utf-8")
+        return
+    if like:
+        raise ValueError(f"--gpu {like}: CPU ranks have links of their own; leave it out")
+    world = 4 if ranks is None else ranks
+    if world < 2:
         raise ValueError(
-            f"--ranks {ranks}: a profile measures links too, which a single rank has not; use at least 2"
+            f"--ranks {world}: a profile measures links too, which a single rank has not; use at least 2"
         )
+    _touch(path)
+    with Workers(lambda: _handler(world), world=world) as workers:
+        of_ranks: list[RankRates] = workers.ask(None)
+    path.write_text(to_toml(slowest(of_ranks), world), encoding="utf-8")
+
+
+def _touch(path: Path) -> None:
     try:
         path.touch()
     except OSError as error:
         raise ValueError(f"cannot write {str(path)!r}: {error.strerror}; choose another place") from None
-    with Workers(lambda: _handler(ranks), world=ranks) as workers:
-        of_ranks: list[RankRates] = workers.ask(None)
-    path.write_text(to_toml(_slowest(of_ranks), ranks), encoding="utf-8")
 
 
-def _slowest(of_ranks: list[RankRates]) -> RankRates:
+def _like(name: str, asked: str) -> str:
+    found = asked or known_as(name)
+    if not found:
+        raise ValueError(
+            f"the planner does not know {name!r}, whose links one GPU cannot measure; pass --gpu with one"
+            f" whose links are like its own: {', '.join(known_gpus())}"
+        )
+    return load_gpu(found).name
+
+
+def slowest(of_ranks: list[RankRates]) -> RankRates:
     """A step waits for its slowest rank."""
-    return RankRates(
-        matmul=min(rank.matmul for rank in of_ranks),
-        forward=_of_both_sizes(min, [rank.forward for rank in of_ranks]),
-        backward=_of_both_sizes(min, [rank.backward for rank in of_ranks]),
-        copy=min(rank.copy for rank in of_ranks),
-        exchange=_of_both_sizes(max, [rank.exchange for rank in of_ranks]),  # seconds: the most are slowest
-        memory=min(rank.memory for rank in of_ranks),
+
+    def least(of: Callable[[Rates], dict[int, float]]) -> dict[int, float]:
+        curves_of_ranks = [of(rank.compute) for rank in of_ranks]
+        return {size: min(curve[size] for curve in curves_of_ranks) for size in curves_of_ranks[0]}
+
+    small, large = ([rank.exchange[i] for rank in of_ranks] for i in (0, 1))
+    compute = replace(
+        of_ranks[0].compute,
+        products=least(lambda rates: rates.products),
+        forward=least(lambda rates: rates.forward),
+        backward=least(lambda rates: rates.backward),
+        small_head=min(rank.compute.small_head for rank in of_ranks),
+        copy=min(rank.compute.copy for rank in of_ranks),
     )
-
-
-def _of_both_sizes(
-    choose: Callable[[list[float]], float], found: list[tuple[float, float]]
-) -> tuple[float, float]:
-    return choose([small for small, _ in found]), choose([large for _, large in found])
+    # Seconds: the most are slowest.
+    exchange = max(small), max(large)
+    return RankRates(compute=compute, exchange=exchange, memory=min(rank.memory for rank in of_ranks))
 
 
 def to_toml(rates: RankRates, ranks: int) -> str:
-    """The profile as a file that `seqmesh plan --profile` reads.
+    """The profile of CPU ranks as a file that `seqmesh plan --profile` reads.
 
     Rates are in units of 10^12 and 10^9, per rank.
     """
-    half_forward, long_forward = long_block_rate(rates.forward)
-    _, long_backward = long_block_rate(rates.backward)
     latency, rate = link(rates.exchange)
-    # The planner's rates are shares of the peak: it must be the largest of them.
-    peak = max(rates.matmul, long_forward, long_backward)
     host = machine()
     source = (
         f"seqmesh bench --profile, {ranks} ranks of one thread on {host['cores']} cores, {host['cpu']},"
         f" torch {host['torch']}, {commit()}"
     )
+    peak, assumptions = _assumptions(rates.compute, "cpu")
     lines = [
         f"# Written by `{this_command()}`."
         " Links are gloo's, of whatever class; offloading to a host means nothing here.",
         "[gpu.measured]",
         f"tflops_fp32 = {peak / 1e12:.6g}",
         f"memory_gb = {rates.memory / 1e9:.6g}",
-        f"memory_tb_per_s = {rates.copy / 1e12:.6g}",
+        f"memory_tb_per_s = {rates.compute.copy / 1e12:.6g}",
         *(f"{name}_gb_per_s = {rate / 1e9:.6g}" for name in ("scale_up", "pcie", "network")),
         f'source = "{source}"',
         "measured = true",
         "[gpu.measured.assumptions]",
         *(f"{name} = 1.0" for name in ("memory", "scale_up", "network", "pcie")),
-        f"matmul = {rates.matmul / peak:.4g}",
-        f"attention_forward = {long_forward / peak:.4g}",
-        f"attention_backward = {long_backward / peak:.4g}",
-        f"attention_half_rows = {half_forward:.4g}",
-        f"small_head = {HEAD_DIM}",
-        "small_head_rate = 1.0",
+        *assumptions,
         f"scale_up_latency = {latency:.4g}",
         f"network_latency = {latency:.4g}",
     ]
     return "\n".join(lines) + "\n"
 
 
-def long_block_rate(rates: tuple[float, float]) -> tuple[float, float]:
-    """Rows of a block that runs at half its rate, and FLOP/s of endless blocks, from the rates at BLOCKS.
+def gpu_toml(rates: GpuRates) -> str:
+    """The profile of a GPU, the same. Links are those of the GPU that it is like."""
+    peak, assumptions = _assumptions(rates.compute, "cuda")
+    source = f"seqmesh bench --profile, {rates.name}, torch {machine()['torch']}, {commit()}"
+    lines = [
+        f"# Written by `{this_command()}`. Links are those of {rates.like}, which are not measured.",
+        "[gpu.measured]",
+        f'like = "{rates.like}"',
+        f"tflops = {peak / 1e12:.6g}",
+        f"memory_gib = {rates.memory / 2**30:.6g}",
+        f"reported_gib = {rates.memory / 2**30:.6g}",
+        f"memory_tb_per_s = {rates.compute.copy / 1e12:.6g}",
+        f"pcie_gb_per_s = {rates.host_copy / 1e9:.6g}",
+        f'source = "{source}"',
+        "measured = true",
+        "[gpu.measured.assumptions]",
+        *(f"{name} = 1.0" for name in ("memory", "host_copy")),
+        *assumptions,
+    ]
+    return "\n".join(lines) + "\n"
 
-    The model: 1 / rate = (1 + half / rows) / endless, a straight line in 1 / rows through two points.
-    """
-    short, long = (1 / rate for rate in rates)
-    # Noise may make the short block look faster; then there is no half to speak of.
-    slope = max(0.0, (short - long) / (1 / BLOCKS[0] - 1 / BLOCKS[1]))
-    endless = long - slope / BLOCKS[1]
-    return slope / endless, 1 / endless
+
+def _assumptions(rates: Rates, device: str) -> tuple[float, list[str]]:
+    """FLOP/s of which all rates are shares, and these as lines."""
+    products, attention = curves.fitted(rates.products), curves.of_both_passes(rates)
+    longest = max(rates.forward)
+    idle = 1 + attention.half / longest
+    forward, backward = idle * rates.forward[longest], idle * rates.backward[longest]
+    # The planner's rates are shares of the peak: it must be the largest of them.
+    peak = max(products.endless, forward, backward)
+    small, _ = SIZES[device].head_dims  # type: ignore[index]  # a Device
+    return peak, [
+        f"matmul = {products.endless / peak:.4g}",
+        f"matmul_half_outputs = {products.half:.4g}",
+        f"attention_forward = {forward / peak:.4g}",
+        f"attention_backward = {backward / peak:.4g}",
+        f"attention_half_rows = {attention.half:.4g}",
+        f"small_head = {small}",
+        f"small_head_rate = {min(1.0, rates.small_head):.4g}",
+    ]
 
 
 def link(seconds: tuple[float, float]) -> tuple[float, float]:
@@ -159,21 +225,25 @@ def link(seconds: tuple[float, float]) -> tuple[float, float]:
     return latency, 1 / per_byte
 
 
+def _measured_gpu(name: str, like: str) -> GpuRates:
+    def repeated(run: Callable[[], float]) -> float:
+        return median(run() for _ in range(ROUNDS))
+
+    compute = curves.measure("cuda", repeated)
+    return GpuRates(
+        name=name,
+        like=like,
+        compute=compute,
+        host_copy=repeated(curves.host_copy),
+        memory=torch.cuda.get_device_properties(0).total_memory,
+    )
+
+
 def _handler(ranks: int) -> Callable[[Any], RankRates]:
     def handle(_: Any) -> RankRates:
-        short, long = BLOCKS
         small, large = MESSAGES
         return RankRates(
-            matmul=_together(measure_matmul_flops_per_s),
-            forward=(
-                _together(lambda: _attention(short, backward=False)),
-                _together(lambda: _attention(long, backward=False)),
-            ),
-            backward=(
-                _together(lambda: _attention(short, backward=True)),
-                _together(lambda: _attention(long, backward=True)),
-            ),
-            copy=_together(_copy),
+            compute=curves.measure("cpu", _together),
             exchange=(
                 _together(lambda: _exchange(small, ranks)),
                 _together(lambda: _exchange(large, ranks)),
@@ -191,37 +261,6 @@ def _together(run: Callable[[], float]) -> float:
         dist.barrier()
         found.append(run())
     return median(found)
-
-
-def _timed(run: Callable[[], Any], least: float = 0.1) -> float:
-    """Seconds of one call, over as many as take `least` seconds, after one that is not counted."""
-    run()
-    calls = 0
-    start = time.perf_counter()
-    while (spent := time.perf_counter() - start) < least:
-        run()
-        calls += 1
-    return spent / calls
-
-
-def _attention(rows: int, backward: bool) -> float:
-    """FLOP/s of the kernel on one full block."""
-    kernel = select("auto", Problem(device_type="cpu", dtype=torch.float32, head_dim=HEAD_DIM, softcap=None))
-    q, k, v, grad = (torch.randn(1, HEADS, rows, HEAD_DIM) for _ in range(4))
-    (tile,) = kernel.tiles(Band(0, rows, 0, rows))
-    rule = LogitRule(scale=HEAD_DIM**-0.5)
-    out, lse = kernel.forward(q, k, v, tile, rule)
-    flops = 4.0 * HEADS * rows * rows * HEAD_DIM
-    if not backward:
-        return flops / _timed(lambda: kernel.forward(q, k, v, tile, rule))
-    return BACKWARD_FORWARDS * flops / _timed(lambda: kernel.backward(grad, q, k, v, out, lse, tile, rule))
-
-
-def _copy() -> float:
-    """Bytes/s of a copy larger than the caches: each byte is read and written."""
-    source = torch.randn(COPIED_FLOATS)
-    target = torch.empty(COPIED_FLOATS)
-    return 2.0 * source.nbytes / _timed(lambda: target.copy_(source))
 
 
 def _exchange(sent: int, ranks: int) -> float:

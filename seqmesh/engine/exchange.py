@@ -70,10 +70,8 @@ def all_gather(mine: Tensor, sizes: Sequence[int], group: str) -> Tensor:
 
     `sizes` are their elements. Every rank of the group must call it.
     """
-    own = mine.numel()
-    copies = mine.expand(len(sizes), own).reshape(-1)
-    # Of an empty buffer the copies may be a view of the caller's tensor: not ours.
-    return start_exchange(copies, [own] * len(sizes), list(sizes), group, is_ours=False).wait()
+    copies = mine.repeat(len(sizes))
+    return start_exchange(copies, [mine.numel()] * len(sizes), list(sizes), group, is_ours=True).wait()
 
 
 def _is_dry_run(group: str) -> bool:

@@ -39,18 +39,20 @@ def _merge_rows(  # type: ignore[no-untyped-def]
 
     lse_at = lse + b * lse_b + h * lse_h + n * lse_n
     block_lse_at = block_lse + b * block_lse_b + h * block_lse_h + n * block_lse_n
+    out_at = out + b * out_b + h * out_h + n[:, None] * out_n + e[None, :] * out_e
+    block_out_at = block_out + b * block_out_b + h * block_out_h
+    block_out_at += n[:, None] * block_out_n + e[None, :] * block_out_e
     old = tl.load(lse_at, mask=is_row, other=0.0)
     new = tl.load(block_lse_at, mask=is_row, other=0.0).to(old.dtype)
+    before = tl.load(out_at, mask=is_element, other=0.0)
+    came = tl.load(block_out_at, mask=is_element, other=0.0).to(before.dtype)
+    # Every warp reads the log-sum-exp of all rows, and one of them overwrites it: not before all have read.
+    tl.debug_barrier()
+
     # An empty row's -inf becomes a finite number, so that of two empty ones no NaN is made.
     weight = 1.0 / (1.0 + tl.exp(tl.maximum(old, LOWEST) - new))
     top = tl.maximum(tl.maximum(old, new), LOWEST)
     tl.store(lse_at, top + tl.log(tl.exp(old - top) + tl.exp(new - top)), mask=is_row)
-
-    out_at = out + b * out_b + h * out_h + n[:, None] * out_n + e[None, :] * out_e
-    block_out_at = block_out + b * block_out_b + h * block_out_h
-    block_out_at += n[:, None] * block_out_n + e[None, :] * block_out_e
-    before = tl.load(out_at, mask=is_element, other=0.0)
-    came = tl.load(block_out_at, mask=is_element, other=0.0).to(before.dtype)
     # From the nearer end, so that a weight of 0 or 1 gives one of the two exactly.
     step = came - before
     wide = weight[:, None]

@@ -7,12 +7,12 @@ one of which holds most: the first has most micro-batches under way, the last ha
 as what DTensor remembers of a mesh would meet the next one.
 """
 
-import multiprocessing
 from dataclasses import replace
-from multiprocessing.connection import Connection
+from functools import partial
 
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
 
+from seqmesh.processes import ChildError, in_a_child
 from seqmesh.trace.allocations import KINDS
 from seqmesh.trace.tracing import trace_step
 from seqmesh.train.config import Config
@@ -37,36 +37,20 @@ def expect(config: Config, vocabulary: int) -> Expected:
 
 
 def _in_a_child(config: Config, vocabulary: int, stage: int) -> Expected:
-    context = multiprocessing.get_context("fork")
-    ours, theirs = context.Pipe(duplex=False)
-    child = context.Process(target=_answer, args=(theirs, config, vocabulary, stage), daemon=True)
-    child.start()
-    theirs.close()
     try:
-        found: Expected = ours.recv()
-    except EOFError:
-        child.join()
-        found = _unknown(f"the process that traced it ended with exit code {child.exitcode}")
-    child.join()
-    return found
-
-
-def _answer(pipe: Connection, config: Config, vocabulary: int, stage: int) -> None:
-    try:
-        found = _traced(config, vocabulary, stage)
-    except (DataDependentOutputException, DynamicOutputShapeException):
-        found = _unknown(
-            "how large its tensors are depends on their numbers, as where experts choose their tokens"
-        )
+        return in_a_child(partial(_traced, config, vocabulary, stage))
     # Whatever a trace cannot do, the run may.
-    except Exception as error:
-        found = _unknown(f"{type(error).__name__}: {' '.join(str(error).split())[:200]}")
-    pipe.send(found)
-    pipe.close()
+    except (ChildError, ValueError) as error:
+        return _unknown(str(error)[:200])
 
 
 def _traced(config: Config, vocabulary: int, stage: int) -> Expected:
-    found = trace_step(config, vocabulary=vocabulary, stage=stage)
+    try:
+        found = trace_step(config, vocabulary=vocabulary, stage=stage)
+    except (DataDependentOutputException, DynamicOutputShapeException):
+        return _unknown(
+            "how large its tensors are depends on their numbers, as where experts choose their tokens"
+        )
     return Expected(
         rank=stage * config.mesh.world // config.mesh.pp,
         peak_bytes=found.memory.peak_bytes,

@@ -85,16 +85,16 @@ def measure_matmul_flops_per_s(
     out = torch.empty(size, size, device=device, dtype=dtype)
     torch.mm(a, b, out=out)  # the first call starts threads and is not counted
     calls = 0
-    _finish(device)
+    finish(device)
     start = time.perf_counter()
     while (spent := time.perf_counter() - start) < seconds:
         torch.mm(a, b, out=out)
-        _finish(device)
+        finish(device)
         calls += 1
     return 2.0 * size**3 * calls / spent
 
 
-def _finish(device: Device) -> None:
+def finish(device: Device) -> None:
     """Wait for what a GPU was given to do."""
     if device == "cuda":
         torch.cuda.synchronize()

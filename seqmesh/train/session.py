@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from seqmesh import processes
 from seqmesh.parallel.adapters import what_trains
-from seqmesh.processes import Place, connect, one_line
+from seqmesh.processes import Place, connect, in_a_child, one_line
 from seqmesh.provenance import this_command, versions
 from seqmesh.train import device as devices
 from seqmesh.train import folder as models
@@ -129,7 +129,10 @@ class _Prepared:
 def _prepare(config: Config) -> _Prepared:
     """Everything that can be wrong without a rank, checked."""
     devices.check(config.run.device)
-    shapes = setup.check(config)
+    # For a GPU in a child: packages of kernels that a model imports may claim it (flash-linear-attention),
+    # and then no rank can be forked.
+    check = partial(setup.check, config)
+    shapes = in_a_child(check) if config.run.device == "cuda" else check()
     data = config.data
     corpus = read(data.path, field=data.field, tokenizer=data.tokenizer, cache=data.cache)
     check_enough(corpus, data.seq_len)

@@ -160,6 +160,13 @@ The long ones are for kernels that cut bands: one of up to 128 x 128 pairs, or l
 be a single call.
 """
 
+LONG = (
+    "causal(2051)",
+    "documents([1400, 37, 614])",
+    "sliding_window(2051, 700)",
+)
+"""As long as the oracle's pairs in fp64 are small."""
+
 SHAPES = (
     AttentionCase(mask="", heads=4, kv_heads=4, head_dim=16),
     AttentionCase(mask="", heads=6, kv_heads=2, head_dim=8, value_head_dim=24, batch=2),
@@ -196,7 +203,20 @@ def grid(
                 shape = SHAPES[(turn + number + row) % len(SHAPES)]
                 case = _placed(replace(shape, mask=text, layout=layout, seed=turn), mesh, support)
                 yield _with_layout_of_its_own(case)
+    if not quick:
+        yield from _long(meshes, supported)
     yield from _ways_of_calling(meshes[0], supported)
+
+
+def _long(meshes: Sequence[tuple[int, int]], supported: Sequence[Support]) -> Iterator[AttentionCase]:
+    """On a GPU, of which a short sequence keeps a part alone busy: a long one with every kernel and dtype."""
+    gpus = [support for support in supported if support.device != "cpu"]
+    for number, support in enumerate(gpus):
+        for turn, mesh in enumerate(meshes):
+            text = LONG[(turn + number) % len(LONG)]
+            yield _placed(
+                AttentionCase(mask=text, heads=8, kv_heads=2, head_dim=64, seed=turn), mesh, support
+            )
 
 
 def _places(meshes: Sequence[tuple[int, int]], quick: bool) -> Iterator[tuple[tuple[int, int], str]]:

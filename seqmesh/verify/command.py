@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -129,11 +130,14 @@ def _verify_attention(wanted: Wanted, meshes: Sequence[tuple[int, int]], where: 
 
 def _verify_model(wanted: Wanted, given: Path, mesh: tuple[int, int], where: "Where") -> int:
     # These load transformers.
+    from seqmesh.processes import in_a_child
     from seqmesh.verify import hf_model, model, model_report
     from seqmesh.verify.ranks import device_name, last_line, on_ranks
     from seqmesh.verify.report import console, header
 
-    hf_model.check(given)
+    # In a child: packages of kernels that a model imports may claim the GPU (flash-linear-attention), and
+    # then no rank can be forked.
+    in_a_child(partial(hf_model.check, given))
     ulysses, ring = mesh
     case = model.ModelCase(given=str(given), ulysses=ulysses, ring=ring, dtype=wanted.dtype or "fp32")
     try:

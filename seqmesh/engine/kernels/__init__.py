@@ -1,8 +1,8 @@
 """Kernels: the attention of one block, and which of them computes a call.
 
     auto on CPU     cpu (aten flash)  -> reference
-    auto on CUDA    cuda (aten flash) -> reference
-    by name only    efficient (fp32 on CUDA), cudnn (long blocks on Hopper): no GPU has run them yet
+    auto on CUDA    cuda (aten flash) -> efficient (fp32, wide heads) -> reference
+    by name only    cudnn (long blocks on Hopper)
 
 Selection takes the first that refuses nothing; when none is left it raises, listing for each why. To add a
 kernel, write a class with the members of `Kernel` (cpu.py is the one to copy) and pass an instance as
@@ -39,8 +39,8 @@ __all__ = [
     "select",
 ]
 
-_AUTOMATIC: tuple[Kernel, ...] = (CudaFlash(), CpuFlash(), Reference())
-_BY_NAME: tuple[Kernel, ...] = (CudaEfficient(), CudaCudnn())
+_AUTOMATIC: tuple[Kernel, ...] = (CudaFlash(), CudaEfficient(), CpuFlash(), Reference())
+_BY_NAME: tuple[Kernel, ...] = (CudaCudnn(),)
 
 
 def available() -> tuple[Kernel, ...]:

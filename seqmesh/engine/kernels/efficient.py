@@ -88,7 +88,7 @@ class CudaEfficient:
         dq, dk, dv, _ = self._ops._scaled_dot_product_efficient_attention_backward(
             *tensors[:4],
             _bias(tile, q),
-            tensors[4],
+            _rows_first(tensors[4]),
             padded_lse,
             no_state,
             no_state,
@@ -108,6 +108,14 @@ def _prepared(tensors: list[Tensor], heads: int, tile: Tile) -> list[Tensor]:
         every = x if x.shape[1] == heads else x.repeat_interleave(heads // x.shape[1], 1)
         found.append(oriented(every, tile))
     return found
+
+
+def _rows_first(out: Tensor) -> Tensor:
+    """(b, h, n, e) as the forward made it, (b, n, h, e) in memory.
+
+    In half precision the backward reads it with that stride whatever it has, and is wrong without a word.
+    """
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def _summed(x: Tensor, kv_heads: int, dim: int) -> Tensor:

@@ -29,7 +29,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch.distributed import PrefixStore, Store  # type: ignore[attr-defined]
+from torch.distributed import HashStore, PrefixStore, Store  # type: ignore[attr-defined]
 from torch.distributed.rendezvous import rendezvous
 
 T = TypeVar("T")
@@ -124,6 +124,12 @@ def connect(place: Place, timeout_s: float, backend: str | None = None) -> Store
     store = PrefixStore(f"attempt {place.attempt}", found)
     dist.init_process_group(backend, store=store, rank=place.rank, world_size=place.world, timeout=timeout)
     return store
+
+
+def connect_alone(timeout_s: float) -> None:
+    """Set up a process group of this process alone, for what cannot do without one."""
+    timeout = timedelta(seconds=timeout_s)
+    dist.init_process_group(store=HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
 def start_ranks(ranks: list[LocalRank], body: Body, world: int, rendezvous: str, logs: Path) -> None:
@@ -227,11 +233,12 @@ def in_a_child(work: Callable[[], T]) -> T:
 
 
 def _answer_once(work: Callable[[], Any], pipe: Connection) -> None:
+    answer, failure = None, None
     try:
-        answer = work(), None
+        answer = work()
     except Exception as error:
-        answer = None, Failure.of(error)
-    pipe.send(answer)
+        failure = Failure.of(error)
+    pipe.send((answer, failure))
     pipe.close()
 
 

@@ -1,6 +1,7 @@
 """The fp32 kernel for CUDA on a stand-in for PyTorch's operators: every mask, layout and number of heads."""
 
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from ranks import Ranks
 from test_attention import MASKS, check
 
 from seqmesh import masks
-from seqmesh.engine.kernels import Problem, available, select
+from seqmesh.engine.kernels import Problem, select
 from seqmesh.engine.kernels.efficient import CudaEfficient
 
 pytestmark = pytest.mark.fast
@@ -53,8 +54,16 @@ def test_what_it_cannot_do_it_refuses_with_the_reason(changes: dict, reason: str
     assert reason in refusal
 
 
-def test_auto_does_not_take_what_no_gpu_has_run_yet() -> None:
-    problem = Problem(device_type="cuda", dtype=torch.float32, head_dim=64, softcap=None, gpu="sm90")
-    assert select("auto", problem).name == "reference"
-    assert select("efficient", problem).name == "efficient"
-    assert "efficient" in [kernel.name for kernel in available()]
+@pytest.mark.parametrize(
+    ("asked", "name"),
+    [
+        ({"dtype": torch.float32}, "efficient"),
+        ({"dtype": torch.bfloat16}, "cuda"),
+        ({"dtype": torch.bfloat16, "head_dim": 320}, "efficient"),
+        ({"dtype": torch.float32, "softcap": 2.0}, "reference"),
+        ({"dtype": torch.float64}, "reference"),
+    ],
+)
+def test_on_a_gpu_auto_takes_it_for_what_flash_attention_refuses(asked: dict[str, Any], name: str) -> None:
+    given = {"device_type": "cuda", "head_dim": 64, "softcap": None, "gpu": "sm90"}
+    assert select("auto", Problem(**given | asked)).name == name

@@ -1,6 +1,7 @@
 """`seqmesh train` as users run it: the real command, its forked ranks, a tiny model and a short run."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,7 @@ from train_command import ROOT, TEXT, TINY, one_line_error, python_program, seqm
 from transformers import ByT5Tokenizer, LlamaForCausalLM
 
 import seqmesh
+from seqmesh.trace.expect import expect
 from seqmesh.train import data
 from seqmesh.train.recipe import load
 
@@ -273,3 +275,23 @@ def test_mistral_trains_on_documents_longer_than_its_default_window(text: Path) 
     config = load(None, [*tiny, "--architecture=mistral", "--ulysses=1", "--ring=1"])
     trainer = Trainer(config, read(str(text)), ParallelDims().build(), peak_flops_per_s=1.0)
     assert trainer.step().documents == 1
+
+
+def test_a_rank_alone_trains_in_bf16_with_states_on_the_host_and_goes_on(text: Path, tmp_path: Path) -> None:
+    folder, more = tmp_path / "run", ("--ulysses=1", "--ring=1", "--zero=2", "--precision=bf16")
+    more += ("--offload=both", "--checkpointing=full", "--data", str(text), "--steps=4", "--warmup=1")
+    more += ("--checkpoint_every=2", "--folder", str(folder))
+    done = seqmesh_command("train", *TINY, *more, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((folder / "report.json").read_text())["matches_one_rank"] is True
+    shutil.rmtree(folder / "checkpoints" / "step-4")
+    again = ("--resume", str(folder), "--folder", str(tmp_path / "again"))
+    resumed = seqmesh_command("train", str(folder / "config.toml"), *again, cwd=tmp_path)
+    assert resumed.returncode == 0, resumed.stderr
+    whole, rest = metrics_of(folder), metrics_of(tmp_path / "again")
+    assert [step["loss"] for step in rest[-2:]] == [step["loss"] for step in whole[-2:]]
+
+
+def test_a_rank_alone_in_bf16_is_traced() -> None:
+    config = load(None, ["--ulysses=1", "--ring=1", "--zero=2", "--precision=bf16", "--seq_len=256"])
+    assert not expect(config, 260).unknown

@@ -7,7 +7,7 @@ where the backend makes none, on the device's current stream, in the order of th
 Source: FakeProcessGroup.hpp of both versions.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from math import nan
 from typing import Any
@@ -53,14 +53,22 @@ def fill(received: Tensor, sent: Tensor) -> None:
 
 def _returning(owner: Any, name: str) -> Any:
     """A functional collective, which returns what it received."""
-    collective: Callable[..., Tensor] = getattr(owner, name)
+    return replaced(owner, name, _Filled(getattr(owner, name)))
 
-    def filled(sent: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        received = collective(sent, *args, **kwargs)
+
+class _Filled:
+    """In the place of PyTorch's, whose parts (`default`) PyTorch itself asks it for."""
+
+    def __init__(self, collective: Any) -> None:
+        self._collective = collective
+
+    def __call__(self, sent: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        received: Tensor = self._collective(sent, *args, **kwargs)
         fill(received, sent)
         return received
 
-    return replaced(owner, name, filled)
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._collective, name)
 
 
 def _writing(name: str) -> Any:

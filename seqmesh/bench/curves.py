@@ -135,17 +135,22 @@ def _of_both(forward: float, backward: float) -> float:
 
 
 def timed(device: devices.Device, run: Callable[[], Any]) -> float:
-    """Seconds of one call, over as many as take a while, after one that is not counted."""
+    """Seconds of one call, over as many as take a while, after one that is not counted.
+
+    They are given to a GPU all at once, as a program does: it waits for none of them.
+    """
     run()
-    devices.finish(device)
-    calls, spent = 0, 0.0
-    start = time.perf_counter()
-    while not calls or spent < LEAST_SECONDS[device]:
-        run()
+    calls = 1
+    while True:
         devices.finish(device)
-        calls += 1
+        start = time.perf_counter()
+        for _ in range(calls):
+            run()
+        devices.finish(device)
         spent = time.perf_counter() - start
-    return spent / calls
+        if spent >= LEAST_SECONDS[device]:
+            return spent / calls
+        calls *= 2
 
 
 class _Passes(NamedTuple):

@@ -46,7 +46,7 @@ def fake_ranks(config: Config, stage: int = 0) -> Iterator[ParallelMesh]:
             "this process already has a process group; trace in a process of its own,"
             " or destroy the group first"
         )
-    if config.mesh.world == 1:
+    if config.mesh.world == 1 and config.train.zero < 2:  # as train/loop.py has it
         yield ParallelDims().build()
         return
     world = config.mesh.world

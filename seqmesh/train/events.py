@@ -85,6 +85,7 @@ class Compared:
     grad_norms: tuple[float, ...]
     largest_loss_difference: float
     largest_grad_norm_difference: float
+    """Relative to norms above 1."""
 
     @property
     def largest_difference(self) -> float:

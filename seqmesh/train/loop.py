@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from seqmesh.parallel import ParallelDims
 from seqmesh.parallel.gather import whole_weights
+from seqmesh.processes import connect_alone
 from seqmesh.train import device as devices
 from seqmesh.train import lora, setup
 from seqmesh.train import model as models
@@ -66,8 +67,7 @@ def train(
     weights = whole_weights(trainer.model) if stopped is None else {}
     is_done = mesh.number > 0 or stopped is not None
     del trainer
-    if mesh.dims.world > 1:
-        dist.destroy_process_group()  # nobody waits, with whatever timeout, for rank 0's comparison
+    _disconnect()  # nobody waits, with whatever timeout, for rank 0's comparison
     if is_done:
         return stopped
     save(config, weights, folder / "checkpoint", tokenizer_of(config.data.tokenizer))
@@ -81,9 +81,21 @@ def _trainer_of(config: Config, corpus: Corpus, note: Note) -> Trainer:
     """The trainer, on this rank's threads and device."""
     torch.set_num_threads(config.run.threads)
     devices.claim(config.run.device, dist.get_rank() if config.mesh.world > 1 else 0)
+    _connect_if_alone(config)
     timeout = timedelta(seconds=config.run.timeout_s)
     mesh = setup.dims_of(config.mesh).build(config.run.device, timeout)
     return Trainer(config, corpus, mesh, _measure_peak(config), note=note)
+
+
+def _connect_if_alone(config: Config) -> None:
+    """FSDP, which makes weights in bf16 and keeps states on the host, wants a group of one rank too."""
+    if config.mesh.world == 1 and config.train.zero >= 2:
+        connect_alone(config.run.timeout_s)
+
+
+def _disconnect() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 def _take_steps(
@@ -205,7 +217,7 @@ def save(
 
 
 def compare_on_one_rank(config: Config, corpus: Corpus, beginning: Sequence[StepMetrics]) -> Compared:
-    """Repeat the first steps from the same seed on one rank in fp32, which exchanges nothing, and compare."""
+    """Repeat the first steps from the same seed on one rank, which exchanges nothing, and compare."""
     # The other ranks have ended: their cores are free.
     threads_of_all = config.mesh.world * config.run.threads
     torch.set_num_threads(max(config.run.threads, min(threads_of_all, os.cpu_count() or 1)))
@@ -215,8 +227,7 @@ def compare_on_one_rank(config: Config, corpus: Corpus, beginning: Sequence[Step
         run=replace(config.run, check_every=0),
         train=replace(
             config.train,
-            zero=0,
-            precision="fp32",
+            zero=2 if config.train.precision == "bf16" else 0,
             offload="none",
             shard_norms=False,
             pipeline="1f1b",
@@ -225,12 +236,16 @@ def compare_on_one_rank(config: Config, corpus: Corpus, beginning: Sequence[Step
             micro_batch=config.micro_batch,
         ),
     )
-    alone = Trainer(one_rank, corpus, ParallelDims().build(), peak_flops_per_s=1.0)
+    _connect_if_alone(one_rank)
+    alone = Trainer(one_rank, corpus, ParallelDims().build(config.run.device), peak_flops_per_s=1.0)
     repeated = [alone.step() for _ in beginning]
+    _disconnect()
     pairs = list(zip(beginning, repeated, strict=True))
     return Compared(
         losses=tuple(step.loss for step in repeated),
         grad_norms=tuple(step.grad_norm for step in repeated),
         largest_loss_difference=max(abs(a.loss - b.loss) for a, b in pairs),
-        largest_grad_norm_difference=max(abs(a.grad_norm - b.grad_norm) for a, b in pairs),
+        largest_grad_norm_difference=max(
+            abs(a.grad_norm - b.grad_norm) / max(1.0, b.grad_norm) for a, b in pairs
+        ),
     )

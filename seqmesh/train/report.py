@@ -14,10 +14,11 @@ from seqmesh.train.expected import Expected, Predicted
 from seqmesh.train.units import in_bytes, in_memory, in_parameters
 
 TOLERANCE = {"fp32": 1e-4, "bf16": 1e-1}
-"""Largest |Δloss| and |Δ gradient norm| against one rank in fp32, by the precision of the run.
+"""Largest |Δloss| and |Δ gradient norm| against one rank, by the precision of both.
 
-In fp32 rounding in another order gives 1e-7 to 4e-5. A run in bf16 rounds every activation to 8 bits: this
-finds what is broken, not what is off by a little.
+The latter is relative to norms above 1. In fp32 rounding in another order gives 1e-7 to 4e-5. In bf16 every
+activation is rounded to 8 bits, and the rows of an embedding's gradient are added up in them: this finds what
+is broken, not what is off by a little.
 """
 
 

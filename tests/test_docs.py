@@ -57,7 +57,7 @@ def test_the_readmes_first_screen_says_what_was_proved_and_what_not() -> None:
     assert "make train" in first_screen
     assert "make test" in first_screen
     assert "Proved on CPU" in first_screen
-    assert "Not run on GPUs" in first_screen
+    assert "not run on several GPUs" in first_screen
 
 
 def test_the_first_example_has_at_most_twelve_lines() -> None:

@@ -36,7 +36,7 @@ ALLOWED: dict[str, list[str]] = {
     "generate.command": ["generate.program", "processes", "train"],
     "parallel": ["masks", "layouts", "engine", "integrations"],
     "train": ["engine", "integrations", "masks", "parallel", "processes", "provenance"],
-    "trace": ["parallel", "train"],
+    "trace": ["parallel", "processes", "train"],
     "bench": [
         *(*PURE, "seqmesh", "engine", "parallel", "train", "processes", "provenance"),
         *("picture", "planner.inputs", "planner.cost", "planner.trainer", "trace", "foresee"),

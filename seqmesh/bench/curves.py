@@ -25,7 +25,7 @@ LEAST_SECONDS = {"cpu": 0.1, "cuda": 0.05}
 
 
 @dataclass(frozen=True, kw_only=True)
-class Sizes:
+class CurveSizes:
     """What is measured on a kind of device."""
 
     dtype: torch.dtype
@@ -40,8 +40,8 @@ class Sizes:
     """Numbers of a copy: more than the caches hold."""
 
 
-SIZES: Mapping[devices.Device, Sizes] = {
-    "cpu": Sizes(
+SIZES: Mapping[devices.Device, CurveSizes] = {
+    "cpu": CurveSizes(
         dtype=torch.float32,
         heads=4,
         head_dims=(64, 128),
@@ -49,7 +49,7 @@ SIZES: Mapping[devices.Device, Sizes] = {
         products=(128, 256, 768),
         copied=8 << 20,
     ),
-    "cuda": Sizes(
+    "cuda": CurveSizes(
         dtype=torch.bfloat16,
         heads=16,
         head_dims=(64, 128),
@@ -160,7 +160,7 @@ class _Passes(NamedTuple):
     backward: Callable[[], float]
 
 
-def _attention(device: devices.Device, sizes: Sizes, rows: int, head_dim: int) -> _Passes:
+def _attention(device: devices.Device, sizes: CurveSizes, rows: int, head_dim: int) -> _Passes:
     """Of the kernel, on one full block."""
     q, k, v, grad = (
         torch.randn(1, sizes.heads, rows, head_dim, device=device, dtype=sizes.dtype) for _ in range(4)
@@ -189,7 +189,7 @@ def _product(device: devices.Device, dtype: torch.dtype, n: int) -> Callable[[],
     return measured
 
 
-def _copy(device: devices.Device, sizes: Sizes) -> Callable[[], float]:
+def _copy(device: devices.Device, sizes: CurveSizes) -> Callable[[], float]:
     def measured() -> float:
         source = torch.randn(sizes.copied, device=device)
         target = torch.empty_like(source)

@@ -59,6 +59,7 @@ def start_exchange(
     `send_sizes[p]` elements go to peer p, `receive_sizes[p]` come from it. Every rank of the group must call
     it, in the same order, also when it has nothing to send.
     """
+    assert send.is_contiguous(), "gloo on CPU takes any tensor, CUDA none that is not contiguous"
     if not send.numel() and any(receive_sizes) and _is_dry_run(group):
         return Pending(send.new_zeros(sum(receive_sizes)), send, False)
     received = torch.ops._c10d_functional.all_to_all_single(send, receive_sizes, send_sizes, group)

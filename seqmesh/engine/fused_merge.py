@@ -4,7 +4,7 @@
     [ROWS] x [e]  |  here:  one program does all of it for ROWS rows of a head
 
 Loaded on first use only: PyTorch's CUDA builds bring Triton, its CPU builds do not. merge.py's plain version
-is the oracle; tests run this one in Triton's interpreter, on CPU. Not run on hardware.
+is the oracle; tests run this one in Triton's interpreter, on CPU, and an H200 has run it (docs/gpu.md).
 
 Legend: b batch, h heads, n rows, e head dim of values.
 """

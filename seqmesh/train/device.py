@@ -1,4 +1,6 @@
-"""Where a run computes: CPU ranks over gloo, or a GPU for each rank over NCCL. GPUs: not run on hardware.
+"""Where a run computes: CPU ranks over gloo, or a GPU for each rank over NCCL.
+
+One GPU has run it (docs/gpu.md), several have not.
 
 What ranks tell each other in numbers and objects goes over gloo in both cases.
 """

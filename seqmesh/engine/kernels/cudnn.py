@@ -10,8 +10,9 @@ Fact sheet: fp16 and bf16, grouped queries natively, head dims of keys and value
 multiple of 8), up to 256 on Hopper and 128 elsewhere; no softcap; not deterministic, so it is refused under
 `torch.use_deterministic_algorithms(True)`. Its backward takes a log-sum-exp that is given, as the flash
 operators do.
-Status: not run on hardware yet, so `auto` does not take it: ask for kernel="cudnn". On CPU every mask and
-layout runs through this file with a stand-in for the operators (tests/cudnn_ops.py).
+Status: on an H200 right, and 1.7 times as fast as flash attention 2, in all that was tried; long blocks on a
+ring were not, so `auto` does not take it: ask for kernel="cudnn" (docs/gpu.md). On CPU every mask and layout
+runs through this file with a stand-in for the operators (tests/cudnn_ops.py).
 Source: aten::_scaled_dot_product_cudnn_attention and its backward, PyTorch 2.11 and later; what it accepts is
 in its sdp_utils.cpp.
 """
@@ -38,7 +39,7 @@ LEAST_ROWS = 1024
 
 
 class CudaCudnn:
-    """cuDNN attention on CUDA devices, with the flash kernel for what it lacks. Not run on hardware yet."""
+    """cuDNN attention on CUDA devices, with the flash kernel for what it lacks."""
 
     name = "cudnn"
 

@@ -1,4 +1,4 @@
-"""The CUDA kernel for fp32: PyTorch's memory-efficient attention, which flash attention leaves out.
+"""The CUDA kernel for fp32, which flash attention leaves out: PyTorch's memory-efficient attention.
 
 It computes full blocks and square causal blocks, whose `is_causal` is aligned to the top left, as on CPU;
 other bands are cut by tiles.py in the same way. Its backward takes a log-sum-exp that is given: with the
@@ -8,8 +8,8 @@ Fact sheet: fp32, fp16 and bf16 on any NVIDIA GPU that PyTorch supports; no soft
 of 8 (padded with zeros, which change nothing); as many K/V heads as query heads (repeated, and their
 gradients summed: that costs memory); the log-sum-exp has its rows padded to a multiple of 32, and so has a
 dense mask its keys to a multiple of 8.
-Status: not run on hardware yet, so `auto` does not take it: ask for kernel="efficient". On CPU every mask and
-layout runs through this file with a stand-in for the ops (tests/efficient_ops.py).
+Status: proved on an H200 (docs/gpu.md). On CPU every mask and layout runs through this file with a stand-in
+for the ops (tests/efficient_ops.py).
 Source: aten::_scaled_dot_product_efficient_attention and its backward, PyTorch 2.11 and later.
 """
 
@@ -32,7 +32,7 @@ ALIGNED = 8
 
 
 class CudaEfficient:
-    """Memory-efficient attention on CUDA devices. Not run on hardware yet."""
+    """Memory-efficient attention on CUDA devices."""
 
     name = "efficient"
 

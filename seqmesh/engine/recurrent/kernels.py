@@ -5,7 +5,8 @@
 `model` is the function that the model calls itself, a call for each piece. The others are of packages that
 are used where they are installed: their variable-length forms take all pieces of a phase in one call. As for
 attention (engine/kernels) the first that refuses nothing is taken, and one that is asked for by name says why
-it refuses. Those of packages have not run on a GPU; their calls are tested with stand-ins of the same form.
+it refuses. The calls of packages are tested with stand-ins of the same form; on a GPU `fla` has run, of which
+docs/gpu.md tells, and `mamba_ssm` has not.
 
 Legend: b batch, n tokens of a piece, m of all pieces, P pieces, h heads.
 """

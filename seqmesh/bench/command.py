@@ -10,14 +10,23 @@ _Quick = Annotated[
 ]
 _Json = Annotated[Path | None, typer.Option("--json", help="Also write every figure to this file.")]
 
+_Profile = Annotated[
+    Path | None,
+    typer.Option("--profile", help="Write a measured profile for seqmesh plan, and nothing else."),
+]
+_Device = Annotated[
+    str | None, typer.Option("--device", help="Of --profile: cuda or cpu (default: a GPU if there is one).")
+]
+_Ranks = Annotated[
+    int | None, typer.Option("--ranks", help="CPU ranks that --profile measures at once (default: 4).")
+]
+_Links = Annotated[
+    str, typer.Option("--gpu", help="The planner's GPU whose links --profile takes (default: found).")
+]
+
 
 def add_to(app: typer.Typer) -> None:
     """Add the command `bench` and its own."""
-    planners = typer.Option("--profile", help="Write a measured profile for seqmesh plan, and nothing else.")
-    devices = typer.Option("--device", help="Of --profile: cuda or cpu (default: a GPU if there is one).")
-    measured = typer.Option("--ranks", help="CPU ranks that --profile measures at once (default: 4).")
-    links = typer.Option("--gpu", help="The planner's GPU whose links --profile takes (default: found).")
-
     bench = typer.Typer(invoke_without_command=True, rich_markup_mode=None)
     app.add_typer(bench, name="bench")
 
@@ -26,10 +35,10 @@ def add_to(app: typer.Typer) -> None:
         context: typer.Context,
         quick: _Quick = False,
         json: _Json = None,
-        profile: Annotated[Path | None, planners] = None,
-        device: Annotated[str | None, devices] = None,
-        ranks: Annotated[int | None, measured] = None,
-        gpu: Annotated[str, links] = "",
+        profile: _Profile = None,
+        device: _Device = None,
+        ranks: _Ranks = None,
+        gpu: _Links = "",
     ) -> int:
         """Measure speed against one process, memory, bytes, schedules and load balance,
         with their targets.

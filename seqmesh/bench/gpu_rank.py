@@ -21,7 +21,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from math import isqrt
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from rich.table import Table
@@ -83,6 +83,8 @@ class RankShare:
     pairs: int
     blocks: int
     rank_ms: float
+    host_ms: float
+    """Until all of the rank's work was given to the device: near `rank_ms`, the device waits for the host."""
     call_ms: float
     """Of the one call, scaled to as many pairs."""
     share: Spread
@@ -167,9 +169,10 @@ def _measured(name: str, mask: Mask, layout: Layout, work: RankWork) -> RankShar
         tokens=layout.counts[busiest],
         pairs=pairs,
         blocks=sum(len(stage.blocks) for stage in schedule.ring.stages),
-        rank_ms=1000 * Spread.of([rank_s for rank_s, _ in times]).median,
-        call_ms=1000 * per_pair * Spread.of([call_s for _, call_s in times]).median,
-        share=Spread.of([per_pair * call_s / rank_s for rank_s, call_s in times]),
+        rank_ms=1000 * Spread.of([rank.seconds for rank, _ in times]).median,
+        host_ms=1000 * Spread.of([rank.host_seconds for rank, _ in times]).median,
+        call_ms=1000 * per_pair * Spread.of([call.seconds for _, call in times]).median,
+        share=Spread.of([per_pair * call.seconds / rank.seconds for rank, call in times]),
         predicted=_predicted(mask, layout.name, layout.ring, side),
     )
 
@@ -184,6 +187,14 @@ def _predicted(mask: Mask, layout: str, ring: int, side: int) -> float:
         speeds.append(pairs / sum(stage.count * stage.slow_pairs for stage in found.stages))
     split, whole = speeds
     return split / whole
+
+
+class _Once(NamedTuple):
+    """What one forward and backward took."""
+
+    seconds: float
+    host_seconds: float
+    """Until the last operation was given to the device."""
 
 
 class _Run:
@@ -202,15 +213,16 @@ class _Run:
         self._grad = normal(work.heads)
         self._out: Tensor | None = None
 
-    def once(self) -> float:
-        """Seconds."""
+    def once(self) -> _Once:
+        """Do it."""
         self._q.grad = self._k.grad = self._v.grad = None
         self._wait()
         start = time.perf_counter()
         self._out = attention(self._q, self._k, self._v, self._schedule)
         self._out.backward(self._grad)
+        given = time.perf_counter() - start
         self._wait()
-        return time.perf_counter() - start
+        return _Once(time.perf_counter() - start, given)
 
     def check_finite(self) -> None:
         """Raises RuntimeError if a number is none: times of NaN and infinity are not those of numbers."""
@@ -225,11 +237,11 @@ class _Run:
             torch.cuda.synchronize()
 
 
-def _in_turns(rank_run: _Run, call_run: _Run, repeat: int) -> tuple[float, float]:
-    """Seconds of both, the other one first in every other pair: what slows the device down meets both."""
+def _in_turns(rank_run: _Run, call_run: _Run, repeat: int) -> tuple[_Once, _Once]:
+    """Both, the other one first in every other pair: what slows the device down meets both."""
     if repeat % 2:
-        call_s = call_run.once()
-        return rank_run.once(), call_s
+        call = call_run.once()
+        return rank_run.once(), call
     return rank_run.once(), call_run.once()
 
 
@@ -243,6 +255,7 @@ def table(found: Sequence[RankShare]) -> Table:
         "pairs",
         "blocks",
         "rank",
+        "of it host",
         "one call",
         "share",
         "planner",
@@ -250,7 +263,13 @@ def table(found: Sequence[RankShare]) -> Table:
     made = Table(*columns, box=None, pad_edge=False, header_style="bold")
     for one in found:
         cells: list[Any] = [one.mask, one.layout, one.ring, f"{one.tokens:,}", f"{one.pairs:,}", one.blocks]
-        cells += [f"{one.rank_ms:.1f} ms", f"{one.call_ms:.1f} ms", one.share.text(2), f"{one.predicted:.2f}"]
+        cells += [
+            f"{one.rank_ms:.1f} ms",
+            f"{one.host_ms:.1f} ms",
+            f"{one.call_ms:.1f} ms",
+            one.share.text(2),
+            f"{one.predicted:.2f}",
+        ]
         made.add_row(*map(str, cells))
     return made
 

@@ -69,8 +69,11 @@ def test_numbers_are_finite_where_the_backend_fills_nothing(monkeypatch: pytest.
     ):
         for name in names:
             monkeypatch.setattr(owner, name, leaving_it_nan(getattr(owner, name)))
-    found = measure(SMALL, None, steps=1)
-    assert found.mfu_mask > 0
+    shared_norms = replace(
+        SMALL, mesh=MeshConfig(tp=2, ulysses=1, ring=2), train=replace(SMALL.train, shard_norms=True)
+    )
+    for config in (SMALL, shared_norms):
+        assert measure(config, None, steps=1).mfu_mask > 0
     with fake_ranks(SMALL), arrivals_filled():
         assert functional.all_to_all_single.default is all_to_all.default  # PyTorch 2.11 asks for it
     with monkeypatch.context() as without:

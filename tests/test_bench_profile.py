@@ -1,11 +1,13 @@
 """The measured profile: what it makes of measurements, and that the planner reads it."""
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
+from train_command import python_program
 
-from seqmesh.bench import curves
+from seqmesh.bench import curves, profile
 from seqmesh.bench.curves import SIZES, Rates, fitted, of_both_passes
 from seqmesh.bench.profile import (
     MESSAGES,
@@ -119,6 +121,44 @@ def test_a_device_is_measured_at_every_size(monkeypatch: pytest.MonkeyPatch) -> 
     assert tuple(found.products) == tuple(n * n for n in sizes.products)
     every = [*found.products.values(), *found.forward.values(), *found.backward.values(), found.copy]
     assert all(rate > 0 for rate in [*every, found.small_head])
+
+
+TWO_RANKS = """
+import sys
+from pathlib import Path
+from seqmesh.bench import curves, profile
+
+curves.LEAST_SECONDS["cpu"] = 0.0
+profile.ROUNDS = 1
+profile.write_profile(Path(sys.argv[1]), "cpu", 2)
+"""
+
+
+def test_ranks_measure_themselves_and_share_the_machines_memory(tmp_path: Path) -> None:
+    done = python_program(TWO_RANKS, str(tmp_path / "machine.toml"), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    gpu = load_gpu("measured", [tmp_path / "machine.toml"])
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    assert gpu.memory_bytes == pytest.approx(there / 2, rel=1e-4)
+    assert "2 ranks of one thread" in gpu.source
+    assumed = assumptions_for(gpu, ())
+    shares = (assumed.matmul, assumed.attention_forward, assumed.attention_backward)
+    assert max(shares) == pytest.approx(1.0, abs=1e-3)
+    assert gpu.network_bytes_per_s > 0
+
+
+def test_a_message_is_what_others_get(monkeypatch: pytest.MonkeyPatch) -> None:
+    sent: list[int] = []
+
+    def exchange(received: torch.Tensor, given: torch.Tensor) -> None:
+        assert received.shape == given.shape
+        sent.append(given.nbytes)
+
+    monkeypatch.setattr(profile.dist, "all_to_all_single", exchange)
+    for message in MESSAGES:
+        sent.clear()
+        assert profile._exchange(message, 5) > 0
+        assert {4 * nbytes / 5 for nbytes in sent} == {message}
 
 
 def test_a_profile_needs_ranks_and_a_place_to_be_written(tmp_path: Path) -> None:

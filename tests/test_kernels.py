@@ -209,12 +209,13 @@ def test_auto_takes_flash_and_falls_to_the_reference_only_for_what_flash_refuses
 def test_a_selection_that_finds_none_lists_every_refusal() -> None:
     with pytest.raises(
         ValueError,
-        match=r"cuda: it runs on cuda, not on cpu; cpu: dtype torch.int32 .*; reference: dtype torch.int32",
+        match=r"cuda: it runs on cuda, not on cpu; efficient: it runs on cuda, not on cpu;"
+        r" cpu: dtype torch.int32 .*; reference: dtype torch.int32",
     ):
         select("auto", Problem(device_type="cpu", dtype=torch.int32, head_dim=64, softcap=None))
     with pytest.raises(ValueError, match=r"refused by cpu: it has no softcap"):
         select("cpu", Problem(device_type="cpu", dtype=torch.float32, head_dim=64, softcap=2.0))
     with pytest.raises(
-        ValueError, match="kernel='flash3' is unknown; use 'auto', 'cuda', 'cpu', 'reference', 'efficient'"
+        ValueError, match="kernel='flash3' is unknown; use 'auto', 'cuda', 'efficient', 'cpu', 'reference'"
     ):
         select("flash3", Problem(device_type="cpu", dtype=torch.float32, head_dim=64, softcap=None))

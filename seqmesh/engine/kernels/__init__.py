@@ -52,7 +52,7 @@ def select(kernel: str | Kernel, problem: Problem) -> Kernel:
     """The kernel to use.
 
     Args:
-        kernel: "auto", the name of a kernel ("cuda", "cpu", "reference"), or a kernel of your own.
+        kernel: "auto", the name of a kernel ("cuda", "cpu", ...), or a kernel of your own.
         problem: what it must support.
 
     Raises:

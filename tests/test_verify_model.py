@@ -21,8 +21,8 @@ from seqmesh import cli
 from seqmesh.integrations import transformers as integration
 from seqmesh.schedule.chains import DocumentPiece
 from seqmesh.verify.hf_model import check, has_weights, masks_of, packed
-from seqmesh.verify.judge import LIMIT
-from seqmesh.verify.model import ModelCase, ModelOutcome, compare_model
+from seqmesh.verify.judge import LIMIT, TensorError
+from seqmesh.verify.model import FEW, ModelCase, ModelOutcome, _not_by_luck, compare_model
 from seqmesh.verify.model_report import verdict
 
 ROOT = Path(__file__).parent.parent
@@ -79,6 +79,21 @@ def test_a_hybrid_passes_against_its_definitions(ranks: Ranks, family: str, tmp_
     assert outcome.ok, verdict(outcome)
     assert outcome.missing == ()
     assert any("in_proj" in name or "conv" in name or "q_proj" in name for name in outcome.gradients)
+
+
+def test_a_gradient_of_few_numbers_has_at_least_its_modules_noise() -> None:
+    errors = {
+        name: TensorError(ours=1e-6, one_device=noise, floor=1e-8)
+        for name, noise in (
+            ("gate.A_log", 1e-7),
+            ("gate.bias", 4e-7),
+            ("gate.wide", 2e-7),
+            ("b_proj.few", 1e-7),
+        )
+    }
+    sizes = {name: torch.zeros(FEW if name == "gate.wide" else FEW - 1) for name in errors}
+    noises = {name: error.one_device for name, error in _not_by_luck(errors, sizes).items()}
+    assert noises == {"gate.A_log": 4e-7, "gate.bias": 4e-7, "gate.wide": 2e-7, "b_proj.few": 1e-7}
 
 
 def without_passing(given: Path) -> ModelOutcome | None:

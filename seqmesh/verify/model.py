@@ -15,7 +15,7 @@ good.
 """
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -41,6 +41,8 @@ from seqmesh.verify.watch import Computed, alone, alone_by_document, on_mesh
 
 ROUNDINGS = {"fp32": 4, "bf16": 1, "fp16": 1}
 """Of the floor, should one device be lucky, in units of the dtype's rounding: see judge.py."""
+FEW = 32
+"""Numbers of a gradient that may all be lucky: the decay of each head, say."""
 LEAST = 1e-30
 """Stands for the largest row of a tensor of zeros. Gradients of a mean are small: their own size measures."""
 
@@ -158,7 +160,9 @@ def _outcome(
         ),
         losses={"mesh": ours.loss, "one device": one.loss, "fp64": truth.loss},
         modules=modules,
-        gradients=_errors(ours.gradients, one.gradients, truth.gradients, floor),
+        gradients=_not_by_luck(
+            _errors(ours.gradients, one.gradients, truth.gradients, floor), truth.gradients
+        ),
         missing=tuple(sorted(ours.gradients.keys() ^ truth.gradients.keys())),
         left_out=len(truth.outputs) - len(modules),
     )
@@ -178,3 +182,17 @@ def _errors(
                 floor=floor,
             )
     return found
+
+
+def _not_by_luck(found: Mapping[str, TensorError], tensors: Mapping[str, Tensor]) -> dict[str, TensorError]:
+    """Few numbers can all be lucky on one device: their noise is at least that of their module's others."""
+    of_module: dict[str, float] = {}
+    for name, error in found.items():
+        module = name.rpartition(".")[0]
+        of_module[module] = max(of_module.get(module, 0.0), error.one_device)
+    return {
+        name: replace(error, one_device=of_module[name.rpartition(".")[0]])
+        if tensors[name].numel() < FEW
+        else error
+        for name, error in found.items()
+    }

@@ -132,6 +132,12 @@ def connect_alone(timeout_s: float) -> None:
     dist.init_process_group(store=HashStore(), rank=0, world_size=1, timeout=timeout)
 
 
+def disconnect() -> None:
+    """End the default process group, if there is one: its threads may abort a process that exits with it."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def start_ranks(ranks: list[LocalRank], body: Body, world: int, rendezvous: str, logs: Path) -> None:
     """Fork `world` ranks.
 

@@ -31,6 +31,7 @@ from seqmesh.foresee import known_as
 from seqmesh.planner.inputs.hardware import known_gpus, load_gpu
 from seqmesh.processes import Workers
 from seqmesh.provenance import commit, machine, this_command
+from seqmesh.train.device import Device
 
 MESSAGES = (64 << 10, 8 << 20)
 """Bytes that a rank sends in the two all-to-alls."""
@@ -193,7 +194,7 @@ def gpu_toml(rates: GpuRates) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _assumptions(rates: Rates, device: str) -> tuple[float, list[str]]:
+def _assumptions(rates: Rates, device: Device) -> tuple[float, list[str]]:
     """FLOP/s of which all rates are shares, and these as lines."""
     products, attention = curves.fitted(rates.products), curves.of_both_passes(rates)
     longest = max(rates.forward)
@@ -201,7 +202,7 @@ def _assumptions(rates: Rates, device: str) -> tuple[float, list[str]]:
     forward, backward = idle * rates.forward[longest], idle * rates.backward[longest]
     # The planner's rates are shares of the peak: it must be the largest of them.
     peak = max(products.endless, forward, backward)
-    small, _ = SIZES[device].head_dims  # type: ignore[index]  # a Device
+    small, _ = SIZES[device].head_dims
     return peak, [
         f"matmul = {products.endless / peak:.4g}",
         f"matmul_half_outputs = {products.half:.4g}",

@@ -33,7 +33,7 @@ from seqmesh.bench.memory import held_figure, peak_bytes
 from seqmesh.bench.report import run_figures
 from seqmesh.bench.speed import Timing, clocked, in_turns, wall_seconds
 from seqmesh.parallel.shards import local_part
-from seqmesh.processes import Workers
+from seqmesh.processes import REQUEST_SECONDS, Workers, connect_alone
 from seqmesh.train import model as models
 from seqmesh.train import setup
 from seqmesh.train.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
@@ -181,8 +181,7 @@ def measure_memory(config: Config) -> Iterator[Figure]:
 def _allocated(config: Config) -> Callable[[None], int]:
     """Bytes of this rank at the peak of its second step: AdamW makes its states in the first."""
     if not dist.is_initialized():  # FSDP wants a group, also of one rank
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group("gloo", store=store, rank=0, world_size=1)
+        connect_alone(REQUEST_SECONDS)
     trainer = Trainer(config, _text(config), setup.dims_of(config.mesh).build(), peak_flops_per_s=1.0)
     trainer.step()
     optimizer = trainer.optimizer

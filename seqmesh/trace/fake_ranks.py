@@ -1,6 +1,6 @@
 """A mesh of ranks that do not exist, for a process that is one of them.
 
-    collectives     copies of what is sent, as large as what would arrive       PyTorch's "fake" backend
+    collectives     as large as what would arrive: PyTorch's "fake" backend; numbers in bench/arrivals.py
     messages        of pipelines: counted, not sent; received is what lies in the buffers
     votes           the other data-parallel ranks say of a step what this one says
     weights         made where they are: nobody sends them
@@ -46,7 +46,7 @@ def fake_ranks(config: Config, stage: int = 0) -> Iterator[ParallelMesh]:
             "this process already has a process group; trace in a process of its own,"
             " or destroy the group first"
         )
-    if config.mesh.world == 1 and config.train.zero < 2:  # as train/loop.py has it
+    if not config.has_group:
         yield ParallelDims().build()
         return
     world = config.mesh.world

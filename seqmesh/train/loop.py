@@ -19,7 +19,7 @@ import torch.distributed as dist
 
 from seqmesh.parallel import ParallelDims
 from seqmesh.parallel.gather import whole_weights
-from seqmesh.processes import connect_alone
+from seqmesh.processes import connect_alone, disconnect
 from seqmesh.train import device as devices
 from seqmesh.train import lora, setup
 from seqmesh.train import model as models
@@ -67,7 +67,7 @@ def train(
     weights = whole_weights(trainer.model) if stopped is None else {}
     is_done = mesh.number > 0 or stopped is not None
     del trainer
-    _disconnect()  # nobody waits, with whatever timeout, for rank 0's comparison
+    disconnect()  # nobody waits, with whatever timeout, for rank 0's comparison
     if is_done:
         return stopped
     save(config, weights, folder / "checkpoint", tokenizer_of(config.data.tokenizer))
@@ -88,14 +88,9 @@ def _trainer_of(config: Config, corpus: Corpus, note: Note) -> Trainer:
 
 
 def _connect_if_alone(config: Config) -> None:
-    """FSDP, which makes weights in bf16 and keeps states on the host, wants a group of one rank too."""
-    if config.mesh.world == 1 and config.train.zero >= 2:
+    """Make the process group of a rank alone, if it needs one; several are connected as they start."""
+    if config.mesh.world == 1 and config.has_group:
         connect_alone(config.run.timeout_s)
-
-
-def _disconnect() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
 
 
 def _take_steps(
@@ -239,7 +234,7 @@ def compare_on_one_rank(config: Config, corpus: Corpus, beginning: Sequence[Step
     _connect_if_alone(one_rank)
     alone = Trainer(one_rank, corpus, ParallelDims().build(config.run.device), peak_flops_per_s=1.0)
     repeated = [alone.step() for _ in beginning]
-    _disconnect()
+    disconnect()
     pairs = list(zip(beginning, repeated, strict=True))
     return Compared(
         losses=tuple(step.loss for step in repeated),

@@ -19,7 +19,7 @@ from transformers.utils import logging as transformers_logging
 
 from seqmesh import processes
 from seqmesh.parallel.adapters import what_trains
-from seqmesh.processes import Place, connect, in_a_child, one_line
+from seqmesh.processes import Place, connect, disconnect, in_a_child, one_line
 from seqmesh.provenance import this_command, versions
 from seqmesh.train import device as devices
 from seqmesh.train import folder as models
@@ -325,9 +325,7 @@ def _run_joined(
         told = _told_by_rank_0(folder, place.world)
         return _train_joined(config, prepared, told if place.rank else folder, place, board)
     except ValueError:
-        if dist.is_initialized():
-            # or its threads may abort the process as it exits, which would hide the exit code
-            dist.destroy_process_group()
+        disconnect()  # or the exit code may be hidden
         raise
     except (RuntimeError, ArithmeticError) as error:
         # The launcher terminates the ranks that are left: not before they have said which one is missing.

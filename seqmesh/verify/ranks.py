@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch.nn.attention import activate_flash_attention_impl, list_flash_attention_impls
 
 from seqmesh.engine.mesh import SequenceMesh
-from seqmesh.processes import Place, Workers, connect, one_line
+from seqmesh.processes import Place, Workers, connect, disconnect, one_line
 from seqmesh.verify.attend import Part, assemble, attend
 from seqmesh.verify.cases import AttentionCase
 from seqmesh.verify.judge import CaseOutcome, judge
@@ -104,8 +104,7 @@ def on_ranks(work: Work, requests: Sequence[Any], where: Where) -> Iterator[Any]
         for one in numbered:
             answers = _exchanged(handle(one))
             yield from (answer for answer in answers if answer is not None and place.rank == 0)
-        if dist.is_initialized():
-            dist.destroy_process_group()  # or its threads may abort the process as it exits
+        disconnect()
         return
 
     def prepare() -> Callable[[tuple[int, Any]], Any]:

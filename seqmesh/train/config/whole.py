@@ -40,6 +40,12 @@ class Config:
         self.micro_batches  # noqa: B018  (raises if the sequences do not divide)
 
     @property
+    def has_group(self) -> bool:
+        """Whether ranks are a process group: several, or one of FSDP, which makes weights in bf16 and keeps
+        states on the host."""
+        return self.mesh.world > 1 or self.train.zero >= 2
+
+    @property
     def micro_batch(self) -> int:
         """Packed sequences of a micro-batch."""
         return self.train.micro_batch or self.data.sequences // self.mesh.data_parallel

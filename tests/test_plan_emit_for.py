@@ -13,6 +13,7 @@ from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.models import load_model
 from seqmesh.planner.inputs.numerics import PRECISIONS
 from seqmesh.planner.inputs.point import Point
+from seqmesh.planner.inputs.stack import stack_named
 from seqmesh.planner.output.emit import emit
 from seqmesh.planner.output.emit_for import PROGRAMS, emit_for
 
@@ -125,11 +126,63 @@ def test_a_models_name_cannot_add_a_command() -> None:
 
 @pytest.mark.parametrize("program", PROGRAMS)
 def test_an_order_of_stages_and_a_precision_that_the_command_does_not_ask_for_are_named(program: str) -> None:
-    point = Point(tp=2, pp=2, dp=4, micro_batch=1, pipeline="interleaved", virtual=2)
+    point = Point(tp=2, pp=2, dp=4, micro_batch=1, pipeline="zero-bubble")
     text, missing = emit_for(program, replace(job(), numerics=PRECISIONS["fp8-linear"]), point)
-    for said in ("pipeline=interleaved: this command runs 1f1b", "products in fp8"):
+    for said in ("pipeline=zero-bubble: this command runs 1f1b", "products in fp8"):
         assert any(line.startswith(said) for line in missing)
         assert said in text
     _, of_recipe = emit(replace(job(), numerics=PRECISIONS["fp8-linear"]), Point(ring=16, zero=3))
     assert any(line.startswith("products in fp8") for line in of_recipe)
     assert not any("1f1b" in line or "fp8" in line for line in emit_for(program, job(), POINTS[3])[1])
+
+
+def test_interleaved_stages_in_their_words() -> None:
+    """32 layers on 2 ranks of 4 stages: 4 layers each; 3 stages would not be alike."""
+    point = Point(tp=2, pp=2, dp=4, pipeline="interleaved", virtual=4)
+    for program, flags in (
+        ("megatron", {"--num-layers-per-virtual-pipeline-stage": "4"}),
+        (
+            "torchtitan",
+            {
+                "--parallelism.pipeline_parallel_schedule": "Interleaved1F1B",
+                "--parallelism.pipeline_parallel_layers_per_stage": "4",
+                "--parallelism.pipeline_parallel_first_stage_less_layers": "0",
+                "--parallelism.pipeline_parallel_last_stage_less_layers": "0",
+            },
+        ),
+    ):
+        text, missing = emit_for(program, job(), point)
+        assert flags.items() <= flags_of(text).items()
+        assert not any("pipeline" in line for line in missing)
+        text, missing = emit_for(program, job(), point.but(virtual=3))
+        assert not {*flags} - {"--parallelism.pipeline_parallel_schedule"} & {*flags_of(text)}
+        assert flags_of(text).get("--parallelism.pipeline_parallel_schedule", "1F1B") == "1F1B"
+        assert any(line.startswith("pipeline=interleaved: this command runs 1f1b") for line in missing)
+
+
+def test_embedding_and_head_may_be_counted_as_layers_of_stages() -> None:
+    """Llama 3's own: 126 layers and both ends in 128 stages, one each."""
+    point = Point(tp=8, pp=16, dp=16, pipeline="interleaved", virtual=8)
+    asked = replace(job("llama3-405b"), cluster=replace(job().cluster, nodes=256), global_batch=256)
+    flags = flags_of(emit_for("megatron", asked, point)[0])
+    assert flags["--num-layers-per-virtual-pipeline-stage"] == "1"
+    ends = {"--account-for-embedding-in-pipeline-split", "--account-for-loss-in-pipeline-split"}
+    assert ends <= {*flags}
+    assert not ends & {*flags_of(emit_for("megatron", asked, point.but(pp=9, virtual=7, dp=1))[0])}
+    titan = flags_of(emit_for("torchtitan", asked, point)[0])
+    assert titan["--parallelism.pipeline_parallel_layers_per_stage"] == "1"
+    assert titan["--parallelism.pipeline_parallel_first_stage_less_layers"] == "1"
+
+
+def test_what_nvidias_recipes_run_besides_is_asked_for() -> None:
+    asked = replace(job("qwen3-30b-a3b"), stack=stack_named("megatron-bridge"))
+    flags = flags_of(emit_for("megatron", asked, Point(dp=16, zero=1, experts=8))[0])
+    assert flags["--moe-token-dispatcher-type"] == "flex"
+    assert "--moe-enable-deepep" in flags
+    assert "--tp-comm-overlap" not in flags
+    assert "--tp-comm-overlap" in flags_of(emit_for("megatron", asked, Point(tp=2, dp=8))[0])
+    plain = replace(asked, stack=stack_named("megatron"))
+    assert not {"--moe-enable-deepep", "--tp-comm-overlap"} & {
+        *flags_of(emit_for("megatron", plain, Point(dp=16, zero=1, experts=8))[0]),
+        *flags_of(emit_for("megatron", plain, Point(tp=2, dp=8))[0]),
+    }

@@ -2,7 +2,7 @@
 
 from collections import Counter
 from dataclasses import replace
-from itertools import product
+from itertools import combinations, product
 from math import inf
 from typing import Any
 
@@ -28,6 +28,7 @@ from seqmesh.planner.candidates import (
 from seqmesh.planner.cost.experts import expert_group, sent_to_experts
 from seqmesh.planner.cost.floor import FloorModel
 from seqmesh.planner.cost.fused_memory import FusedMemory
+from seqmesh.planner.cost.network import Network, place
 from seqmesh.planner.cost.parameters import fullest_parameters, mean_parameters, stage_parameters
 from seqmesh.planner.cost.step import CostModel
 from seqmesh.planner.inputs.assumptions import Assumptions
@@ -199,6 +200,36 @@ def test_weights_of_spread_experts_travel_between_the_ranks_that_hold_the_same_o
         tokens = TINY.layers * sent_to_experts(asked, point).mean if experts > 1 else 0
         weights = 8 * (dense * 7 / 8 + sparse / experts * (1 - experts / 8))
         assert sent == pytest.approx(weights + tokens, abs=2)
+
+
+@pytest.mark.parametrize("nodes", [1, 2, 4])
+@pytest.mark.parametrize("active", [1, 2, 3])
+def test_deepep_sends_a_row_once_to_each_other_node_that_has_an_expert_for_it(
+    nodes: int, active: int
+) -> None:
+    """By every choice of experts there is, of 8 on 8 ranks; what leaves a rank at all is as without."""
+    model = replace(TINY, mixture=MixtureShape(experts=8, active=active, intermediate=96))
+    cluster = Cluster(gpu=load_gpu("h100-sxm"), nodes=nodes, gpus_per_node=8 // nodes)
+    point = Point(dp=8, zero=1, experts=8)
+    plain, bridge = (
+        sent_to_experts(
+            Job(model=model, cluster=cluster, seq_len=64, global_batch=8, stack=stack_named(stack)), point
+        )
+        for stack in ("megatron", "megatron-bridge")
+    )
+    chosen = list(combinations(range(8), active))
+    left = sum(expert != 0 for experts in chosen for expert in experts)  # a row of rank 0, whose expert is 0
+    crossed = sum(len({expert * nodes // 8 for expert in experts} - {0}) for experts in chosen)
+    assert bridge.off_node == pytest.approx(crossed / left)
+    assert bridge.off_node <= plain.off_node
+    assert (bridge.mean, bridge.most, bridge.calls) == (plain.mean, plain.most, plain.calls)
+    seconds = [
+        Network(cluster, Assumptions()).all_to_all_seconds(
+            place(("experts",), (8,), frozenset(("experts",)), 8 // nodes), 1e9, 1, one.off_node
+        )
+        for one in (plain, bridge)
+    ]
+    assert (seconds[1] < seconds[0]) == (bridge.off_node < plain.off_node)
 
 
 def test_the_busiest_rank_of_experts_takes_longer_and_holds_more_and_no_more_is_sent() -> None:

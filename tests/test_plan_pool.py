@@ -1,7 +1,7 @@
 """Packed documents of several sequences, dealt or in one pool, priced as real schedules and steps are."""
 
 from dataclasses import replace
-from itertools import accumulate
+from itertools import accumulate, product
 from pathlib import Path
 
 import pytest
@@ -221,8 +221,9 @@ def brute_force(costs: CostModel, pins: Pins) -> list[StepEstimate]:
     """Every legal point without savers that fits, priced one by one, the fastest first."""
     found = []
     for mesh in meshes(costs.job, {}):
-        for pool in (False, True):
-            point = mesh.but(pool=pool)
+        orders = [{}, {"pipeline": "interleaved", "virtual": 2}]
+        for pool, order in product((False, True), orders):
+            point = mesh.but(pool=pool, **order)
             pinned = all(getattr(point, key) == value for key, value in pins.items())
             if pinned and is_legal(costs.job, point) and costs.memory.of(point).fits(costs.job):
                 found.append(costs.estimate(point))

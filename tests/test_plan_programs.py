@@ -5,6 +5,7 @@ from math import log, sqrt
 
 import pytest
 
+from seqmesh.planner.candidates import mesh_of, meshes, with_savers
 from seqmesh.planner.cost.network import Network, place
 from seqmesh.planner.cost.pipeline import crossings, exposed_crossings, idle_seconds, in_flight
 from seqmesh.planner.cost.step import CostModel
@@ -17,6 +18,7 @@ from seqmesh.planner.inputs.legality import violations
 from seqmesh.planner.inputs.models import load_model
 from seqmesh.planner.inputs.numerics import numerics_for
 from seqmesh.planner.inputs.point import AXES, CHECKPOINTING, Point
+from seqmesh.planner.inputs.shape import ModelShape
 from seqmesh.planner.inputs.stack import STACKS, stack_named
 from seqmesh.planner.search import search
 
@@ -80,12 +82,47 @@ def test_interleaved_stages_keep_what_runs_before_the_first_backward(pp: int, vi
 
 def test_interleaved_stages_idle_less_and_send_more() -> None:
     plain, short = Point(pp=4), Point(pp=4, pipeline="interleaved", virtual=2)
-    assert idle_seconds(plain, 3.0, 1.0) == 9.0
-    assert idle_seconds(short, 3.0, 1.0) == 4.5
+    assert idle_seconds(plain, 8, 3.0, 1.0) == 9.0
+    assert idle_seconds(short, 8, 3.0, 1.0) == 4.5
     # ZB-H1 with forward, backward and weights of a second each: F + B - W.
-    assert idle_seconds(Point(pp=4, pipeline="zero-bubble"), 3.0, 1.0) == 3.0
+    assert idle_seconds(Point(pp=4, pipeline="zero-bubble"), 8, 3.0, 1.0) == 3.0
     assert (crossings(plain, 8), crossings(short, 8)) == (2 * (8 + 3), 2 * (16 + 3))
     assert (exposed_crossings(plain, 8), exposed_crossings(short, 8)) == (22, 6)
+
+
+def zero_bubble_ends(pp: int, micro_batches: int, backward: float) -> float:
+    """A walk over ZB-H1: ranks take a backward before a forward before weights, a second each but for it."""
+    now = [0.0] * pp
+    forwards: dict[tuple[int, int], float] = {}
+    backwards: dict[tuple[int, int], float] = {}
+    done = [[0, 0, 0] for _ in range(pp)]  # forwards, backwards and weights
+    for _ in range(3 * pp * micro_batches):
+        ready = []
+        for rank, (f, b, w) in enumerate(done):
+            comes = forwards.get((rank, b)) if rank == pp - 1 else backwards.get((rank + 1, b))
+            if b < f and comes is not None:
+                ready.append((max(now[rank], comes), 0, rank))
+            comes = 0.0 if rank == 0 else forwards.get((rank - 1, f))
+            if f < micro_batches and f - b < pp - rank and comes is not None:
+                ready.append((max(now[rank], comes), 1, rank))
+            if w < b:
+                ready.append((now[rank], 2, rank))
+        start, what, rank = min(ready)
+        now[rank] = start + (backward if what == 0 else 1.0)
+        if what < 2:
+            (backwards, forwards)[what][rank, done[rank][1 - what]] = now[rank]
+        done[rank][(1, 0, 2)[what]] += 1
+    return max(now)
+
+
+@pytest.mark.parametrize("pp", [2, 4, 8])
+@pytest.mark.parametrize("micro_batches", [1, 2, 3, 4, 6, 8, 16])
+@pytest.mark.parametrize("backward", [1.0, 1.5])
+def test_zero_bubble_idles_as_its_schedule_does(pp: int, micro_batches: int, backward: float) -> None:
+    """With few micro-batches too: their gradients of weights are all that fills gaps."""
+    a_pass = 1 + backward + 1
+    idle = zero_bubble_ends(pp, micro_batches, backward) - micro_batches * a_pass
+    assert idle_seconds(Point(pp=pp, pipeline="zero-bubble"), micro_batches, a_pass, 1.0) == idle
 
 
 def test_a_pipelines_order_changes_its_step_and_memory() -> None:
@@ -131,7 +168,83 @@ def test_an_order_is_pinned_and_kept_by_the_search() -> None:
     assert all(one.point.virtual == 2 for one in best)
 
 
+def test_what_hides_on_its_way_to_the_next_stage_costs_its_tax() -> None:
+    costs = CostModel(job("megatron", "llama3-70b", nodes=8, batch=64))
+    point = Point(tp=8, pp=8, zero=0, pipeline="interleaved", virtual=5)
+    (sent,) = (term for term in costs.estimate(point).terms if term.name == "pipeline exchange")
+    count = costs.job.micro_batches(point)
+    one = sent.seconds / crossings(point, count)
+    exposed = exposed_crossings(point, count)
+    assert sent.exposed == pytest.approx(one * (exposed + 0.1 * (crossings(point, count) - exposed)))
+
+
+SIX = ModelShape(
+    name="six", layers=6, hidden=768, heads=12, kv_heads=6, head_dim=64, intermediate=2048, vocabulary=32000
+)
+
+
+@pytest.mark.parametrize("stack", ["seqmesh", "megatron"])
+@pytest.mark.parametrize("pins", [{}, {"pp": 2}, {"tp": 2}, {"pipeline": "1f1b"}], ids=str)
+@pytest.mark.parametrize("limit", [80 << 30, 3 << 30], ids=lambda n: f"{n >> 30} GiB")
+def test_the_search_finds_the_best_order_of_a_pipeline(
+    stack: str, pins: dict[str, int | str], limit: int
+) -> None:
+    """As brute force over every point does, each with every number of stages that layers fill evenly."""
+    asked = replace(job(stack, nodes=1, batch=8), model=SIX, memory_limit=limit, seq_len=24576)
+    costs = CostModel(replace(asked, cluster=replace(asked.cluster, gpus_per_node=4)))
+    seconds: dict[tuple[int, ...], float] = {}
+    for base in meshes(costs.job, {key: value for key, value in pins.items() if key != "pipeline"}):
+        even = [
+            v
+            for v in range(2, 7)
+            if v <= costs.job.stack.most_virtual
+            and (6 % (v * base.pp) == 0 or (stack == "megatron" and base.pp == 4 and v == 2))
+        ]
+        orders = [base, *(base.but(pipeline="interleaved", virtual=v) for v in even)]
+        for order in orders[:1] if "pipeline" in pins else orders:
+            for point in with_savers(costs.job, order, {}):
+                if not any(violations(costs.job, point)) and costs.memory.of(point).fits(costs.job):
+                    took = costs.seconds(point)
+                    seconds[mesh_of(point)] = min(took, seconds.get(mesh_of(point), took))
+    best = search(costs, pins, top=4).best
+    assert [one.seconds for one in best] == pytest.approx(sorted(seconds.values())[:4], rel=1e-9)
+
+
+def test_a_deep_pipeline_is_planned_with_interleaved_stages_that_the_program_runs() -> None:
+    pins: dict[str, int | str] = {"pp": 8, "tp": 8}
+    programs = ("fsdp2", "megatron", "seqmesh", "fused")
+    jobs = {stack: job(stack, "llama3-70b", nodes=8, batch=64) for stack in programs}
+    found = {stack: search(CostModel(jobs[stack]), pins).best[0].point for stack in programs}
+    # 80 layers are 10 of a rank, one by one; two stages a rank are what `seqmesh train` runs.
+    virtual = {stack: point.virtual for stack, point in found.items()}
+    assert virtual == {"fsdp2": 10, "megatron": 10, "seqmesh": 2, "fused": 1}
+    # 126 layers do not divide by 16, but by Megatron's count with both ends: Llama 3's own pipeline.
+    uneven = {stack: job(stack, "llama3-405b", nodes=64, batch=256) for stack in ("megatron", "seqmesh")}
+    pins = {"pp": 16, "tp": 8}
+    best = {stack: search(CostModel(one), pins).best[0].point for stack, one in uneven.items()}
+    assert (best["megatron"].virtual, best["seqmesh"].virtual) == (8, 1)
+
+
 # Programs.
+
+
+def test_nvidias_recipes_cast_weights_once_a_step_and_hide_more_of_tensor_parallelism() -> None:
+    point = Point(tp=4, dp=2)
+    plain, bridge = (
+        CostModel(job(stack, precision="fp8-linear")) for stack in ("megatron", "megatron-bridge")
+    )
+    kept = bridge.compute.layer(point)
+    cast = plain.compute.layer(point)
+    # q, k and v, output, gate and up, down: each cast by 6 bytes a number, on one of 4 ranks.
+    weights = (4096 * (4096 + 2 * 1024) + 4096 * 4096 + 3 * 4096 * 14336) / 4
+    seconds = 6 * weights / (0.8 * 3.35e12)
+    assert cast.matmul_forward - kept.matmul_forward == pytest.approx(seconds)
+    assert cast.matmul_backward == kept.matmul_backward
+    exposed = [
+        next(t.exposed / t.seconds for t in costs.estimate(point).terms if t.name.startswith("tensor"))
+        for costs in (plain, bridge)
+    ]
+    assert exposed == [0.6, 0.25]
 
 
 @pytest.mark.parametrize("stack", ["seqmesh", "fsdp2", "megatron"])

@@ -11,7 +11,7 @@ from dataclasses import asdict
 
 from seqmesh.planner.cost.estimate import StepEstimate
 from seqmesh.planner.cost.step import CostModel
-from seqmesh.planner.errors import HEADROOM, MEMORY_ERROR, STEP_ERROR, TIE, is_roomy
+from seqmesh.planner.errors import HEADROOM, MEMORY_ERROR, TIE, is_roomy, step_error
 from seqmesh.planner.inputs.units import format_bytes, format_seconds
 from seqmesh.planner.search import Found
 from seqmesh.planner.sensitivity import sensitivities
@@ -33,33 +33,42 @@ def answer(costs: CostModel, found: Found, recipe: str | None = None) -> list[st
     return [
         _run(costs, best, recipe),
         _takes(costs, best),
-        _ties(found),
+        _ties(costs, found),
         _rests_on(costs, best),
-        _try(costs, best, found, recipe or "plan.toml"),
+        _try(costs, best, found, recipe),
     ]
 
 
 def _run(costs: CostModel, best: StepEstimate, recipe: str | None) -> str:
-    add = "" if recipe else "add --emit plan.toml, then "
-    ranks = costs.job.cluster.gpus
-    if refused := costs.job.model.untrainable:
-        return f"Run {mesh_words(best.point)}, {knob_words(best.point)}; not by seqmesh train: {refused}."
-    return (
-        f"Run {mesh_words(best.point)}, {knob_words(best.point)}:"
-        f" {add}seqmesh train {recipe or 'plan.toml'} on {ranks} GPU{'s' if ranks > 1 else ''}."
+    ranks, program = costs.job.cluster.gpus, costs.job.stack.program
+    point = f"Run {mesh_words(best.point)}, {knob_words(best.point)}"
+    if program == "seqmesh" and (refused := costs.job.model.untrainable):
+        return f"{point}; not by seqmesh train: {refused}."
+    add = (
+        "add --emit plan.toml, then "
+        if program == "seqmesh"
+        else f"add --emit plan.sh --emit-for {program}, then "
     )
+    started = _started(costs, recipe)
+    return f"{point}: {'' if recipe else add}{started} on {ranks} GPU{'s' if ranks > 1 else ''}."
+
+
+def _started(costs: CostModel, recipe: str | None) -> str:
+    """What starts the plan, by the program that it was priced for."""
+    return f"seqmesh train {recipe or 'plan.toml'}" if costs.job.stack.program == "seqmesh" else "sh plan.sh"
 
 
 def _takes(costs: CostModel, best: StepEstimate) -> str:
     memory, capacity = best.memory.total, costs.job.capacity
     room = "" if is_roomy(costs.job, best.memory) else f", less than {HEADROOM:.0%} of it free"
+    error = step_error(costs.job)
     return (
-        f"It takes {format_seconds(best.seconds)} a step (± {STEP_ERROR:.0%}), {best.mfu_causal:.1%} MFU, and"
+        f"It takes {format_seconds(best.seconds)} a step (± {error:.0%}), {best.mfu_causal:.1%} MFU, and"
         f" {format_bytes(memory)} (± {MEMORY_ERROR:.0%}) of a GPU's {format_bytes(capacity)}{room}."
     )
 
 
-def _ties(found: Found) -> str:
+def _ties(costs: CostModel, found: Found) -> str:
     best, *ties = found.tied
     if ties:
         named = ", ".join(_against(best, one) for one in ties[:MOST_TIES])
@@ -69,7 +78,7 @@ def _ties(found: Found) -> str:
     if not others:
         return "Ties: none; no other mesh fits."
     gap = others[0].seconds / best.seconds - 1
-    if gap > STEP_ERROR:
+    if gap > step_error(costs.job):
         return f"Ties: none. It wins: the next, {mesh_words(others[0].point)}, takes {gap:.0%} longer."
     return (
         f"Ties: none, but the next, {mesh_words(others[0].point)}, takes only {gap:.1%} longer, which is"
@@ -100,10 +109,11 @@ def _rests_on(costs: CostModel, best: StepEstimate) -> str:
     )
 
 
-def _try(costs: CostModel, best: StepEstimate, found: Found, recipe: str) -> str:
-    low, high = ((1 + sign * STEP_ERROR) * best.seconds for sign in (-1, 1))
+def _try(costs: CostModel, best: StepEstimate, found: Found, recipe: str | None) -> str:
+    low, high = ((1 + sign * step_error(costs.job)) * best.seconds for sign in (-1, 1))
     tie = f"; then {point_words(found.tied[1].point)}" if len(found.tied) > 1 else ""
-    run = "5 steps" if costs.job.model.untrainable else f"seqmesh train {recipe} --steps 5"
+    by_seqmesh = costs.job.stack.program == "seqmesh" and not costs.job.model.untrainable
+    run = f"{_started(costs, recipe)} --steps 5" if by_seqmesh else "5 steps"
     return (
         f"Try first: {run}{tie}. Outside {format_seconds(low)} to"
         f" {format_seconds(high)}, the rates are not yours."

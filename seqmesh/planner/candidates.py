@@ -9,7 +9,7 @@ from itertools import product
 from math import gcd
 
 from seqmesh.planner.inputs.job import Job
-from seqmesh.planner.inputs.legality import is_pool
+from seqmesh.planner.inputs.legality import is_pool, layers_of_a_stage
 from seqmesh.planner.inputs.point import Point
 
 Pins = Mapping[str, int | str]
@@ -121,6 +121,19 @@ def variants(job: Job, mesh: Point, pins: Pins) -> Iterator[Point]:
             pooled = is_pool(job, point)  # the degrees say it: there is nothing to choose
             if pins.get("pool", pooled) == pooled:
                 yield point.but(pool=True) if pooled else point
+
+
+def orders_of(job: Job, point: Point, pins: Pins) -> list[Point]:
+    """A point in every order of its pipeline that the pins allow and the stack tries, 1F1B first.
+
+    Stages are interleaved where layers and micro-batches fill them evenly; zero-bubble has to be pinned.
+    """
+    pinned = "pipeline" in pins or "virtual" in pins
+    if pinned or point.pp == 1 or job.stack.most_virtual == 1 or job.micro_batches(point) % point.pp:
+        return [point]
+    most = min(job.stack.most_virtual, job.layers(point))
+    tried = [virtual for virtual in range(2, most + 1) if layers_of_a_stage(job, point.pp, virtual)]
+    return [point, *(point.but(pipeline="interleaved", virtual=virtual) for virtual in tried)]
 
 
 def with_savers(job: Job, point: Point, pins: Pins) -> Iterator[Point]:

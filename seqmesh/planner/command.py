@@ -66,6 +66,8 @@ def _plan(context: typer.Context, options: PlanOptions) -> int:
         return 0
     request = _request(options)
     pins = parse_pins(options.pin or [])
+    if set(pins) >= set(SEARCHED):  # one point: nothing is searched, not the order of its pipeline either
+        pins = {"pipeline": "1f1b", **pins} if "virtual" not in pins else pins
     if options.kernel:
         alike = build_job(replace(request, global_batch=1), _one_attention(options))
         return _kernel(_repeated(alike, options.global_batch), pins, options)

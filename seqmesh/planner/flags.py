@@ -56,7 +56,8 @@ class PlanOptions:
         str,
         _option(
             "--stack",
-            "The program: seqmesh, fsdp2, fsdp2-eager, fsdp2-async-tp, megatron, trainer (seqmesh train),"
+            "The program: seqmesh, fsdp2, fsdp2-eager, fsdp2-async-tp, megatron, megatron-bridge (NVIDIA's"
+            " recipes), trainer (seqmesh train),"
             " paper (of the published tables) or fused (seqmesh as priced before).",
         ),
     ] = "seqmesh"

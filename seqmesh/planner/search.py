@@ -2,7 +2,7 @@
 
     1. every mesh                        a floor of its time: work, weights and bubble, no exchange
     2. the mesh with the lowest floor    its micro-batches and ZeRO stages without a memory saver: bounds,
-                                         of their layers at first
+                                         of their layers at first, then of every order of a pipeline
     3. the point with the lowest bound   savers (tiling, checkpointing, offload) until it fits with room
     4. stop                              when the next is above the worst of the best few, and no tie
 
@@ -27,6 +27,7 @@ from seqmesh.planner.candidates import (
     mesh_of,
     meshes,
     micro_batches_of,
+    orders_of,
     variants,
     with_savers,
     zero_stages_of,
@@ -36,7 +37,13 @@ from seqmesh.planner.cost.floor import FloorModel
 from seqmesh.planner.cost.step import CostModel
 from seqmesh.planner.errors import TIE, is_roomy
 from seqmesh.planner.inputs.job import Job
-from seqmesh.planner.inputs.legality import is_legal, is_pool, violations
+from seqmesh.planner.inputs.legality import (
+    is_legal,
+    is_pool,
+    knob_violations,
+    mesh_violations,
+    violations,
+)
 from seqmesh.planner.inputs.point import CHOICES, KEYS, Point, as_pin
 
 
@@ -61,16 +68,16 @@ class _Bound:
     seconds: float
     point: Point
     is_exact: bool
-    """Whether they are what the point itself takes, or what its layers take."""
+    """Whether they are what the point itself takes; or what its layers do, in a pipeline's best order."""
 
 
 @dataclass(frozen=True)
 class _LegalMesh:
-    """A mesh of which some point is legal, and the seconds that none of them goes below."""
+    """A mesh and a spread of experts of which some point is legal, and the seconds that none goes below."""
 
     floor: float
     mesh: Point
-    """Its degrees."""
+    """Its degrees, and the ranks that share experts."""
 
 
 def search(costs: CostModel, pins: Pins, top: int = 5) -> Found:
@@ -112,7 +119,7 @@ class Search:
         return Found(
             best=best[:top],
             infeasible=() if best and not self.pins else _infeasible(self.costs, self.pins, top),
-            meshes=len(self._meshes),
+            meshes=len({mesh_of(legal.mesh) for legal in self._meshes}),
             tied=_of_meshes(ties, lambda one: preference(self.costs.job, one)),
         )
 
@@ -124,16 +131,25 @@ class Search:
         job, pins = self.costs.job, self.pins
         floors = FloorModel(self.costs)
         for mesh in bare_meshes(job, pins):
-            if any(self._with_fewest_savers(point) for point in variants(job, mesh, pins)):
-                zero_stages = zero_stages_of(job, mesh, pins)
-                spread = mesh.but(experts=experts_of(job, mesh, pins)[-1])
-                floor = floors.floor(spread, zero_stages, micro_batches_of(job, mesh, pins))
-                yield _LegalMesh(floor, mesh)
+            if any(mesh_violations(job, mesh)):
+                continue
+            for experts in experts_of(job, mesh, pins):
+                spread = mesh.but(experts=experts)
+                if any(map(self._with_fewest_savers, self._variants(spread))):
+                    zero_stages = zero_stages_of(job, mesh, pins)
+                    sizes = micro_batches_of(job, mesh, pins)
+                    orders = orders_of(job, spread, pins)
+                    yield _LegalMesh(min(floors.floor(one, zero_stages, sizes) for one in orders), spread)
+
+    def _variants(self, mesh: Point) -> Iterator[Point]:
+        """A mesh with its spread of experts, and every ZeRO stage and micro-batch."""
+        return variants(self.costs.job, mesh, {**self.pins, "experts": mesh.experts})
 
     def _with_fewest_savers(self, point: Point) -> Point | None:
-        """The point with the fewest savers that the pins and the rules allow."""
+        """Of a legal mesh's point, the one with the fewest savers that the pins and the rules allow."""
         job = self.costs.job
-        return next((p for p in with_savers(job, point, self.pins) if is_legal(job, p)), None)
+        found = with_savers(job, point, self.pins)
+        return next((p for p in found if not any(knob_violations(job, p))), None)
 
     def _best_first(self, top: int, accept: Callable[[Point], bool]) -> list[StepEstimate]:
         """Points that fit: of the `top` fastest meshes, all that tie with the fastest, and some more."""
@@ -154,9 +170,10 @@ class Search:
                         number += 1
                 continue
             if not what.is_exact:
-                exact = _Bound(self._seconds(what.point), what.point, is_exact=True)
-                heappush(queue, (exact.seconds, number, exact))
-                number += 1
+                for point in orders_of(self.costs.job, what.point, self.pins):
+                    exact = _Bound(self._seconds(point), point, is_exact=True)
+                    heappush(queue, (exact.seconds, number, exact))
+                    number += 1
                 continue
             for one in self._fitting(what.point):
                 if accept(one.point):
@@ -171,12 +188,13 @@ class Search:
     def _bounds_of_mesh(self, legal: _LegalMesh) -> tuple[_Bound, ...]:
         """The points of a mesh that could fit with savers, each with what its layers take without them."""
         found = []
-        every = variants(self.costs.job, legal.mesh, self.pins)
-        for _, alike in groupby(every, key=attrgetter("zero", "experts")):
+        for _, alike in groupby(self._variants(legal.mesh), key=attrgetter("zero")):
             for point in self._that_could_fit(list(alike)):
                 fewest = self._with_fewest_savers(point)
                 if fewest is not None:
-                    found.append(_Bound(self.costs.seconds_of_layers(fewest), fewest, is_exact=False))
+                    orders = orders_of(self.costs.job, fewest, self.pins)
+                    least = min(map(self.costs.seconds_of_layers, orders))
+                    found.append(_Bound(least, fewest, is_exact=False))
         return tuple(found)
 
     def _that_could_fit(self, points: list[Point]) -> Iterable[Point]:
@@ -198,7 +216,9 @@ class Search:
         for point in with_savers(costs.job, base, self.pins):
             if costs.memory.floor(point) > costs.job.capacity:
                 continue
-            if any(_dominates(smaller, point) for smaller in roomy) or not is_legal(costs.job, point):
+            if any(_dominates(smaller, point) for smaller in roomy):
+                continue
+            if any(knob_violations(costs.job, point)):
                 continue
             memory = costs.memory.of(point)
             if memory.fits(costs.job):
@@ -213,10 +233,10 @@ def _by_time(one: StepEstimate) -> tuple[float, ...]:
 
 
 def preference(job: Job, one: StepEstimate) -> tuple[float, ...]:
-    """What comes first among ties: room to spare, then the fewest savers, then most headroom, then time."""
+    """What comes first among ties: room to spare, the fewest savers and stages, most headroom, time."""
     p = one.point
     savers = sum(values.index(getattr(p, saver)) for saver, values in CHOICES.items())
-    return not is_roomy(job, one.memory), savers + (p.zero == 3), one.memory.total, one.seconds
+    return not is_roomy(job, one.memory), savers + (p.zero == 3), p.virtual, one.memory.total, one.seconds
 
 
 def _of_meshes(

@@ -30,6 +30,8 @@ def knob_words(point: Point) -> str:
         (point.offload, OFFLOADED),
     ):
         words += [named[value]] if value in named else []
+    if point.pipeline != "1f1b":
+        words.append(point.pipeline + (f" x{point.virtual}" if point.virtual > 1 else ""))
     return ", ".join(words)
 
 

@@ -62,7 +62,9 @@ class Compute:
     def _matmul(self, product: _Product, *, head: bool = False) -> float:
         """Seconds of a product: one of the layers, or the output head's, which is never in fp8."""
         m, k, n, groups = product.m, product.k, product.n, product.groups
-        return self._seconds(2.0 * m * k * n, m * k + groups * k * n, m * n, head=head)
+        weights = groups * k * n
+        cast = m * k + (0 if self._job.stack.weights_cast_once else weights)
+        return self._seconds(2.0 * m * k * n, m * k + weights, m * n, head=head, cast=cast)
 
     def _matmul_backward(self, product: _Product, *, head: bool = False) -> float:
         """Seconds of the two products of its backward: the gradients of the input and of the weight."""
@@ -73,9 +75,7 @@ class Compute:
         of_input = self._seconds(flops, m * n + weights, m * k, head=head, cast=m * n)
         return of_input + self._seconds(flops, k * m + m * n, weights, head=head, cast=0)
 
-    def _seconds(
-        self, flops: float, operands: float, outputs: float, *, head: bool, cast: float | None = None
-    ) -> float:
+    def _seconds(self, flops: float, operands: float, outputs: float, *, head: bool, cast: float) -> float:
         """Seconds of a product.
 
         Args:
@@ -83,7 +83,7 @@ class Compute:
             operands: numbers that it reads.
             outputs: numbers that it writes.
             head: whether it is the output head's.
-            cast: in fp8, numbers that are cast for it; all its operands if it is not said.
+            cast: in fp8, numbers that are cast for it.
         """
         job = self._job
         fp8 = job.numerics.fp8_products and not head
@@ -92,7 +92,7 @@ class Compute:
         element = job.numerics.element
         moved = element * outputs + operands * (1 if fp8 else element)
         if fp8:
-            moved += job.assumptions.fp8_cast_bytes * (operands if cast is None else cast)
+            moved += job.assumptions.fp8_cast_bytes * cast
         return flops / rate * idle + self.streamed(moved)
 
     def _layer(self, tp: int, tokens: int, experts: int, spread: float) -> LayerTime:

@@ -9,15 +9,20 @@
 On average a rank receives what it sends; the busiest receives as many times more as `expert_balance` says,
 and the others wait for it. Nothing hides: rows are needed at once.
 
-Source: GShard (Lepikhin et al. 2020); transformers' AllToAllEP, which `seqmesh train` runs.
+A stack with DeepEP sends a token once to each other node that has one of its experts, whose ranks pass it on
+by the links inside: of N nodes each is left out with C(E - E/N, k) / C(E, k), if experts are chosen evenly.
+
+Sources: GShard (Lepikhin et al. 2020); transformers' AllToAllEP, which `seqmesh train` runs; DeepSeek-V3
+(arXiv 2412.19437), section 3.2.2.
 """
 
+from math import comb
 from typing import NamedTuple
 
 from seqmesh.planner.cost.network import Group, place
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.point import TILE_ROWS, Point
-from seqmesh.planner.inputs.shape import ModelShape
+from seqmesh.planner.inputs.shape import FeedForward, ModelShape
 
 INT64 = 8
 """Bytes of a number of rows."""
@@ -32,6 +37,8 @@ class SentToExperts(NamedTuple):
     """Bytes that the busiest rank sends or receives."""
     calls: float
     """All-to-alls."""
+    off_node: float
+    """Share of the rows that cross to another node."""
 
 
 def expert_group(job: Job, point: Point, *, copies: bool = False) -> Group:
@@ -82,4 +89,15 @@ def sent_to_experts(job: Job, point: Point) -> SentToExperts:
         mean=rows + numbers,
         most=job.expert_spread(point) * rows + numbers,
         calls=(3 * forwards + 2) * tiles,
+        off_node=_off_node(job, point, of),
     )
+
+
+def _off_node(job: Job, point: Point, of: FeedForward) -> float:
+    """Rows that cross to another node, over the rows that leave a rank."""
+    group = expert_group(job, point)
+    if not job.stack.rows_once_a_node or group.nodes == 1:
+        return group.off_node
+    there = of.experts // group.nodes
+    missed = comb(of.experts - there, of.active) / comb(of.experts, of.active)
+    return (group.nodes - 1) * (1 - missed) / (of.active * (1 - 1 / point.experts))

@@ -2,7 +2,7 @@
 
     work        of the largest micro-batch: what weights cost is spread over most tokens there
     attention   the mean ring rank's pairs, in blocks as large as its rows; no exchange, merge or launch
-    bubble      of the smallest micro-batch: most of them fill the pipeline best
+    bubble      of the smallest micro-batch: most of them fill the pipeline best; none of zero-bubble
     weights     what no compute hides, with all the compute there could be
 
 A test compares it with the estimate of every point of many meshes (tests/test_plan_search.py).
@@ -15,6 +15,7 @@ from math import inf
 
 from seqmesh import layouts
 from seqmesh.planner.cost.attention import AttentionCost, attention_cost
+from seqmesh.planner.cost.host import optimizer_terms
 from seqmesh.planner.cost.network import Group
 from seqmesh.planner.cost.recurrent import RecurrentLayers
 from seqmesh.planner.cost.ring_load import RingLoad, StageLoad
@@ -50,15 +51,16 @@ class FloorModel(CostModel):
     def floor(self, mesh: Point, zero_stages: Sequence[int], micro_batches: Sequence[int]) -> float:
         """Seconds that a mesh takes with any of these, ascending micro-batches, and any savers.
 
-        Of a mixture, the mesh's experts are spread as far as they can be.
+        Of a mixture the mesh has a spread of experts, and of pipelines the order that idles least.
         """
         large = mesh.but(micro_batch=micro_batches[-1])
         bubble = (mesh.pp - 1) / self.job.micro_batches(mesh.but(micro_batch=micro_batches[0]))
-        work = sum(term.seconds for term in self._work(large))
+        bubble = 0.0 if mesh.pipeline == "zero-bubble" else bubble / mesh.virtual
+        work = sum(term.seconds for term in self._work(large, self.attention(large)))
         return (1 + bubble) * work + min(self._weights_floor(large.but(zero=zero)) for zero in zero_stages)
 
     def _weights_floor(self, point: Point) -> float:
-        terms = (*self._weights(point, inf), *self._optimizer(point))
+        terms = (*self._weights(point, inf), *optimizer_terms(self.job, self.compute, point))
         return sum(term.exposed for term in terms)
 
 

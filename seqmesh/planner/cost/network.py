@@ -160,10 +160,16 @@ class Network:
         across = max(0, nodes - 2) * a.network_hop
         return self.latency(self.slowest_link(group)) + across + (inside - (group.nodes == 1)) * hop
 
-    def all_to_all_seconds(self, group: Group, sent: float, calls: float = 1) -> float:
-        """Seconds of an all-to-all in which each rank sends `sent` bytes to the others, evenly.
+    def all_to_all_seconds(
+        self, group: Group, sent: float, calls: float = 1, off_node: float | None = None
+    ) -> float:
+        """Seconds of an all-to-all, of which links of both classes carry their parts at once.
 
-        Links of both classes work at once.
+        Args:
+            group: that takes part.
+            sent: bytes that each rank sends to the others, in all calls together.
+            calls: each of them costs its latency.
+            off_node: the share of them that crosses to other nodes; default: that of the peers there.
         """
         if group.size == 1:
             return 0.0
@@ -171,8 +177,9 @@ class Network:
         crowd = 1.0
         if self.local == PCIE and peers > 1:  # streams to several peers share the GPU's one link
             crowd = 1 + self.assumptions.pcie_contention * (peers - 1)
-        inside = sent * (1 - group.off_node) * crowd / self.rate(self.local)
-        outside = sent * group.off_node / self.rate(NETWORK)
+        across = group.off_node if off_node is None else off_node
+        inside = sent * (1 - across) * crowd / self.rate(self.local)
+        outside = sent * across / self.rate(NETWORK)
         latency = self.latency(self.slowest_link(group)) + (group.size - 2) * self.assumptions.peer
         return max(inside, outside) + calls * latency
 

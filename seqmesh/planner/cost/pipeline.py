@@ -2,7 +2,8 @@
 
     1f1b           the first micro-batch passes pp - 1 stages, its gradients come back: pp - 1 passes idle
     interleaved    each rank has `virtual` short stages: the ramps are as much shorter; a boundary for each
-    zero-bubble    gradients of weights wait for the ramps: of a pass only F + B - W is idle (ZB-H1)
+    zero-bubble    gradients of weights wait for the ramps: of a pass only F + B - W is idle (ZB-H1), where
+                   there are micro-batches enough to wait
 
 Sources: Narayanan et al. 2021 (arXiv 2104.04473); Korthikanti et al. 2022 (arXiv 2205.05198), section 4.2.3;
 Qi et al. 2023 (arXiv 2401.10241), ZB-H1, which keeps what 1f1b keeps.
@@ -11,16 +12,19 @@ Qi et al. 2023 (arXiv 2401.10241), ZB-H1, which keeps what 1f1b keeps.
 from seqmesh.planner.inputs.point import Point
 
 
-def idle_seconds(point: Point, a_pass: float, weights: float) -> float:
+def idle_seconds(point: Point, micro_batches: int, a_pass: float, weights: float) -> float:
     """Seconds that a rank idles while the pipeline fills and drains.
 
     Args:
         point: its pipeline.
+        micro_batches: of a step.
         a_pass: seconds of a micro-batch's forward and backward on a rank.
         weights: of them, those of the gradients of weights, W.
     """
     if point.pipeline == "zero-bubble":
-        return (point.pp - 1) * max(0.0, a_pass - 2 * weights)
+        # The last micro-batch's own come after all else; each before it fills one gap, of pp - 1.
+        filled = min(micro_batches - 1, point.pp - 1) * weights
+        return max(0.0, (point.pp - 1) * (a_pass - weights) - filled)
     return (point.pp - 1) * a_pass / point.virtual
 
 

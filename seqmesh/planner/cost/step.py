@@ -13,7 +13,7 @@ share of ZeRO-3's gathers, of gradients and of tensor parallelism by assumption.
 
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from math import log, sqrt
 from operator import attrgetter
 from typing import NamedTuple
@@ -23,8 +23,9 @@ from seqmesh.planner.cost.compute import Compute
 from seqmesh.planner.cost.estimate import PIPELINE, CostTerm, StepEstimate, compute
 from seqmesh.planner.cost.experts import expert_group, sent_to_experts, sparse_share
 from seqmesh.planner.cost.fused_memory import FusedMemory
+from seqmesh.planner.cost.host import bytes_to_host, checkpoints_to_host, optimizer_terms
 from seqmesh.planner.cost.memory import MemoryModel
-from seqmesh.planner.cost.network import PCIE, Group, Network, add_bytes, place
+from seqmesh.planner.cost.network import Group, Network, add_bytes, place
 from seqmesh.planner.cost.overlap import OverlapBudget
 from seqmesh.planner.cost.parameters import fullest_parameters, mean_parameters
 from seqmesh.planner.cost.pipeline import boundary_bytes, crossings, exposed_crossings, idle_seconds
@@ -47,6 +48,8 @@ class _Layers(NamedTuple):
     """Seconds that the GPU's own units compute."""
     left: float
     """Of these, those that hide nothing."""
+    exposed: float
+    """Seconds that they take in all."""
 
 
 class CostModel:
@@ -61,6 +64,7 @@ class CostModel:
         self.network = Network(job.cluster, job.assumptions)
         self.recurrent = RecurrentLayers(job, self.loads, self.network)
         self._attention = lru_cache(maxsize=None)(self._cost_of)
+        self._shape = lru_cache(maxsize=None)(partial(AttentionShape.of, job))
         self._degrees = attrgetter(*job.axes)
         self._group = lru_cache(maxsize=None)(self._place)
         self._layers = lru_cache(maxsize=1024)(self._in_layers)
@@ -97,7 +101,8 @@ class CostModel:
 
     def seconds_of_layers(self, point: Point) -> float:
         """Of these, those of layers and pipeline: the same for points that differ in ZeRO's stage alone."""
-        return sum(term.exposed for term in self._layers_of(point).terms)
+        layers = self._layers_of(point)
+        return layers.exposed + sum(term.exposed for term in self._bubble(point, layers))
 
     def with_assumption(self, name: str, value: float) -> "CostModel":
         """The same job under another assumption; shares are kept below 1."""
@@ -136,8 +141,7 @@ class CostModel:
 
     def attention_shape(self, point: Point) -> AttentionShape:
         """The sizes of that attention."""
-        batch = self.loads.batch(point)
-        return AttentionShape.of(self.job, batch=batch, ulysses=point.ulysses, tp=point.tp)
+        return self._shape(batch=self.loads.batch(point), ulysses=point.ulysses, tp=point.tp)
 
     def load(self, point: Point) -> RingLoad:
         """The load of its ring, in the layers that see most."""
@@ -163,29 +167,33 @@ class CostModel:
         budget = OverlapBudget(layers.left)
         terms = [
             *layers.terms,
+            *self._bubble(point, layers),
             *budget.hide(self._weights(point, layers.busy)),
             *self._waiting(point, layers.busy),
-            *self._optimizer(point),
+            *optimizer_terms(self.job, self.compute, point),
         ]
         return tuple(term for term in terms if term.seconds)
 
     def _layers_of(self, point: Point) -> "_Layers":
-        # ZeRO's stage says how documents are dealt, and nothing else of the layers.
-        return self._layers(point.but(zero=3 if self.job.documents and point.zero == 3 else 0))
+        # ZeRO's stage says how documents are dealt, and nothing else of the layers; nor does their order.
+        alike = point.but(zero=3 if self.job.documents and point.zero == 3 else 0)
+        plain = alike.but(pipeline="1f1b", virtual=1)
+        same = self._fullest_and_last(plain) == self._fullest_and_last(point)
+        return self._layers(plain if same else alike)
 
     def _in_layers(self, point: Point) -> "_Layers":
-        """What is the same whatever is sharded: work, exchanges inside the layers, and the pipeline's."""
-        work = list(self._work(point))
+        """What is the same whatever is sharded and in whatever order: work, and exchanges in the layers."""
+        attention = self.attention(point)
+        work = list(self._work(point, attention))
         busy = sum(term.seconds for term in work)
         budget = OverlapBudget(busy)
-        terms = [*work, *budget.hide((*self._exchanges(point), *self._activations_to_host(point, busy)))]
-        return _Layers((*terms, *self._bubble(point, terms)), busy, budget.left)
+        terms = [*work, *budget.hide(self._inside_layers(point, attention, busy))]
+        return _Layers(tuple(terms), busy, budget.left, sum(term.exposed for term in terms))
 
-    def _work(self, point: Point) -> Iterator[CostTerm]:
+    def _work(self, point: Point, attention: AttentionCost) -> Iterator[CostTerm]:
         """What the GPU's own units compute."""
         job = self.job
         layer = self.compute.layer(point)
-        attention = self.attention(point)
         forward, backward = attention.forward, attention.backward
         runs = self.layer_runs(point)
         yield compute("matrix products", runs * (layer.matmul_forward + layer.matmul_backward))
@@ -201,7 +209,8 @@ class CostModel:
             again += forward.kernel_s + forward.merge_s
         yield compute("recomputation", runs * again)
         head = self.compute.head(point.tp, job.tokens(point))
-        yield compute("output head and loss", job.micro_batches(point) * self._beside_layers(point, head))
+        beside = self._beside_layers(point, attention, head)
+        yield compute("output head and loss", job.micro_batches(point) * beside)
 
     def _repeated(self, point: Point) -> float:
         """Seconds of a layer's products and elementwise work that its backward computes again."""
@@ -213,21 +222,28 @@ class CostModel:
             return layer.elementwise + layer.matmul_forward
         return layer.elementwise + (layer.half_forward if selective == "half" else 0.0)
 
-    def _beside_layers(self, point: Point, head: float) -> float:
+    def _beside_layers(self, point: Point, attention: AttentionCost, head: float) -> float:
         """Seconds of the head beyond the layers that the last pipeline rank has fewer than the others."""
         if point.pp == 1:
             return head
-        job = self.job
-        fewer = point.pp * job.layers(point) - job.model.layers
         layer = self.compute.layer(point)
-        attention = self.attention(point)
         seconds = layer.matmul_forward + layer.matmul_backward + layer.elementwise
         seconds += attention.forward.kernel_s + attention.backward.kernel_s + self._repeated(point)
-        return max(0.0, head - min(fewer, job.layers(point) // point.virtual) * seconds)
+        return max(0.0, head - self._fullest_and_last(point)[1] * seconds)
 
-    def _exchanges(self, point: Point) -> Iterator[CostTerm]:
+    def _fullest_and_last(self, point: Point) -> tuple[int, int]:
+        """Layers of the fullest rank, and those that the last stage has fewer than the others."""
+        layers = self.job.layers(point)
+        fewer = point.pp * layers - self.job.model.layers
+        return layers, min(fewer, layers // point.virtual)
+
+    def _inside_layers(self, point: Point, attention: AttentionCost, busy: float) -> Iterator[CostTerm]:
+        """What is sent while layers are computed."""
+        yield from self._exchanges(point, attention)
+        yield from checkpoints_to_host(self.job, point, self._checkpoints_copied(point), busy)
+
+    def _exchanges(self, point: Point, attention: AttentionCost) -> Iterator[CostTerm]:
         """Ulysses, ring and tensor parallelism, inside every layer. Recomputation repeats the forward's."""
-        attention = self.attention(point)
         forward, backward = attention.forward, attention.backward
         runs = self.layer_runs(point)
         times = 2 if self.repeats_attention(point) else 1
@@ -258,7 +274,7 @@ class CostModel:
             return
         sent = sent_to_experts(self.job, point)
         group = expert_group(self.job, point)
-        seconds = self.network.all_to_all_seconds(group, sent.most, sent.calls)
+        seconds = self.network.all_to_all_seconds(group, sent.most, sent.calls, sent.off_node)
         runs = self.layer_runs(point) * sparse_share(self.job.model)
         yield self._on_links("experts exchange", group, runs * seconds, runs * seconds)
 
@@ -278,33 +294,26 @@ class CostModel:
         job = self.job
         return job.numerics.element * job.model.hidden * job.tokens(point) / point.tp
 
-    def _activations_to_host(self, point: Point, busy: float) -> Iterator[CostTerm]:
-        """Every checkpoint down and up again; the copies run beside the whole compute."""
-        if point.offloads_activations:
-            copied = 2 * self._activation_bytes(point) * self.layer_runs(point) / self._host_rate()
-            exposed = max(0.0, copied - busy)
-            yield CostTerm(
-                name="activations to and from the host", cause=PCIE, seconds=copied, exposed=exposed
-            )
+    def _checkpoints_copied(self, point: Point) -> float:
+        """Bytes of every layer's input, to the host and back."""
+        return 2 * self._activation_bytes(point) * self.layer_runs(point)
 
-    def _host_rate(self) -> float:
-        """Bytes/s between a GPU and its host."""
-        return self.job.cluster.gpu.pcie_bytes_per_s * self.job.assumptions.host_copy
-
-    def _bubble(self, point: Point, micro_batches: list[CostTerm]) -> Iterator[CostTerm]:
+    def _bubble(self, point: Point, layers: "_Layers") -> Iterator[CostTerm]:
         """Idle time while the pipeline fills and drains, and its boundaries."""
         if point.pp == 1:
             return
         job = self.job
         count = job.micro_batches(point)
         layer = self.compute.layer(point)
-        a_pass = sum(term.exposed for term in micro_batches) / count
-        bubble = idle_seconds(point, a_pass, job.layers(point) * layer.matmul_backward / 2)
+        bubble = idle_seconds(
+            point, count, layers.exposed / count, job.layers(point) * layer.matmul_backward / 2
+        )
         yield CostTerm(name="pipeline bubble", cause=PIPELINE, seconds=bubble, exposed=bubble)
         group = self.group(point, "pp")
         one = self.network.hop_seconds(group, self._activation_bytes(point))
         sent, exposed = crossings(point, count), exposed_crossings(point, count)
-        yield self._on_links("pipeline exchange", group, sent * one, exposed * one)
+        taxed = exposed + job.assumptions.overlap_tax * (sent - exposed)
+        yield self._on_links("pipeline exchange", group, sent * one, taxed * one)
 
     def _waiting(self, point: Point, busy: float) -> Iterator[CostTerm]:
         """All wait for the slowest of N GPUs: about sqrt(2 ln N) standard deviations beyond the mean."""
@@ -334,21 +343,6 @@ class CostModel:
         exposed = seconds - hidden * (1 - self.job.assumptions.overlap_tax)
         return self._on_links(name, group, seconds, exposed)
 
-    def _optimizer(self, point: Point) -> Iterator[CostTerm]:
-        """AdamW streams its state through memory: the GPU's, or the host's after gradients came down."""
-        numerics = self.job.numerics
-        weights = fullest_parameters(self.job, point)
-        mine = weights.sharded(point) if point.zero else weights.whole
-        if not point.offloads_optimizer:
-            yield compute("optimizer", self.compute.streamed(numerics.update * mine))
-            return
-        # gradients down, then weights up
-        copied = mine * (numerics.gradient + numerics.element) / self._host_rate()
-        yield CostTerm(
-            name="gradients and weights to and from the host", cause=PCIE, seconds=copied, exposed=copied
-        )
-        yield compute("optimizer on the host", mine * numerics.update / self.job.assumptions.host_memory)
-
     # Bytes.
 
     def _bytes(self, point: Point) -> Iterator[dict[str, float]]:
@@ -363,12 +357,12 @@ class CostModel:
         for group, sent in sent_in_groups(self.job, point, mean_parameters(self.job, point), replicas):
             yield self.network.round_bytes(group, sent.gradients + sent.weights)
         if point.experts > 1:
-            moved = runs * sparse_share(self.job.model) * sent_to_experts(self.job, point).mean
-            yield self.network.spread_bytes(expert_group(self.job, point).off_node, moved)
+            rows = sent_to_experts(self.job, point)
+            yield self.network.spread_bytes(rows.off_node, runs * sparse_share(self.job.model) * rows.mean)
         count, nodes = self.job.micro_batches(point), self.group(point, "pp").nodes
         crossed = boundary_bytes(point, count, self._activation_bytes(point), nodes)
         yield self.network.spread_bytes(*crossed)
-        yield from self._host_bytes(point)
+        yield from bytes_to_host(self.job, point, self._checkpoints_copied(point))
 
     def _attention_bytes(self, point: Point) -> Iterator[dict[str, float]]:
         attention = self.attention(point)
@@ -385,11 +379,3 @@ class CostModel:
                 # The rows of the busiest micro-batch; on average over the step they are others.
                 rows *= self.loads.rows_moved(key) / load.rows_moved
             yield self.network.spread_bytes(load.off_node(ring.per_node), runs * rows / point.sp)
-
-    def _host_bytes(self, point: Point) -> Iterator[dict[str, float]]:
-        numerics = self.job.numerics
-        if point.offloads_optimizer:
-            mine = mean_parameters(self.job, point).sharded(point)
-            yield {PCIE: mine * (numerics.gradient + numerics.element)}
-        if point.offloads_activations:
-            yield {PCIE: 2 * self._activation_bytes(point) * self.layer_runs(point)}

@@ -19,6 +19,19 @@ def is_pool(job: Job, point: Point) -> bool:
     return bool(job.documents) and on_one_ring and job.layout in ("auto", "balanced")
 
 
+def layers_of_a_stage(job: Job, pp: int, virtual: int) -> int:
+    """Of each of a pipeline's stages; 0 if they are not alike.
+
+    Where the stack counts them, embedding and head may stand for a layer each.
+    """
+    layers = job.model.layers
+    for ends in (0, 2) if job.stack.counts_ends else (0,):
+        each, rest = divmod(layers + ends, pp * virtual)
+        if not rest and each * virtual == -(-layers // pp):  # no rank has more than without such stages
+            return each
+    return 0
+
+
 def is_legal(job: Job, point: Point) -> bool:
     """Whether a point breaks no rule."""
     return not any(violations(job, point))
@@ -29,11 +42,25 @@ def violations(job: Job, point: Point) -> Iterator[str]:
 
     The order counts: an error shows the first only, so what is wrong with the mesh comes before its knobs.
     """
+    yield from mesh_violations(job, point)
+    yield from knob_violations(job, point)
+
+
+def mesh_violations(job: Job, point: Point) -> Iterator[str]:
+    """Those of tp, ulysses, ring, dp and pp, whatever the knobs are."""
     yield from _ranks(job, point)
     yield from _heads(job, point)
-    yield from _experts(job, point)
-    yield from _layers(job, point)
+    yield from _shared_by_tp(job, point)
+    if point.pp > job.model.layers:
+        layers = job.model.layers
+        yield f"pp={point.pp} with {layers} layers leaves stages empty; use pp <= {layers}"
     yield from _tokens(job, point)
+
+
+def knob_violations(job: Job, point: Point) -> Iterator[str]:
+    """Those of the rest, on a mesh that breaks no rule."""
+    yield from _experts(job, point)
+    yield from _stages(job, point)
     yield from _sequences(job, point)
     yield from job.stack.violations(point, job)
     yield from _micro_batch(job, point)
@@ -78,8 +105,8 @@ def _heads(job: Job, point: Point) -> Iterator[str]:
         )
 
 
-def _experts(job: Job, point: Point) -> Iterator[str]:
-    m, experts = job.model, point.experts
+def _shared_by_tp(job: Job, point: Point) -> Iterator[str]:
+    m = job.model
     if point.tp > 1 and m.not_shared_by_tp:
         also = ""
         if m.mixture is not None:
@@ -87,6 +114,10 @@ def _experts(job: Job, point: Point) -> Iterator[str]:
         elif m.mixer is not None:
             also = "; seqmesh train runs it, with those layers whole on every rank of tp"
         yield f"tp={point.tp} with {m.not_shared_by_tp} is not priced: use tp=1{also}"
+
+
+def _experts(job: Job, point: Point) -> Iterator[str]:
+    m, experts = job.model, point.experts
     if experts == 1:
         return
     if m.mixture is None:
@@ -113,11 +144,9 @@ def _experts(job: Job, point: Point) -> Iterator[str]:
         )
 
 
-def _layers(job: Job, point: Point) -> Iterator[str]:
-    layers = job.model.layers
-    if point.pp > layers:
-        yield f"pp={point.pp} with {layers} layers leaves stages empty; use pp <= {layers}"
-    elif point.pp * point.virtual > layers:
+def _stages(job: Job, point: Point) -> Iterator[str]:
+    layers = job.model.layers + (2 if job.stack.counts_ends else 0)
+    if point.pp * point.virtual > layers >= point.pp:
         yield (
             f"pp={point.pp} x virtual={point.virtual} with {layers} layers leaves stages empty;"
             f" use virtual <= {layers // point.pp}"

@@ -5,6 +5,7 @@ ranks = pp x dp x ring x ulysses x tp        from the slowest links to the faste
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from itertools import product
 
 from seqmesh.planner.inputs.tables import unknown
 
@@ -24,6 +25,8 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "pipeline": PIPELINES,
 }
 """Values of the knobs of a `Point` that are words."""
+_KNOWN = frozenset(product(*CHOICES.values()))
+"""Every combination of them: one look-up for a search that makes a million points."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,9 +60,10 @@ class Point:
     """Whether the documents of a micro-batch's sequences lie in one row on the one ring there is."""
 
     def __post_init__(self) -> None:
-        for name, known in CHOICES.items():
-            if getattr(self, name) not in known:
-                raise unknown(f"value of {name}", str(getattr(self, name)), known)
+        if (self.checkpointing, self.offload, self.tiling, self.pipeline) not in _KNOWN:
+            for name, known in CHOICES.items():
+                if getattr(self, name) not in known:
+                    raise unknown(f"value of {name}", str(getattr(self, name)), known)
         degrees = (self.tp, self.ulysses, self.ring, self.dp, self.pp, self.experts)
         smallest = min(*degrees, self.micro_batch, self.virtual)
         if smallest < 1 or not 0 <= self.zero <= 3:

@@ -5,6 +5,7 @@
     fsdp2-eager     the same without torch.compile
     fsdp2-async-tp  the same with asynchronous tensor parallelism
     megatron        Megatron-LM: distributed optimizer (ZeRO-1), exchanges beside compute
+    megatron-bridge the same as NVIDIA's recipes run it: more beside compute, tokens once to each node
     trainer         `seqmesh train`: transformers' modules, fp32 or bf16, what it recomputes and shards
     paper           what the USP paper measured: an attention that hides no exchange of heads
     fused           seqmesh as it was priced before: no allowance for stragglers or fragmentation
@@ -42,6 +43,8 @@ class PlannedJob(Protocol):
         """Forward and backward passes of a step on each rank."""
 
 
+ANY_NUMBER = 1 << 30
+"""Of a rank's stages: as many as it has layers."""
 AS_BEFORE: Mapping[str, float] = {"fragmentation": 0.0, "straggler": 0.0, "matmul_half_outputs": 0.0}
 """The published comparisons of these stacks allow for none of these."""
 
@@ -56,6 +59,8 @@ class Stack:
     attention: str | None = None
     """Kernel of attention; None: what the program would run on the GPU."""
 
+    program: ClassVar[str] = "seqmesh"
+    """What runs a plan: a value of `--emit-for`."""
     zero_stages: ClassVar[tuple[int, ...]] = (1, 2, 3)
     """ZeRO stages that a search tries where several ranks hold the same weights, the usual one first.
 
@@ -82,6 +87,14 @@ class Stack:
     """Whether tensor parallelism keeps the inputs that it gathered, and does not gather them again."""
     gathers_ahead: ClassVar[bool] = False
     """Whether what is exchanged once a step goes layer by layer, beside the last and the next pass."""
+    weights_cast_once: ClassVar[bool] = False
+    """Whether weights are cast to fp8 once a step, and not for each micro-batch."""
+    rows_once_a_node: ClassVar[bool] = False
+    """Whether a token goes to another node once, whatever number of its experts are there: DeepEP."""
+    most_virtual: ClassVar[int] = 1
+    """Most stages of a pipeline rank that a search tries; 1: it interleaves none."""
+    counts_ends: ClassVar[bool] = False
+    """Whether embedding and head can each take a layer's place in a pipeline's stages."""
     leaves_headroom: ClassVar[bool] = False
     """Whether plans fill what a card reports as its memory, and not all that it is sold with."""
     experts_from_zero: ClassVar[int] = 2
@@ -121,6 +134,8 @@ class SeqmeshStack(Stack):
     """The same on a real machine: GPUs that differ, an allocator with gaps, memory that a card reports."""
 
     leaves_headroom: ClassVar[bool] = True
+    most_virtual: ClassVar[int] = 2
+    """What `seqmesh train` runs."""
 
     @property
     def assumed(self) -> Mapping[str, float]:
@@ -135,6 +150,7 @@ class FsdpStack(SeqmeshStack):
     compiled: bool = True
     async_tp: bool = False
 
+    program: ClassVar[str] = "torchtitan"
     savers: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "tiling": ("none",),
         "checkpointing": CHECKPOINTING,
@@ -143,6 +159,8 @@ class FsdpStack(SeqmeshStack):
     zero_stages: ClassVar[tuple[int, ...]] = (3, 2)
     overlaps_heads: ClassVar[bool] = False
     chooses_stages: ClassVar[bool] = False
+    most_virtual: ClassVar[int] = ANY_NUMBER
+    counts_ends: ClassVar[bool] = True
     selective: ClassVar[str] = "half"
     shards_masters: ClassVar[bool] = True
     keeps_gathered: ClassVar[bool] = True
@@ -190,6 +208,7 @@ class MegatronStack(SeqmeshStack):
     priced as none.
     """
 
+    program: ClassVar[str] = "megatron"
     savers: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "tiling": ("none",),
         "checkpointing": CHECKPOINTING,
@@ -197,6 +216,8 @@ class MegatronStack(SeqmeshStack):
     }
     overlaps_heads: ClassVar[bool] = False
     chooses_stages: ClassVar[bool] = False
+    most_virtual: ClassVar[int] = ANY_NUMBER
+    counts_ends: ClassVar[bool] = True
     selective: ClassVar[str] = "all"
     gathers_ahead: ClassVar[bool] = True
     experts_from_zero: ClassVar[int] = 0
@@ -209,6 +230,19 @@ class MegatronStack(SeqmeshStack):
     def attention_kernel(self, generation: str) -> str:
         """Transformer Engine's: cuDNN's from Hopper on."""
         return self.attention or ("cudnn" if generation in ("hopper", "blackwell") else "fa2")
+
+
+@dataclass(frozen=True)
+class MegatronBridgeStack(MegatronStack):
+    """The same as NVIDIA's own recipes run it: --tp-comm-overlap, Transformer Engine's fp8, and DeepEP."""
+
+    weights_cast_once: ClassVar[bool] = True
+    rows_once_a_node: ClassVar[bool] = True
+
+    @property
+    def assumed(self) -> Mapping[str, float]:
+        """Of a collective of tensor parallelism one of `tp` pieces is exposed: assumed, a quarter of them."""
+        return {**super().assumed, "tp_exposed": 0.25}
 
 
 @dataclass(frozen=True)
@@ -274,6 +308,7 @@ STACKS: Mapping[str, Stack] = {
     "fsdp2-eager": FsdpStack(compiled=False),
     "fsdp2-async-tp": FsdpStack(async_tp=True),
     "megatron": MegatronStack(),
+    "megatron-bridge": MegatronBridgeStack(),
     "trainer": TrainerStack(),
     "paper": PaperStack(),
     "fused": FusedStack(),

@@ -10,10 +10,12 @@ Megatron-LM's megatron/training/arguments.py (commit d98e8a6). None of these com
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from seqmesh.planner.inputs.job import Job
+from seqmesh.planner.inputs.legality import layers_of_a_stage
 from seqmesh.planner.inputs.point import Point
+from seqmesh.planner.inputs.stack import MegatronBridgeStack, MegatronStack
 from seqmesh.planner.inputs.tables import unknown
 
 
@@ -62,7 +64,7 @@ def _alike(job: Job, point: Point) -> Iterator[str]:
         mixers = "layers that carry a state, " if job.model.mixer else ""
         own = f"{mixers}experts, windows and latent attention"
         yield f"{job.model.name}: add the program's own flags for {own}"
-    if point.pipeline != "1f1b":
+    if point.pipeline == "zero-bubble" or (point.virtual > 1 and not _interleaved(job, point)):
         yield f"pipeline={point.pipeline}: this command runs 1f1b; add the program's own flags for it"
     if job.numerics.fp8_products:
         yield "products in fp8: this command computes in bf16; add the program's own flags for it"
@@ -70,6 +72,13 @@ def _alike(job: Job, point: Point) -> Iterator[str]:
         yield f"axes={','.join(job.axes)}: it has its own order"
     yield "data: tokenizer, text, learning rate and what else it needs are its own flags"
     yield "time and memory: they were priced with seqmesh's attention, whose exchanges differ"
+
+
+def _interleaved(job: Job, point: Point) -> tuple[int, bool] | None:
+    """Layers of each interleaved stage, and whether embedding and head count as one; None: no such stages."""
+    either = replace(job, stack=MegatronStack())  # whatever it was priced for, both programs can count them
+    layers = layers_of_a_stage(either, point.pp, point.virtual) if point.virtual > 1 else 0
+    return (layers, layers * point.pp * point.virtual > job.model.layers) if layers else None
 
 
 def _torchtitan(job: Job, point: Point) -> Command:
@@ -91,9 +100,7 @@ def _torchtitan(job: Job, point: Point) -> Command:
     command.flags |= {f"--parallelism.{name}": str(value) for name, value in flags.items()}
     if not whole:
         command.flags["--parallelism.fsdp_reshard_after_forward"] = "always" if point.zero == 3 else "never"
-    if point.pp > 1:
-        command.flags["--parallelism.pipeline_parallel_schedule"] = "1F1B"
-        command.flags["--parallelism.pipeline_parallel_microbatch_size"] = str(point.micro_batch)
+    command.flags |= _torchtitan_pipeline(job, point)
     local = point.micro_batch * (count if point.pp > 1 else 1)
     command.flags |= {
         "--training.seq_len": str(job.seq_len),
@@ -114,6 +121,18 @@ def _torchtitan(job: Job, point: Point) -> Command:
     return command
 
 
+def _torchtitan_pipeline(job: Job, point: Point) -> dict[str, str]:
+    if point.pp == 1:
+        return {}
+    flags = {"schedule": "1F1B", "microbatch_size": str(point.micro_batch)}
+    if stages := _interleaved(job, point):
+        layers, count_ends = stages
+        flags |= {"schedule": "Interleaved1F1B", "layers_per_stage": str(layers)}
+        for end in ("first", "last"):
+            flags[f"{end}_stage_less_layers"] = str(int(count_ends))
+    return {f"--parallelism.pipeline_parallel_{name}": value for name, value in flags.items()}
+
+
 def _config(job: Job) -> str:
     """The configuration of a model: llama3_8b of llama3-8b."""
     return "".join(letter if letter.isalnum() else "_" for letter in job.model.name)
@@ -122,7 +141,7 @@ def _config(job: Job) -> str:
 def _megatron(job: Job, point: Point) -> Command:
     nodes, each = job.cluster.nodes, job.cluster.gpus_per_node
     command = Command(f"torchrun --nnodes {nodes} --nproc-per-node {each} pretrain_gpt.py")
-    command.flags |= _megatron_mesh(point)
+    command.flags |= _megatron_mesh(job, point)
     command.flags |= {
         "--micro-batch-size": str(point.micro_batch),
         "--global-batch-size": str(job.global_batch),
@@ -149,16 +168,22 @@ def _megatron(job: Job, point: Point) -> Command:
     return command
 
 
-def _megatron_mesh(point: Point) -> dict[str, str]:
+def _megatron_mesh(job: Job, point: Point) -> dict[str, str]:
     flags = {"--tensor-model-parallel-size": str(point.tp)}
+    as_bridge = isinstance(job.stack, MegatronBridgeStack)
     if point.tp > 1:
-        flags["--sequence-parallel"] = ""
-    flags |= {
-        "--pipeline-model-parallel-size": str(point.pp),
-        "--context-parallel-size": str(point.sp),
-    }
+        flags |= {"--sequence-parallel": "", **({"--tp-comm-overlap": ""} if as_bridge else {})}
+    flags["--pipeline-model-parallel-size"] = str(point.pp)
+    if stages := _interleaved(job, point):
+        layers, count_ends = stages
+        flags["--num-layers-per-virtual-pipeline-stage"] = str(layers)
+        if count_ends:
+            flags["--account-for-embedding-in-pipeline-split"] = ""
+            flags["--account-for-loss-in-pipeline-split"] = ""
+    flags["--context-parallel-size"] = str(point.sp)
     if point.experts > 1:
         flags["--expert-model-parallel-size"] = str(point.experts)
+        flags |= {"--moe-token-dispatcher-type": "flex", "--moe-enable-deepep": ""} if as_bridge else {}
     if point.ulysses > 1 and point.ring > 1:
         flags |= {"--cp-comm-type": "a2a+p2p"}
         flags["--hierarchical-context-parallel-sizes"] = f"{point.ulysses} {point.ring}"

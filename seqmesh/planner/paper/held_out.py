@@ -1,19 +1,19 @@
 """Published runs of other programs beside what the planner predicts: what it was not built on.
 
-`seqmesh plan --published` prints them after the paper's tables: speed and memory with default assumptions,
-and the errors by GPU and by length. Nothing is fitted, neither to a row nor to the table; which rows had been
-seen when a constant was chosen is in docs/planner_results.md.
+    runs.toml    the runs, each with its source: seen while the planner was built; dense models; mixtures
+    here         their speed and memory with default assumptions, and the errors by GPU and by length
 
-Sources: torchtitan, benchmarks/llama3_h100_202412_torchtitan.md and docs/performance.md; Korthikanti et al.
-2022 (arXiv 2205.05198), Table 5; "The Llama 3 herd of models" (arXiv 2407.21783), Table 4. What these leave
-open is stated at the row.
+`seqmesh plan --published` prints them after the paper's tables. Nothing is fitted, neither to a row nor to a
+table; what had been seen when a constant was chosen is in docs/planner_results.md.
 """
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+import tomllib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
-from statistics import fmean
-from typing import Any
+from pathlib import Path
+from statistics import fmean, median
+from typing import Any, Final
 
 from seqmesh.planner.cost.estimate import StepEstimate
 from seqmesh.planner.cost.step import CostModel
@@ -24,10 +24,15 @@ from seqmesh.planner.inputs.point import Point
 from seqmesh.planner.inputs.stack import stack_named
 from seqmesh.planner.inputs.units import format_tokens
 
-K = 1024
 GIB = 2**30
 MEAN_GOAL, LARGEST_GOAL, MEMORY_GOAL = 0.15, 0.35, 0.15
 """Goals: of speeds on average, of any speed, and of memory on average."""
+TITLES: Final = {
+    "seen": "Held out: published runs of other programs, default assumptions, nothing fitted",
+    "dense": "Not seen before: NVIDIA's runs of dense models",
+    "mixtures": "Not seen before: NVIDIA's runs of mixtures of experts, with even routers",
+}
+"""Of the tables of runs.toml."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +43,8 @@ class HeldOutRow:
     model: str
     gpu: str
     gpus: int
+    each: int = 8
+    """GPUs of a node."""
     seq_len: int
     batch: int
     """Sequences of a step."""
@@ -89,11 +96,10 @@ class HeldOutRow:
 
 @cache
 def _estimate(row: HeldOutRow) -> StepEstimate:
-    gpu = load_gpu(row.gpu)
     stack = stack_named(row.stack)
     job = Job(
         model=load_model(row.model),
-        cluster=Cluster(gpu=gpu, nodes=row.gpus // 8, gpus_per_node=8),
+        cluster=Cluster(gpu=load_gpu(row.gpu), nodes=row.gpus // row.each, gpus_per_node=row.each),
         seq_len=row.seq_len,
         global_batch=row.batch,
         stack=stack,
@@ -102,111 +108,37 @@ def _estimate(row: HeldOutRow) -> StepEstimate:
     return CostModel(job).estimate(row.point)
 
 
-def _titan(
-    name: str,
-    model: str,
-    gpus: int,
-    batch: int,
-    point: Point,
-    tokens_per_s: float,
-    memory_gib: float | None = None,
-    *,
-    stack: str = "fsdp2",
-    precision: str | None = "fp8-linear",
-    seq_len: int = 8 * K,
-) -> HeldOutRow:
-    """A run of torchtitan."""
-    return HeldOutRow(
-        name=name,
-        model=model,
-        gpu="h100-96gb-500w",
-        gpus=gpus,
-        seq_len=seq_len,
-        batch=batch,
-        point=point,
-        stack=stack,
-        precision=precision,
-        tokens_per_s=tokens_per_s,
-        memory_gib=memory_gib,
-    )
+def _read() -> Mapping[str, Sequence[HeldOutRow]]:
+    tables = tomllib.loads((Path(__file__).parent / "runs.toml").read_text(encoding="utf-8"))
+    return {name: tuple(map(_row, runs)) for name, runs in tables.items()}
 
 
-def _megatron(
-    name: str,
-    model: str,
-    gpu: str,
-    gpus: int,
-    seq_len: int,
-    batch: int,
-    point: Point,
-    *,
-    step_s: float | None = None,
-    tflops: float | None = None,
-) -> HeldOutRow:
-    """A run of Megatron-LM, or alike."""
-    return HeldOutRow(
-        name=name,
-        model=model,
-        gpu=gpu,
-        gpus=gpus,
-        seq_len=seq_len,
-        batch=batch,
-        point=point,
-        stack="megatron",
-        step_s=step_s,
-        tflops=tflops,
-    )
+def _row(run: dict[str, Any]) -> HeldOutRow:
+    return HeldOutRow(point=Point(**run.pop("mesh")), **run)
 
 
-_OF_8 = Point(dp=8, micro_batch=2, zero=3, checkpointing="selective")
-_FULL = Point(zero=3, checkpointing="full")
-_70B = _FULL.but(dp=32, tp=8, micro_batch=16)
-# torchtitan cuts a batch in as many micro-batches as there are stages unless it is told to do else, and keeps
-# weights whole under a pipeline: ZeRO-2.
-_405B = _FULL.but(dp=8, tp=8, pp=8, micro_batch=4, zero=2)
-_22B = Point(tp=8, zero=0, micro_batch=4, checkpointing="full")
-_1T = Point(tp=8, pp=64, zero=0, checkpointing="full")
-
-# Interleaved; in how many stages is not said: one layer each.
-_LLAMA_3 = Point(tp=8, pp=16, zero=1, pipeline="interleaved", virtual=8)
-_A100: dict[str, Any] = {"gpu": "a100-sxm", "stack": "fsdp2-eager", "precision": None}
-
-ROWS = (  # name, model, GPUs, sequences of a step, point, tokens/s of a GPU, GiB
-    _titan("T1", "llama3-8b", 8, 16, _OF_8, 5762, 82.4, stack="fsdp2-eager", precision=None),
-    _titan("T1c", "llama3-8b", 8, 16, _OF_8, 6667, 77.0, precision=None),
-    _titan("T3c", "llama3-8b", 128, 256, _OF_8.but(dp=128), 6514, 62.0, precision=None),
-    _titan("T2a", "llama3-8b", 8, 8, _FULL.but(dp=8), 3890, 83.9, seq_len=32 * K),
-    _titan("T2b", "llama3-8b", 8, 4, _FULL.but(dp=4, ring=2), 2540, 84.2, seq_len=64 * K),
-    _titan("T4", "llama3-70b", 256, 512, _70B, 829, 71.9),
-    _titan("T4a", "llama3-70b", 256, 512, _70B, 876, 67.6, stack="fsdp2-async-tp"),
-    _titan("T5a", "llama3-405b", 512, 256, _405B, 100, 82.5, stack="fsdp2-async-tp"),
-    # Whether these two were compiled is not said; torchtitan's default then was not to.
-    replace(_titan("A1", "llama3-8b", 64, 64, _OF_8.but(dp=64, micro_batch=1), 2973), **_A100),
-    replace(
-        _titan("A3", "llama2-13b", 64, 128, _OF_8.but(dp=64, checkpointing="none"), 2162, seq_len=4 * K),
-        **_A100,
-    ),
-    _megatron("M22f", "gpt-22b", "a100-sxm", 8, 2 * K, 4, _22B, step_s=1.42),
-    _megatron("M22s", "gpt-22b", "a100-sxm", 8, 2 * K, 4, _22B.but(checkpointing="selective"), step_s=1.10),
-    _megatron("M1Tf", "gpt-1t", "a100-sxm", 512, 2 * K, 512, _1T, step_s=94.42),
-    _megatron(
-        "M1Ts", "gpt-1t", "a100-sxm", 512, 2 * K, 512, _1T.but(checkpointing="selective"), step_s=71.49
-    ),
-    _megatron("L8K", "llama3-405b", "h100-sxm", 8192, 8 * K, 2048, _LLAMA_3.but(dp=64), tflops=430),
-    _megatron("L8Kx2", "llama3-405b", "h100-sxm", 16384, 8 * K, 2048, _LLAMA_3.but(dp=128), tflops=400),
-    _megatron(
-        "L128K", "llama3-405b", "h100-sxm", 16384, 128 * K, 128, _LLAMA_3.but(dp=8, ring=16), tflops=380
-    ),
-)
+RUNS: Final = _read()
+"""All of them, by table."""
+ROWS: Final = RUNS["seen"]
+"""Those that have goals."""
 
 
 def render() -> str:
     """The rows, and their errors by GPU and by length."""
-    lines = ["Held out: published runs of other programs, default assumptions, nothing fitted"]
-    lines.append(f"    {'':7}{'':34}{'published':>22}{'predicted':>12}{'speed':>8}{'GiB':>16}{'memory':>9}")
-    lines += [_line(row) for row in ROWS]
-    lines += _summary()
-    return "\n".join(lines)
+    return "\n\n".join("\n".join(_table(name)) for name in TITLES)
+
+
+def _table(name: str) -> Iterator[str]:
+    rows = RUNS[name]
+    yield TITLES[name]
+    yield f"    {'':7}{'':38}{'published':>22}{'predicted':>12}{'speed':>8}{'GiB':>16}{'memory':>9}"
+    yield from map(_line, rows)
+    yield from _verdicts(rows) if name == "seen" else _spread(rows)
+    yield f"  speed by GPU: {_by(rows, lambda row: row.gpu)}"
+    if name == "mixtures":
+        yield f"  speed by model: {_by(rows, lambda row: row.model)}"
+    else:
+        yield f"  speed by length: {_by(rows, lambda row: format_tokens(row.seq_len))}"
 
 
 def _line(row: HeldOutRow) -> str:
@@ -218,29 +150,36 @@ def _line(row: HeldOutRow) -> str:
         both = f"{row.memory_gib:.1f} {row.allocated_gib:.1f}"
         memory = f"{both:>16}{row.memory_error:+9.0%}"
     failed = "" if abs(row.error) <= LARGEST_GOAL else "  FAILS"
-    return f"    {row.name:7}{setup:34}{speed}{memory}{failed}"
+    return f"    {row.name:7}{setup:38}{speed}{memory}{failed}"
 
 
-def _summary() -> Iterator[str]:
-    mean = fmean(abs(row.error) for row in ROWS)
-    worst = max(ROWS, key=lambda row: abs(row.error))
+def _verdicts(rows: Sequence[HeldOutRow]) -> Iterator[str]:
+    mean = fmean(abs(row.error) for row in rows)
+    worst = max(rows, key=lambda row: abs(row.error))
     yield _verdict(f"speed: mean error {mean:.1%}", mean, MEAN_GOAL)
     largest = abs(worst.error)
     yield _verdict(f"speed: largest error {largest:.0%} ({worst.name})", largest, LARGEST_GOAL)
-    memory = fmean(abs(row.memory_error) for row in ROWS if row.memory_error is not None)
+    memory = fmean(abs(row.memory_error) for row in rows if row.memory_error is not None)
     yield _verdict(f"memory: mean error {memory:.1%}", memory, MEMORY_GOAL)
-    yield f"  speed by GPU: {_by(lambda row: row.gpu)}"
-    yield f"  speed by length: {_by(lambda row: format_tokens(row.seq_len))}"
 
 
 def _verdict(what: str, error: float, goal: float) -> str:
     return f"  {what}, goal {goal:.0%}: {'met' if error <= goal else 'MISSED'}"
 
 
-def _by(key: Callable[[HeldOutRow], str]) -> str:
+def _spread(rows: Sequence[HeldOutRow]) -> Iterator[str]:
+    errors = [abs(row.error) for row in rows]
+    failed = sum(error > LARGEST_GOAL for error in errors)
+    yield (
+        f"  speed: mean error {fmean(errors):.1%}, median {median(errors):.1%};"
+        f" {failed} of {len(errors)} rows above {LARGEST_GOAL:.0%}"
+    )
+
+
+def _by(rows: Sequence[HeldOutRow], key: Callable[[HeldOutRow], str]) -> str:
     """Mean error, with its sign and without, of the rows that are alike in something."""
     groups: dict[str, list[float]] = {}
-    for row in ROWS:
+    for row in rows:
         groups.setdefault(key(row), []).append(row.error)
     return ", ".join(
         f"{name} {fmean(errors):+.0%} (absolute {fmean(map(abs, errors)):.0%}, {len(errors)} rows)"

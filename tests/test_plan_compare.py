@@ -2,6 +2,7 @@
 
 import json
 import re
+import unicodedata
 from dataclasses import asdict, replace
 from fractions import Fraction
 from pathlib import Path
@@ -210,14 +211,57 @@ def test_ulysses_beyond_the_kv_heads_moves_the_copies_too() -> None:
     assert (sent.heads_forward + sent.heads_backward) * Fraction(16, 15) == told
 
 
+def kept_of_a_token(model: ModelShape) -> dict[str, int]:
+    """Elements that a layer keeps, by module, as the memory model has them: in bf16 half its bytes."""
+    job = Job(model=model, cluster=Cluster(gpu=load_gpu("a800-sxm"), nodes=1, gpus_per_node=1), seq_len=1024)
+    of_a_layer = FusedMemory(job, Loads(job)).layer_activations(Point())
+    assert not any(size % 2048 for size in of_a_layer.values())
+    return {name.removeprefix("activations_"): size // 2048 for name, size in of_a_layer.items()}
+
+
 @pytest.mark.parametrize("name", ["llama2-7b", "llama3-8b", "gpt2-xl"])
 def test_activations_are_those_of_the_memory_model(name: str) -> None:
     model = load_model(name)
-    job = Job(model=model, cluster=Cluster(gpu=load_gpu("a800-sxm"), nodes=1, gpus_per_node=1), seq_len=1024)
-    of_a_layer = FusedMemory(job, Loads(job)).layer_activations(Point())
     # Two sequences on two ranks: each keeps what one of them leaves.
     kept = numbers(SpreadLayer(model=model, ranks=2, batch=2, seq_len=1024), "DP")["kept_elements"]
-    assert sum(of_a_layer.values()) == 2 * kept
+    assert kept == 1024 * sum(kept_of_a_token(model).values())
+
+
+def worth(cell: str, values: dict[str, float]) -> float:
+    """What a cell amounts to, read as the formula that it is."""
+    formula = cell.replace("·", "*").replace("d²", "D")
+    formula = re.sub(r"(?<=\d)(?=[^\W\d])", "*", formula)
+    return float(eval(formula, {}, {unicodedata.normalize("NFKC", name): x for name, x in values.items()}))
+
+
+@pytest.mark.parametrize(("name", "ranks"), [("llama2-7b", 8), ("llama2-7b", 64), ("llama3-8b", 16)])
+def test_every_number_is_what_its_cell_says(name: str, ranks: int) -> None:
+    model = load_model(name)
+    layer = SpreadLayer(model=model, ranks=ranks, batch=ranks, seq_len=1024)
+    tokens, p = ranks * 1024, model.layer_parameters
+    expert = 3 * model.hidden * model.intermediate
+    kept = kept_of_a_token(model)
+    sizes = {"N": ranks, "u": layer.ulysses, "K": model.kv_heads, "k": 2, "D": model.hidden**2}
+    moved = {**sizes, "bsLd": tokens * model.hidden, "G": model.heads // model.kv_heads}
+    spread = {**sizes, "P": p, "Pₐ": p - expert, "Pₑ": ranks * expert}
+    spread |= {"G": spread["P"], "Gₐ": spread["Pₐ"], "Gₑ": spread["Pₑ"]}
+    for row in rows(layer):
+        if row.numbers is None:
+            continue
+        copies = 2 if row.name == "EP (derived)" else 1
+        whole = tokens * (kept["norms"] + kept["attention"] + copies * kept["mlp"])
+        apart = tokens * (kept["norms"] + (kept["attention"] + kept["mlp"]) / ranks)
+        told = row.corrected
+        activation_cost = told.activation_cost
+        if layer.ulysses == ranks:  # a ring of one rank, which moves nothing
+            activation_cost = re.sub(r" \+ \([^+]*/u\).*", "", activation_cost)
+        assert list(row.numbers.values()) == [
+            pytest.approx(worth(told.parameter_cost, moved), rel=1e-3),  # the table rounds d²
+            pytest.approx(worth(activation_cost, moved), abs=1),
+            pytest.approx(worth(told.states, spread), abs=1),
+            pytest.approx(worth(told.optimizer, spread), abs=1),
+            pytest.approx(worth(told.activations, {**sizes, "A": whole, "αA": apart}), abs=1),
+        ]
 
 
 def test_numbers_are_the_formulas_at_the_models_sizes() -> None:

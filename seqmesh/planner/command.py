@@ -146,11 +146,11 @@ def _kernel(job: Job, pins: Pins, options: PlanOptions) -> int:
 
 def _compare(job: Job, options: PlanOptions) -> int:
     """`--compare`: the paper's Table 2."""
-    from seqmesh.planner.paper.compare import compare
-    from seqmesh.planner.paper.compare_text import as_record, render
+    from seqmesh.planner.paper.compare import as_record, render
+    from seqmesh.planner.paper.table2 import SpreadLayer
 
-    table = compare(job.model, ranks=job.cluster.gpus, batch=job.global_batch, seq_len=job.seq_len)
-    print(json.dumps(as_record(table), indent=2) if options.as_json else render(table))
+    layer = SpreadLayer(model=job.model, ranks=job.cluster.gpus, batch=job.global_batch, seq_len=job.seq_len)
+    print(json.dumps(as_record(layer), indent=2) if options.as_json else render(layer))
     return 0
 
 

@@ -17,18 +17,17 @@ them; its bubble is drawn half before and half after; a share hidden by assumpti
 just before it.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from math import isclose
 from typing import Any
 
 from seqmesh.planner.cost.attention import Pass
-from seqmesh.planner.cost.estimate import COMPUTE, PIPELINE
 from seqmesh.planner.cost.experts import repeats_experts
 from seqmesh.planner.cost.step import CostModel
 from seqmesh.planner.cost.tensor_parallel import tensor_calls
 from seqmesh.planner.inputs.point import Point
-from seqmesh.planner.output.stage_times import StageTime, stage_times
-from seqmesh.planner.output.trace_rows import Trace
+from seqmesh.planner.output.stage_times import stage_times
+from seqmesh.planner.output.trace_rows import Trace, seconds_by_term
 
 MOST_EVENTS = 20_000
 """Micro-batches are drawn one by one up to about so many events, at least one; the rest is one event."""
@@ -54,25 +53,52 @@ class _Step:
     def __init__(self, costs: CostModel, point: Point) -> None:
         self.point = point
         self.job = costs.job
-        self.estimate = costs.estimate(point)
-        self.terms = {term.name: term for term in self.estimate.terms}
-        self.trace = Trace({term.name: term.cause for term in self.estimate.terms})
-        self.layer_runs = costs.layer_runs(point)
+        self.terms = {term.name: term for term in costs.estimate(point).terms}
+        self.trace = Trace({name: term.cause for name, term in self.terms.items()})
         self.micro_batches = self.job.micro_batches(point)
+        self.layers = costs.layer_runs(point) // self.micro_batches
         self.layer = costs.compute.layer(point)
+        self.mlp_share = self.layer.mlp_forward / self.layer.matmul_forward
         self.attention = costs.attention(point)
         self.stages = stage_times(costs, point)
         self.repeats_attention = costs.repeats_attention(point)
         self.repeats_experts = repeats_experts(self.job, point)
         self.tensor_calls = tensor_calls(self.job, point)
         self.qkv_share = costs.attention_shape(point).qkv_share  # q, k and v go one way, and out the other
-        self.mlp_share = self.layer.mlp_forward / self.layer.matmul_forward
+        self.parts = self._parts(costs.layer_runs(point))
+
+    def _parts(self, layer_runs: int) -> dict[str, float]:
+        """Into how many parts of a step terms are cut, those that are drawn in more than one."""
+        numerics = self.job.numerics
+        return {
+            "pipeline bubble": 2,  # fill and drain
+            "pipeline exchange": 2 * (self.micro_batches + self.point.pp - 1),
+            "output head and loss": self.micro_batches,
+            "recomputation": layer_runs,
+            "tensor parallel exchange": layer_runs * sum(self.tensor_calls),
+            "experts exchange": layer_runs * (4 + 2 * self.repeats_experts),
+            "activations to and from the host": 2 * layer_runs,
+            "gradients and weights to and from the host": numerics.gradient + numerics.element,
+            "gradient reduction": layer_runs if self.point.zero >= 2 else 1,
+            "weight gathering": 2 * layer_runs if self.point.zero == 3 else 1,
+        }
+
+    def _term(self, name: str, at: Mapping[str, Any], parts: float = 1, start: float | None = None) -> None:
+        """So many parts of a term, if the estimate has it."""
+        term = self.terms.get(name)
+        if term is None:
+            return
+        share = parts / self.parts.get(name, 1)
+        self.trace.draw(name, share * term.seconds, at, exposed=share * term.exposed, start=start)
 
     def draw(self) -> dict[str, Any]:
         """The whole step."""
-        self._pipeline_end("fill")
+        at_a_boundary = self.point.pp - 1
+        self._term("pipeline bubble", {"part": "fill"})
+        self._term("pipeline exchange", {"direction": "forward", "part": "fill"}, at_a_boundary)
         self._all_micro_batches()
-        self._pipeline_end("drain")
+        self._term("pipeline bubble", {"part": "drain"})
+        self._term("pipeline exchange", {"direction": "backward", "part": "drain"}, at_a_boundary)
         self._after()
         self._check()
         return self.trace.as_json()
@@ -80,14 +106,10 @@ class _Step:
     def _all_micro_batches(self) -> None:
         """One by one while that is not too many events; the rest are alike, and one event stands for them."""
         trace = self.trace
-        start = trace.clock
-        events_before = trace.count
-        drawn_before = dict(trace.drawn)
+        start, before = trace.clock, len(trace.events)
         self._micro_batch(0)
-        seconds = trace.clock - start
-        one = trace.since(drawn_before)
-        affordable = max(1, MOST_EVENTS // (trace.count - events_before))
-        shown = min(self.micro_batches, affordable)
+        seconds, one = trace.clock - start, trace.events[before:]
+        shown = min(self.micro_batches, max(1, MOST_EVENTS // len(one)))
         for number in range(1, shown):
             self._micro_batch(number)
         rest = self.micro_batches - shown
@@ -96,156 +118,108 @@ class _Step:
 
     def _check(self) -> None:
         """What was drawn is what was priced, term by term."""
-        for term in self.estimate.terms:
-            drawn = self.trace.drawn[term.name]
-            same_seconds = isclose(drawn.seconds, term.seconds, rel_tol=1e-6)
-            same_exposed = abs(drawn.exposed - term.exposed) <= 1e-6 * term.seconds
+        drawn = seconds_by_term(self.trace.events, "seconds")
+        exposed = seconds_by_term(self.trace.events, "exposed_seconds")
+        for name, term in self.terms.items():
+            whole, waited = drawn.get(name, 0.0), exposed.get(name, 0.0)
+            same_seconds = isclose(whole, term.seconds, rel_tol=1e-6)
+            same_exposed = abs(waited - term.exposed) <= 1e-6 * term.seconds
             faithful = same_seconds and same_exposed
-            assert faithful, f"{term.name}: drew {drawn} of {term.seconds} s, {term.exposed} s exposed"
+            assert faithful, f"{term}: drew {whole} s, {waited} s exposed"
 
     def _micro_batch(self, number: int) -> None:
-        layers = range(self.layer_runs // self.micro_batches)
-        self._boundary("forward", micro_batch=number)
-        for layer in layers:
-            self._forward({"micro_batch": number, "layer": layer, "direction": "forward"})
-        self._share("output head and loss", 1 / self.micro_batches, micro_batch=number)
-        for layer in reversed(layers):
-            self._backward({"micro_batch": number, "layer": layer, "direction": "backward"})
-        self._boundary("backward", micro_batch=number)
+        at = {"micro_batch": number}
+        self._term("pipeline exchange", {"direction": "forward", **at})
+        for layer in range(self.layers):
+            self._forward({**at, "layer": layer, "direction": "forward"})
+        self._term("output head and loss", at)
+        for layer in reversed(range(self.layers)):
+            self._backward({**at, "layer": layer, "direction": "backward"})
+        self._term("pipeline exchange", {"direction": "backward", **at})
 
-    def _forward(self, at: dict[str, Any]) -> None:
-        layer = self.layer
-        attention = self.attention.forward
-        in_attention = layer.matmul_forward * (1 - self.mlp_share)
-        self._gather(at)
-        self.trace.work("norms, rotary, activation", layer.elementwise, **at)
-        self.trace.work("matrix products", in_attention, **at, part="attention")
-        self._tensor(self.tensor_calls.forward / 2, at)
-        self._attend(attention, self.stages.forward, self.qkv_share, at)
-        self._experts(1, at)
-        self.trace.work("matrix products", layer.matmul_forward * self.mlp_share, **at, part="MLP")
-        self._experts(1, at)
-        self._tensor(self.tensor_calls.forward / 2, at)
+    def _forward(self, at: Mapping[str, Any]) -> None:
+        stages = [stage.forward for stage in self.stages]
+        if self.point.zero == 3:
+            self._term("weight gathering", at)
+        self.trace.draw("norms, rotary, activation", self.layer.elementwise, at)
+        self._products(self.layer.matmul_forward, "attention", at)
+        self._term("tensor parallel exchange", at, self.tensor_calls.forward / 2)
+        self._attend(self.attention.forward, stages, self.qkv_share, at)
+        self._term("experts exchange", at)
+        self._products(self.layer.matmul_forward, "MLP", at)
+        self._term("experts exchange", at)
+        self._term("tensor parallel exchange", at, self.tensor_calls.forward / 2)
         # The copy begins here, and what follows hides it.
-        self._host_copy(at, start=self.trace.clock)
+        self._term("activations to and from the host", at, start=self.trace.clock)
 
-    def _backward(self, at: dict[str, Any]) -> None:
-        layer = self.layer
-        attention = self.attention.backward
-        in_attention = layer.matmul_backward * (1 - self.mlp_share)
-        self._gather(at)
-        self._host_copy(at)
-        self._recompute(at)
-        self._experts(1, at)
-        self.trace.work("matrix products", layer.matmul_backward * self.mlp_share, **at, part="MLP")
-        self._experts(1, at)
-        self._tensor(self.tensor_calls.backward / 2, at)
-        self._attend(attention, self.stages.backward, 1 - self.qkv_share, at)
-        self.trace.work("matrix products", in_attention, **at, part="attention")
-        self.trace.work("norms, rotary, activation", 2 * layer.elementwise, **at)
-        self._tensor(self.tensor_calls.backward / 2, at)
+    def _backward(self, at: Mapping[str, Any]) -> None:
+        stages = [stage.backward for stage in self.stages]
+        if self.point.zero == 3:
+            self._term("weight gathering", at)
+        self._term("activations to and from the host", at)
+        self._recompute({**at, "direction": "recomputation"})
+        self._term("experts exchange", at)
+        self._products(self.layer.matmul_backward, "MLP", at)
+        self._term("experts exchange", at)
+        self._term("tensor parallel exchange", at, self.tensor_calls.backward / 2)
+        self._attend(self.attention.backward, stages, 1 - self.qkv_share, at)
+        self._products(self.layer.matmul_backward, "attention", at)
+        self.trace.draw("norms, rotary, activation", 2 * self.layer.elementwise, at)
+        self._term("tensor parallel exchange", at, self.tensor_calls.backward / 2)
         if self.point.zero >= 2:  # every layer's gradients are scattered as soon as they are there
-            self._share("gradient reduction", 1 / self.layer_runs, **at)
+            self._term("gradient reduction", at)
 
-    def _recompute(self, at: dict[str, Any]) -> None:
+    def _products(self, seconds: float, part: str, at: Mapping[str, Any]) -> None:
+        """The matrix products of a layer's attention or MLP, of those of the whole layer."""
+        share = self.mlp_share if part == "MLP" else 1 - self.mlp_share
+        self.trace.draw("matrix products", share * seconds, {**at, "part": part})
+
+    def _recompute(self, at: Mapping[str, Any]) -> None:
         """The forward once more, in one event; its exchanges too, as far as they are repeated."""
-        at = {**at, "direction": "recomputation"}
         forward = self.attention.forward
         if self.repeats_attention:
-            self._exposed_heads(forward.heads_exposed_s, at)
+            self.trace.draw("ulysses exchange", forward.heads_exposed_s, at)
         start = self.trace.clock
-        self._share("recomputation", 1 / self.layer_runs, **at)
+        self._term("recomputation", at)
         if self.repeats_attention:
             # Its stages are not drawn one by one: what is hidden runs beside the whole event.
-            self._hidden_heads(forward, start, at)
-            self.trace.exchange("ring exchange", forward.rows_s, forward.rows_exposed_s, start, **at)
-        self._experts(2 * self.repeats_experts, at)
-        self._tensor(self.tensor_calls.again, at)
+            self._hidden_heads(forward, at, start)
+            self._hop(forward, at, start)
+        self._term("experts exchange", at, 2 * self.repeats_experts)
+        self._term("tensor parallel exchange", at, self.tensor_calls.again)
 
     def _attend(
-        self, attention: Pass, stages: Sequence[StageTime], there_share: float, at: dict[str, Any]
+        self, attention: Pass, stages: Sequence[Pass], there_share: float, at: Mapping[str, Any]
     ) -> None:
         """Heads to their owners, ring stages, heads home; what the stages hide of the heads beside them."""
-        self._exposed_heads(attention.heads_exposed_s * there_share, at)
-        start = self.trace.clock
-        self._ring(stages, at)
-        self._hidden_heads(attention, start, at)
-        self._exposed_heads(attention.heads_exposed_s * (1 - there_share), at)
-
-    def _ring(self, stages: Sequence[StageTime], at: dict[str, Any]) -> None:
-        """Stage after stage; beside each the fetch of the next one's rows."""
+        self.trace.draw("ulysses exchange", attention.heads_exposed_s * there_share, at)
+        before_stages = start = self.trace.clock
         for number, stage in enumerate(stages):
+            here = {**at, "stage": number}
+            # What is not this rank's own has been fetched beside the stage before.
+            self._hop(stage, here, start)
             start = self.trace.clock
-            self.trace.work("attention kernel", stage.kernel, **at, stage=number)
-            self.trace.work("attention merge and launches", stage.merge, **at, stage=number)
-            if number + 1 < len(stages):
-                after = stages[number + 1]
-                self.trace.exchange(
-                    "ring exchange", after.fetch, after.exposed, start, **at, stage=number + 1
-                )
+            self.trace.draw("attention kernel", stage.kernel_s, here)
+            self.trace.draw("attention merge and launches", stage.merge_s, here)
+        self._hidden_heads(attention, at, before_stages)
+        self.trace.draw("ulysses exchange", attention.heads_exposed_s * (1 - there_share), at)
 
-    def _exposed_heads(self, seconds: float, at: dict[str, Any]) -> None:
-        self.trace.exchange("ulysses exchange", seconds, seconds, **at)
+    def _hop(self, stage: Pass, at: Mapping[str, Any], start: float) -> None:
+        self.trace.draw("ring exchange", stage.rows_s, at, exposed=stage.rows_exposed_s, start=start)
 
-    def _hidden_heads(self, attention: Pass, start: float, at: dict[str, Any]) -> None:
+    def _hidden_heads(self, attention: Pass, at: Mapping[str, Any], start: float) -> None:
         hidden = attention.heads_s - attention.heads_exposed_s
-        self.trace.exchange("ulysses exchange", hidden, 0.0, start, **at)
-
-    def _tensor(self, calls: float, at: dict[str, Any]) -> None:
-        """So many of a layer's collectives of tensor parallelism."""
-        if calls:
-            of_a_layer = sum(self.tensor_calls)
-            self._share("tensor parallel exchange", calls / of_a_layer / self.layer_runs, **at)
-
-    def _experts(self, ways: float, at: dict[str, Any]) -> None:
-        """Tokens to the ranks of their experts, or back: so many of the ways of a layer."""
-        if ways:
-            of_a_layer = 4 + 2 * self.repeats_experts
-            self._share("experts exchange", ways / of_a_layer / self.layer_runs, **at)
-
-    def _host_copy(self, at: dict[str, Any], start: float | None = None) -> None:
-        """A layer's checkpoint, to the host in the forward and back in the backward."""
-        self._share("activations to and from the host", 1 / (2 * self.layer_runs), start=start, **at)
-
-    def _gather(self, at: dict[str, Any]) -> None:
-        """ZeRO-3's weights of a layer."""
-        if self.point.zero == 3:
-            self._share("weight gathering", 1 / (2 * self.layer_runs), **at)
-
-    def _boundary(self, direction: str, times: int = 1, **args: Any) -> None:
-        """A pipeline stage's activations in one direction, for so many micro-batches."""
-        sends = 2 * (self.micro_batches + self.point.pp - 1)
-        self._share("pipeline exchange", times / sends, direction=direction, **args)
-
-    def _pipeline_end(self, what: str) -> None:
-        """The bubble while the pipeline fills or drains, and its boundaries."""
-        self._share("pipeline bubble", 1 / 2, part=what)
-        self._boundary("forward" if what == "fill" else "backward", self.point.pp - 1, part=what)
+        self.trace.draw("ulysses exchange", hidden, at, exposed=0.0, start=start)
 
     def _after(self) -> None:
         """Once a step: gradients, optimizer, weights, and what all ranks wait for."""
-        self._share("waiting for the slowest GPU", 1)
-        numerics = self.job.numerics
-        down = numerics.gradient / (numerics.gradient + numerics.element)
         host = "gradients and weights to and from the host"
+        self._term("waiting for the slowest GPU", {})
         if self.point.zero < 2:
-            self._share("gradient reduction", 1)
-        self._share(host, down, part="gradients")
-        self._share("optimizer", 1)
-        self._share("optimizer on the host", 1)
-        self._share(host, 1 - down, part="weights")
+            self._term("gradient reduction", {})
+        self._term(host, {"part": "gradients"}, self.job.numerics.gradient)
+        self._term("optimizer", {})
+        self._term("optimizer on the host", {})
+        self._term(host, {"part": "weights"}, self.job.numerics.element)
         if self.point.zero < 3:
-            self._share("weight gathering", 1)
-
-    def _share(self, name: str, share: float, start: float | None = None, **args: Any) -> None:
-        """A share of a term, if the estimate has that term.
-
-        Work goes on the compute row, an exchange on its own.
-        """
-        term = self.terms.get(name)
-        if term is None:
-            return
-        if term.cause in (COMPUTE, PIPELINE):
-            self.trace.work(name, share * term.seconds, **args)
-        else:
-            self.trace.exchange(name, share * term.seconds, share * term.exposed, start, **args)
+            self._term("weight gathering", {})

@@ -10,53 +10,52 @@ critical path.
 Source: Google's "Trace Event Format".
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 from seqmesh.planner.cost.estimate import COMPUTE, PIPELINE
 from seqmesh.planner.cost.network import NETWORK, PCIE, SCALE_UP
 
-PROCESSES = {
-    COMPUTE: "compute",
-    PIPELINE: "compute",
-    SCALE_UP: "scale-up",
-    PCIE: "PCIe",
-    NETWORK: "node network",
-}
-"""Names of the processes, by cause."""
-ORDER = ("compute", "scale-up", "PCIe", "node network")
+PROCESSES = ("compute", "scale-up", "PCIe", "node network")
+PROCESS_OF = {COMPUTE: 0, PIPELINE: 0, SCALE_UP: 1, PCIE: 2, NETWORK: 3}
+"""Index of the process that shows what has this cause."""
 MICROSECONDS = 1e6
 
 
-@dataclass
+class TraceRow(NamedTuple):
+    """A line of the picture; they sort from top to bottom."""
+
+    process: int
+    name: str
+
+
+COMPUTE_ROW = TraceRow(0, "compute")
+
+
+@dataclass(frozen=True)
 class Event:
     """One event, in seconds."""
 
     name: str
+    """Of the term; of an event that stands for many, what they are."""
     cause: str
+    row: TraceRow
     start: float
     seconds: float
     args: dict[str, Any]
+    """What a reader sees of it: `seconds` and `exposed_seconds` at least, or both as sums by term."""
 
 
-class TraceRow(NamedTuple):
-    """A line of the picture."""
-
-    process: str
-    name: str
-
-
-COMPUTE_ROW = TraceRow("compute", "compute")
-
-
-@dataclass(frozen=True)
-class Drawn:
-    """Seconds that were drawn of a term."""
-
-    seconds: float = 0.0
-    exposed: float = 0.0
-    """The part on the critical path."""
+def seconds_by_term(events: Sequence[Event], of: str) -> dict[str, float]:
+    """Sums of an argument of events: "seconds" or "exposed_seconds"."""
+    sums: dict[str, float] = {}
+    for event in events:
+        given = event.args[of]
+        by_term = given if isinstance(given, dict) else {event.name: given}
+        for name, seconds in by_term.items():
+            sums[name] = sums.get(name, 0.0) + seconds
+    return sums
 
 
 @dataclass
@@ -66,73 +65,52 @@ class Trace:
     causes: Mapping[str, str]
     """Cause of each term of the estimate: it says the row that the term is drawn on."""
     clock: float = 0.0
-    drawn: dict[str, Drawn] = field(default_factory=dict)
-    """What was drawn of each term."""
-    count: int = 0
-    """Events so far."""
-    _rows: dict[TraceRow, list[Event]] = field(default_factory=dict)
+    events: list[Event] = field(default_factory=list)
+    _ends: dict[TraceRow, float] = field(default_factory=dict)
+    """Since when each row is free."""
 
-    def work(self, name: str, seconds: float, **args: Any) -> None:
-        """Something that nothing hides, on the compute row."""
-        if seconds:
-            self._add(name, COMPUTE_ROW, self.clock, Drawn(seconds, seconds), args)
-            self.clock += seconds
-
-    def exchange(
-        self, name: str, seconds: float, exposed: float, start: float | None = None, **args: Any
+    def draw(
+        self,
+        name: str,
+        seconds: float,
+        args: Mapping[str, Any],
+        *,
+        exposed: float | None = None,
+        start: float | None = None,
     ) -> None:
-        """An exchange, of which the clock waits for `exposed`.
+        """An event of which the clock waits for the exposed part.
 
         Args:
             name: of the term.
-            seconds: it takes in all.
-            exposed: the part that nothing hides.
-            start: when it may begin; default: so that its hidden part runs beside what has just been drawn.
+            seconds: it takes in all; of 0 s nothing is drawn.
             args: shown with the event.
+            exposed: the part that nothing hides; default: all of it, as of work.
+            start: when it may begin; default: so that its hidden part runs beside what has just been drawn.
         """
         if not seconds:
             return
-        row = TraceRow(PROCESSES[self.causes[name]], name)
-        before = self._rows.get(row)
-        free = before[-1].start + before[-1].seconds if before else 0.0  # one event at a time on a row
-        wanted = self.clock - (seconds - exposed) if start is None else start
-        self._add(name, row, max(wanted, free), Drawn(seconds, exposed), args)
-        self.clock += exposed
+        waited = seconds if exposed is None else exposed
+        wanted = self.clock - (seconds - waited) if start is None else start
+        cause = self.causes[name]
+        process = PROCESS_OF[cause]
+        row = TraceRow(process, name) if process else COMPUTE_ROW
+        free = self._ends.get(row, 0.0)  # one event at a time on a row
+        shown = {**args, "seconds": seconds, "exposed_seconds": waited}
+        self._add(Event(name, cause, row, max(wanted, free), seconds, shown))
+        self.clock += waited
 
-    def fold(self, title: str, times: int, one: Mapping[str, Drawn], seconds: float) -> None:
-        """One event for so many repetitions of something that drew `one` and took `seconds`.
-
-        Its args have both sums by term.
-        """
-        whole = {name: times * drawn.seconds for name, drawn in one.items()}
-        exposed = {name: times * drawn.exposed for name, drawn in one.items()}
-        args = {"seconds": whole, "exposed_seconds": exposed}
-        self._put(Event(title, COMPUTE, self.clock, times * seconds, args), COMPUTE_ROW)
-        for name in one:
-            self._count(name, Drawn(whole[name], exposed[name]))
+    def fold(self, title: str, times: int, one: Sequence[Event], seconds: float) -> None:
+        """One event for so many repetitions of `one`, which took `seconds`; its args are sums by term."""
+        args = {
+            of: {name: times * spent for name, spent in seconds_by_term(one, of).items()}
+            for of in ("seconds", "exposed_seconds")
+        }
+        self._add(Event(title, COMPUTE, COMPUTE_ROW, self.clock, times * seconds, args))
         self.clock += times * seconds
 
-    def since(self, before: Mapping[str, Drawn]) -> dict[str, Drawn]:
-        """What was drawn after `drawn` stood at `before`."""
-        found = {}
-        for name, now in self.drawn.items():
-            then = before.get(name, Drawn())
-            if now.seconds > then.seconds:
-                found[name] = Drawn(now.seconds - then.seconds, now.exposed - then.exposed)
-        return found
-
-    def _add(self, name: str, row: TraceRow, start: float, drawn: Drawn, args: dict[str, Any]) -> None:
-        shown = {**args, "seconds": drawn.seconds, "exposed_seconds": drawn.exposed}
-        self._put(Event(name, self.causes[name], start, drawn.seconds, shown), row)
-        self._count(name, drawn)
-
-    def _put(self, event: Event, row: TraceRow) -> None:
-        self._rows.setdefault(row, []).append(event)
-        self.count += 1
-
-    def _count(self, name: str, more: Drawn) -> None:
-        so_far = self.drawn.get(name, Drawn())
-        self.drawn[name] = Drawn(so_far.seconds + more.seconds, so_far.exposed + more.exposed)
+    def _add(self, event: Event) -> None:
+        self.events.append(event)
+        self._ends[event.row] = event.start + event.seconds
 
     def as_json(self) -> dict[str, Any]:
         """The trace.
@@ -140,23 +118,21 @@ class Trace:
         A row that ends after the step, since more is hidden than there is to hide behind, is drawn compressed
         into it.
         """
-        events: list[dict[str, Any]] = []
-        rows = sorted(self._rows, key=lambda row: (ORDER.index(row.process), row.name))
-        for thread, row in enumerate(rows):
-            ids = {"pid": ORDER.index(row.process), "tid": thread}
-            events += _names(row, ids)
-            last = self._rows[row][-1]
-            scale = MICROSECONDS * min(1.0, self.clock / (last.start + last.seconds))
-            events += (_complete(event, ids, scale) for event in self._rows[row])
-        return {"traceEvents": events, "displayTimeUnit": "ms"}
+        found: list[dict[str, Any]] = []
+        for thread, row in enumerate(sorted(self._ends)):
+            ids = {"pid": row.process, "tid": thread}
+            found += _names(row, ids)
+            scale = MICROSECONDS * min(1.0, self.clock / self._ends[row])
+            found += (_complete(event, ids, scale) for event in self.events if event.row == row)
+        return {"traceEvents": found, "displayTimeUnit": "ms"}
 
 
 def _names(row: TraceRow, ids: Mapping[str, int]) -> Iterator[dict[str, Any]]:
     """The metadata events that name a row and put its process in its place."""
     for kind, args in (
-        ("process_name", {"name": row.process}),
+        ("process_name", {"name": PROCESSES[row.process]}),
         ("thread_name", {"name": row.name}),
-        ("process_sort_index", {"sort_index": ids["pid"]}),
+        ("process_sort_index", {"sort_index": row.process}),
     ):
         yield {"name": kind, "ph": "M", "ts": 0, **ids, "args": args}
 

@@ -1,60 +1,34 @@
-"""The paper's Table 2 for a model: as printed, corrected, and in bytes: `seqmesh plan --compare`.
+"""The paper's Table 2 for a layer of a model: as printed, corrected, and in bytes: `seqmesh plan --compare`.
 
-    compare(load_model("llama3-8b"), ranks=16, batch=1, seq_len=65536)        compare_text.py prints it
+    render(SpreadLayer(model=load_model("llama3-8b"), ranks=16, batch=1, seq_len=65536))
 
 Costs are of one block, forward and backward, in elements x nccl-tests factor, (N - 1)/N counted as 1 as in
 the paper: exact bytes of a mesh are the search's business. In numbers: bf16 weights, gradients and
 activations; OS = 6P is Adam's 12 bytes a parameter.
-
-Source: USP (Fang & Zhao 2024, arXiv 2405.07719), Table 2; docs/table2.md explains the
-corrections.
 """
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
-from fractions import Fraction
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-from seqmesh.planner.inputs.shape import ModelShape
-from seqmesh.planner.paper.symbols import shown, symbol, words
-from seqmesh.planner.paper.table2 import HIDDEN, Method, Rules, derived, methods
-from seqmesh.planner.paper.table2_numbers import Evaluation, Numbers, corrected_rules
+from seqmesh.planner.inputs.units import format_bytes, format_tokens
+from seqmesh.planner.paper import table2
+from seqmesh.planner.paper.table2 import Cells, SpreadLayer, shown
 
-PRINTED = Rules(
-    block=symbol("d²", 12),
-    attention_block=symbol("d²", 4),
-    parameter_share=Fraction(1, 2),
-    q=HIDDEN,
-    kv=HIDDEN,
-    kv_ranks="N",
-    ring_backward=2,
-    bounded=True,
-)
-"""The paper's rules.
+BYTES = 2
+"""Of a bf16 element."""
+CELLS_HEAD = ["", "param op", "cost", "activation op", "cost", "split", "P/G", "OS", "A"]
+BYTES_HEAD = ["", "moved: param", "activation", "kept: P+G", "OS", "A", ""]
 
-Its parameter column is half of what all-reduce = 2 and all-gather = 1 give, in every row.
-"""
-WHY_PARAMETERS = (
-    "an all-reduce counts 2, a gather or scatter 1: 24/24/36d² for 12d²;"
-    " a layer of {model} has {block} parameters"
-)
-WHY_RING = "the backward moves K and V once more, and dK and dV in fp32, each twice the size"
-WHY_GROUPS = "a K/V head serves G query heads"
-WHY_COPIES = "ranks outnumber the K/V heads and hold copies"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Cells:
-    """A row of the table as text."""
-
-    parameter_op: str
-    parameter_cost: str
-    activation_op: str
-    activation_cost: str
-    split: str
-    states: str
-    """P/G: parameters and gradients on a rank."""
-    optimizer: str
-    activations: str
+LEGEND = {
+    "/G": "G (as a divisor): query heads to a K/V head",
+    "/u": "u: ulysses ranks of N = u x r",
+    "/K": "K: K/V heads, fewer than the ranks",
+    "Pₑ": "Pₐ, Pₑ: parameters outside and inside the experts; each token goes to k experts",
+    "(seqmesh)": "seqmesh: exactly the K/V rows that a causal zigzag needs (3/4), dK and dV in bf16;"
+    " the other rings rotate",
+}
+"""What a mark in the table stands for."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,8 +41,8 @@ class Row:
     printed_groups: str
     """The printed activation cost with grouped K/V heads, as the paper's text gives it."""
     corrected: Cells
-    numbers: Numbers | None
-    """None: not possible with this model, batch and ranks."""
+    numbers: dict[str, int] | None
+    """Elements per GPU and layer in the corrected row's columns; None: not possible with this layer."""
     note: str
     """The mesh that the numbers are of, or why there are none."""
 
@@ -84,150 +58,147 @@ class Difference:
     why: str
 
 
-@dataclass(frozen=True, kw_only=True)
-class Comparison:
-    """Table 2 for a model."""
-
-    model: str
-    ranks: int
-    batch: int
-    seq_len: int
-    groups: int
-    """G: query heads to a K/V head."""
-    block: Fraction
-    """Parameters of a layer over d²."""
-    rows: tuple[Row, ...]
-    differences: tuple[Difference, ...]
+def rows(layer: SpreadLayer) -> list[Row]:
+    """The corrected table's rows, with the printed ones of their names."""
+    return [_row(name, layer) for name in table2.CORRECTED]
 
 
-def compare(model: ModelShape, *, ranks: int, batch: int, seq_len: int, top_k: int = 2) -> Comparison:
-    """Table 2 for a model.
-
-    Args:
-        model: whose layers fill the corrected table.
-        ranks: N.
-        batch: sequences of a step, b.
-        seq_len: tokens of a sequence, L.
-        top_k: experts of a token, for expert parallelism: one expert of the model's own width on every rank.
-
-    Raises:
-        ValueError: other blocks than the table's, fewer than two ranks, an empty batch or sequence, or more
-            experts for a token than there are ranks.
-    """
-    if not model.is_plain:
-        raise ValueError(
-            f"{model.name} has experts, latent attention or several kinds of layers, and Table 2 is of one"
-            " plain block; compare a dense model"
-        )
-    _check(ranks, batch, seq_len, top_k)
-    rules = corrected_rules(model, ranks)
-    numbers = Evaluation(model, rules, ranks=ranks, batch=batch, seq_len=seq_len, top_k=top_k)
-    rows = [_row(method, numbers) for method in (*methods(rules), *derived(rules))]
-    block = Fraction(model.layer_parameters, model.hidden**2)
-    why_parameters = WHY_PARAMETERS.format(model=model.name, block=f"{shown(block)}d²")
-    return Comparison(
-        model=model.name,
-        ranks=ranks,
-        batch=batch,
-        seq_len=seq_len,
-        groups=model.heads // model.kv_heads,
-        block=block,
-        rows=tuple(rows),
-        differences=tuple(_differences(rows, why_parameters)),
-    )
-
-
-def _check(ranks: int, batch: int, seq_len: int, top_k: int) -> None:
-    if ranks < 2:
-        raise ValueError(
-            f"ranks={ranks}: one rank sends nothing, so there is nothing to compare; use at least 2"
-        )
-    if batch < 1 or seq_len < 1:
-        raise ValueError(
-            f"batch={batch}, seq_len={seq_len}: both must be at least 1; use a positive batch and length"
-        )
-    if not 1 <= top_k <= ranks:
-        raise ValueError(
-            f"top_k={top_k} with one expert on each of {ranks} ranks; use a top_k from 1 to {ranks}"
-        )
-
-
-def _row(method: Method, numbers: Evaluation) -> Row:
-    """A row of the corrected table, with the printed one of its name."""
-    printed = _named(methods(PRINTED), method.name)
-    in_groups = _named(methods(replace(PRINTED, kv=HIDDEN / "G")), method.name)
-    impossible = numbers.impossible(method.name)
+def _row(name: str, layer: SpreadLayer) -> Row:
+    printed, named = table2.PRINTED.get(name), table2.CORRECTED[name]
+    cost = printed.activation_cost if printed else ""
+    texts = table2.texts(layer)
+    why_not = table2.impossible(name, layer)
     return Row(
-        name=method.name,
-        printed=_cells(printed, spelled=printed.spelled) if printed else None,
-        printed_groups=str(in_groups.activation_cost) if in_groups else "",
-        corrected=_cells(method),
-        numbers=None if impossible else numbers.of(method),
-        note=impossible or numbers.mesh_of(method.name),
+        name=name,
+        printed=printed,
+        printed_groups=table2.GROUPED.get(cost, cost),
+        corrected=Cells(*(texts.get(cell, cell) for cell in asdict(named).values())),
+        numbers=None if why_not else _numbers(named, layer),
+        note=why_not or _mesh(name, layer),
     )
 
 
-def _named(rows: Sequence[Method], name: str) -> Method | None:
-    return next((method for method in rows if method.name == name), None)
+def _numbers(cells: Cells, layer: SpreadLayer) -> dict[str, int]:
+    elements = table2.elements(layer)
+    return {
+        "parameter_elements": round(elements[cells.parameter_cost]),
+        "activation_elements": round(elements[cells.activation_cost]),
+        "states_elements": round(elements[cells.states]),
+        "optimizer_elements": round(elements[cells.optimizer]),
+        "kept_elements": round(elements[cells.activations]),
+    }
 
 
-def _cells(method: Method, *, spelled: bool = False) -> Cells:
-    return Cells(
-        parameter_op=words(method.parameter_calls, none="0", spelled=spelled),
-        parameter_cost=str(method.parameter_cost),
-        activation_op="same" if method.same else words(method.activation_calls, none="none"),
-        activation_cost=str(method.activation_cost),
-        split=method.split,
-        states=str(method.states),
-        optimizer=str(method.optimizer),
-        activations=str(method.kept),
-    )
+def _mesh(name: str, layer: SpreadLayer) -> str:
+    """What the numbers are of, where the row's name does not say it."""
+    if name.startswith("Unified"):
+        return f"u{layer.ulysses} r{layer.ranks // layer.ulysses}"
+    return f"top {layer.top_k}, an expert a rank" if name == table2.EXPERTS else ""
 
 
-@dataclass(frozen=True)
-class _Correction:
-    """A difference, whatever rows have it."""
-
-    column: str
-    printed: str
-    corrected: str
-    why: str
-
-
-def _differences(rows: Sequence[Row], why_parameters: str) -> Iterator[Difference]:
+def differences(layer: SpreadLayer) -> list[Difference]:
     """What the two tables disagree about, rows that do so alike together."""
-    found: dict[_Correction, list[str]] = {}
-    for row in rows:
+    found: dict[Difference, list[str]] = {}
+    for row in rows(layer):
         if row.printed is not None:
-            for correction in _corrections(row.printed, row.corrected, why_parameters):
-                found.setdefault(correction, []).append(row.name)
-    for correction, names in found.items():
-        yield Difference(
-            rows=tuple(names),
-            column=correction.column,
-            printed=correction.printed,
-            corrected=correction.corrected,
-            why=correction.why,
-        )
+            for difference in _corrections(row.printed, row.corrected, layer):
+                found.setdefault(difference, []).append(row.name)
+    return [replace(difference, rows=tuple(names)) for difference, names in found.items()]
 
 
-def _corrections(printed: Cells, corrected: Cells, why_parameters: str) -> Iterator[_Correction]:
+def _corrections(printed: Cells, corrected: Cells, layer: SpreadLayer) -> Iterator[Difference]:
     """Where one row differs."""
-    if printed.parameter_cost != corrected.parameter_cost:
-        yield _Correction("parameter cost", printed.parameter_cost, corrected.parameter_cost, why_parameters)
-    if printed.activation_cost != corrected.activation_cost:
-        yield _Correction(
-            "activation cost", printed.activation_cost, corrected.activation_cost, _why_activations(corrected)
-        )
+    why_parameters = (
+        "an all-reduce counts 2, a gather or scatter 1: 24/24/36d² for 12d²;"
+        f" a layer of {layer.model.name} has {shown(layer.block)}d² parameters"
+    )
+    for column, before, after, why in (
+        ("parameter cost", printed.parameter_cost, corrected.parameter_cost, why_parameters),
+        ("activation cost", printed.activation_cost, corrected.activation_cost, _why_activations(corrected)),
+    ):
+        if before != after:
+            yield Difference(rows=(), column=column, printed=before, corrected=after, why=why)
 
 
 def _why_activations(corrected: Cells) -> str:
     """The causes, read off what the corrected cells have."""
     causes = []
     if "P2P" in corrected.activation_op or corrected.activation_op == "same":
-        causes.append(WHY_RING)
+        causes.append("the backward moves K and V once more, and dK and dV in fp32, each twice the size")
     if "/G" in corrected.activation_cost:
-        causes.append(WHY_GROUPS)
+        causes.append("a K/V head serves G query heads")
     if "/K" in corrected.activation_cost:
-        causes.append(WHY_COPIES)
+        causes.append("ranks outnumber the K/V heads and hold copies")
     return "; ".join(causes) or "heads x head dim is not d"
+
+
+def as_record(layer: SpreadLayer) -> dict[str, Any]:
+    """The comparison as JSON: cells as text, numbers in elements and in bf16 bytes."""
+    records = [asdict(row) for row in rows(layer)]
+    for record in records:
+        if record["numbers"] is not None:
+            record["bf16_bytes"] = {
+                name.removesuffix("_elements"): BYTES * count for name, count in record["numbers"].items()
+            }
+    return {
+        "model": layer.model.name,
+        "ranks": layer.ranks,
+        "batch": layer.batch,
+        "seq_len": layer.seq_len,
+        "groups": layer.groups,
+        "block": float(layer.block),
+        "rows": records,
+        "differences": [asdict(difference) for difference in differences(layer)],
+    }
+
+
+def render(layer: SpreadLayer) -> str:
+    """The comparison as plain text: the printed table, the corrected one, what differs, and bytes."""
+    found = rows(layer)
+    printed = [[row.name, *asdict(row.printed).values()] for row in found if row.printed]
+    corrected = [[row.name, *asdict(row.corrected).values()] for row in found]
+    group = f", G = {layer.groups}" if layer.groups != 1 else ""
+    tokens = format_tokens(layer.seq_len)
+    parts = [
+        "Table 2 as printed: a block of 12d² parameters, forward and backward;"
+        " elements x nccl-tests factor, (N-1)/N counted as 1",
+        table([CELLS_HEAD, *printed]),
+        _grouped(found),
+        f"Corrected: a layer of {layer.model.name}, {shown(layer.block)}d²{group}",
+        table([CELLS_HEAD, *corrected]),
+        _legend(corrected),
+        "What differs",
+        "\n".join(_difference(one) for one in differences(layer)),
+        f"Bytes per GPU and layer in bf16: N = {layer.ranks}, b = {layer.batch}, L = {tokens}",
+        table([BYTES_HEAD, *map(_byte_row, found)]),
+    ]
+    return "\n\n".join(parts)
+
+
+def _grouped(found: Sequence[Row]) -> str:
+    """What the paper's text adds for grouped K/V heads."""
+    named = ("SP-Ulysses", "SP-Ring", "TP-sp")
+    costs = ", ".join(f"{row.name} {row.printed_groups}" for row in found if row.name in named)
+    return f"  With G query heads to a K/V head the paper's text has: {costs}"
+
+
+def _legend(corrected: Sequence[Sequence[str]]) -> str:
+    text = " ".join(" ".join(row) for row in corrected)
+    return "\n".join(f"  {meaning}" for mark, meaning in LEGEND.items() if mark in text)
+
+
+def _difference(one: Difference) -> str:
+    return f"  {', '.join(one.rows)}: {one.column} {one.printed} -> {one.corrected}\n      {one.why}"
+
+
+def _byte_row(row: Row) -> list[str]:
+    if row.numbers is None:
+        return [row.name, "-", "-", "-", "-", "-", row.note]
+    return [row.name, *(format_bytes(BYTES * count) for count in row.numbers.values()), row.note]
+
+
+def table(lines: Sequence[Sequence[str]]) -> str:
+    """Columns aligned to their widest cell, two spaces between them."""
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    padded = [[cell.ljust(width) for cell, width in zip(line, widths, strict=True)] for line in lines]
+    return "\n".join("  ".join(line).rstrip() for line in padded)

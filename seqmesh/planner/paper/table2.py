@@ -1,233 +1,250 @@
-"""The rows of the paper's Table 2 as rules: a block's collectives, what they carry, who keeps how much.
+"""The paper's Table 2 as it is printed, and as it should be for a model: its cells, and what they amount to.
 
-    rule                as printed                     corrected
-    block               12d²                           the model's own layer over d²
-    parameter column    half of what the rule of       the rule: all-reduce counts 2
-                        all-reduce = 2 gives
-    K/V heads           as many as query heads         1/G of them
-    ring, backward      K, V once more                 K, V once more, and dK, dV in fp32, twice the size
+    a cell of CORRECTED    as shown (`texts`)    elements per GPU (`elements`)
+    6P/N                   6P/N                  6 x parameters / ranks
+    {ring}                 8·bsLd/G              8 x those of K: what depends on the model has a name
 
-The same functions make both tables, so the printed one is computed too (tests/test_plan_compare.py has every
-printed cell).
+Symbols: d² of weights; bsLd, an activation of b sequences of L tokens and width d; P, G, OS of a block and A,
+its activations; of experts Pₑ, Gₑ, of the rest Pₐ, Gₐ, and k experts a token. Divisors: N ranks, u ulysses
+ranks, K K/V heads, G query heads to one of them.
 
-Expert parallelism, whose row is lost: a rank holds a part of the experts and of the batch. Each token goes to
-its k experts (dispatch) and comes back (combine); the backward sends gradients the other way: 4 all-to-alls
-of k x bsLd/N. Attention and router (Pₐ, Gₐ) are replicated and all-reduced; experts (Pₑ, Gₑ) have one owner,
-so nothing of theirs is reduced. A counts the k copies.
-
-Source: USP, Table 2; docs/table2.md lists its flaws.
+Source: USP (Fang & Zhao 2024, arXiv 2405.07719), Table 2; docs/table2.md derives every correction, and the
+row of expert parallelism.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from fractions import Fraction
 
-from seqmesh.planner.paper.symbols import Call, Cost, cost, symbol
+from seqmesh.planner.inputs.shape import ModelShape
 
-P = symbol("P")
-G = symbol("G")
-A = symbol("A")
-HIDDEN = symbol("bsLd")
-"""An activation of hidden size, of the whole batch."""
-WHOLE = P + G
-OPTIMIZER = symbol("P", 6)
+
+@dataclass(frozen=True)
+class Cells:
+    """A row of the table as text."""
+
+    parameter_op: str
+    parameter_cost: str
+    activation_op: str
+    activation_cost: str
+    split: str
+    """What of attention / of the rest is spread."""
+    states: str
+    """P/G: parameters and gradients on a rank."""
+    optimizer: str
+    activations: str
+
+
+def _read(table: str) -> dict[str, Cells]:
+    """Rows by their names, of lines whose columns are the name and those of `Cells`."""
+    rows = {}
+    for line in table.strip().splitlines():
+        name, *cells = (cell.strip() for cell in line.split("|"))
+        rows[name] = Cells(*cells)
+    return rows
+
+
+PRINTED = _read("""
+SP-Ulysses       | all-reduce | 12d² | 8 all-to-all | (8/N)·bsLd | heads / L | P+G     | 6P   | A/N
+SP-Ring          | all-reduce | 12d² | P2P          | 4·bsLd     | L / L     | P+G     | 6P   | A/N
+DP               | all-reduce | 12d² | none         | 0          | bs / bs   | P+G     | 6P   | A/N
+ZeRO-1 | all-gather + reduce-scatter | 12d² | none  | 0          |           | P+G     | 6P/N | A/N
+Unified + ZeRO-1 | AG + RS    | 12d² | P2P + 8 a2a  | <= 4·bsLd  | heads / L | P+G     | 6P/N | A/N
+Unified + ZeRO-2 | AG + RS    | 12d² | same         | <= 4·bsLd  | heads / L | P+G/N   | 6P/N | A/N
+Unified + ZeRO-3 | 2 AG + RS  | 18d² | same         | <= 4·bsLd  | heads / L | (P+G)/N | 6P/N | A/N
+TP               | 0          | 0    | 4 all-reduce | 8·bsLd     | heads / d | (P+G)/N | 6P/N | αA
+TP-sp            | 0          | 0    | 6 AG + 4 RS  | 10·bsLd    | heads / d | (P+G)/N | 6P/N | A/N
+""")
+"""The paper's table: cells by row."""
+
+GROUPED = {
+    "(8/N)·bsLd": "(4/N)·bsLd + (4/N)·bsLd/G",
+    "4·bsLd": "4·bsLd/G",
+    "<= 4·bsLd": "<= 4·bsLd/G",
+}
+"""Printed activation costs that grouped K/V heads change, and what the paper's text makes of them."""
+
+CORRECTED = _read("""
+SP-Ulysses        | all-reduce | {2P} | 8 all-to-all | {ulysses} | heads / L | P+G     | 6P   | A/N
+SP-Ring           | all-reduce | {2P} | P2P          | {ring}    | L / L     | P+G     | 6P   | A/N
+DP                | all-reduce | {2P} | none         | 0         | bs / bs   | P+G     | 6P   | A/N
+ZeRO-1            | AG + RS    | {2P} | none         | 0         |           | P+G     | 6P/N | A/N
+Unified + ZeRO-1  | AG + RS    | {2P} | P2P + 8 a2a  | {unified} | heads / L | P+G     | 6P/N | A/N
+Unified + ZeRO-2  | AG + RS    | {2P} | same         | {unified} | heads / L | P+G/N   | 6P/N | A/N
+Unified + ZeRO-3  | 2 AG + RS  | {3P} | same         | {unified} | heads / L | (P+G)/N | 6P/N | A/N
+TP                | 0          | 0    | 4 all-reduce | 8·bsLd    | heads / d | (P+G)/N | 6P/N | αA
+TP-sp             | 0          | 0    | 6 AG + 4 RS  | 10·bsLd   | heads / d | (P+G)/N | 6P/N | A/N
+SP-Ring (seqmesh) | all-reduce | {2P} | P2P          | {exact ring}    | L / L     | P+G | 6P   | A/N
+Unified (seqmesh) | AG + RS    | {2P} | P2P + 8 a2a  | {exact unified} | heads / L | P+G | 6P/N | A/N
+EP (derived)| all-reduce| {2Pₐ}| 4 all-to-all| (4k/N)·bsLd| bs / experts| Pₐ+Gₐ+(Pₑ+Gₑ)/N| 6Pₐ+6Pₑ/N| {A/N}
+""")
+"""The corrected one, with a name in braces where a cell depends on the model.
+
+The last three rows are not the paper's: the ring as seqmesh runs it, and expert parallelism.
+"""
 
 EXPERTS = "EP (derived)"
-SEQMESH_RING = "SP-Ring (seqmesh)"
-SEQMESH_UNIFIED = "Unified (seqmesh)"
+ROTATING = 8
+"""Times that a rotating ring moves as much as K: K, V; K, V once more; dK, dV in fp32, twice the size."""
+EXACT = Fraction(9, 2)
+"""The same of seqmesh on a causal zigzag: 3/4 of the rows, and dK, dV in bf16: 3/4 of 6."""
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rules:
-    """What the two tables disagree about."""
+class SpreadLayer:
+    """A layer of a model on some ranks.
 
-    block: Cost
-    """Parameters of a block."""
-    attention_block: Cost
-    """Those outside the feed-forward network: what expert parallelism replicates."""
-    parameter_share: Fraction
-    """Of the rule's cost in the parameter column: 1, or 1/2 as printed."""
-    q: Cost
-    """Q, or the attention's output, of the whole batch."""
-    kv: Cost
-    """K, or V, of the whole batch."""
-    kv_ranks: str
-    """Over how many ranks Ulysses alone splits K/V heads.
-
-    N, or K where ranks outnumber the K/V heads and hold copies.
+    Raises:
+        ValueError: another block than the table's, fewer than two ranks, an empty batch or sequence, or more
+            experts for a token than there are ranks.
     """
-    ring_backward: int
-    """Transfers of K or V, or of as much, in a rotating ring's backward."""
-    bounded: bool
-    """Whether the unified rows give the bound over all meshes, as printed, or their cost on one."""
 
+    model: ModelShape
+    ranks: int
+    """N."""
+    batch: int
+    """Sequences of a step, b."""
+    seq_len: int
+    """Tokens of a sequence, L."""
+    top_k: int = 2
+    """Experts of a token, for expert parallelism: one expert of the model's own width on every rank."""
 
-@dataclass(frozen=True, kw_only=True)
-class Method:
-    """One row."""
-
-    name: str
-    parameter_calls: tuple[Call, ...] = ()
-    parameter_cost: Cost
-    activation_calls: tuple[Call, ...] = ()
-    activation_cost: Cost
-    split: str = ""
-    """What of attention / of the rest is spread."""
-    states: Cost
-    """Parameters and gradients that a rank keeps."""
-    optimizer: Cost
-    kept: Cost
-    """Activations that a rank keeps."""
-    spelled: bool = False
-    """Whether the table names the calls in full though there are two kinds."""
-    same: bool = False
-    """Whether the table says "same" of the activations' calls."""
-
-
-def ulysses_calls(rules: Rules) -> tuple[Call, ...]:
-    """Q, K, V out and O home, and their gradients: 8 all-to-alls, none of which copies K/V heads."""
-    return Call(4, "all-to-all", rules.q / "N"), Call(4, "all-to-all", rules.kv / "N")
-
-
-def pure_ulysses_calls(rules: Rules) -> tuple[Call, ...]:
-    """The same over all ranks, where K/V heads may have to be copied."""
-    return Call(4, "all-to-all", rules.q / "N"), Call(4, "all-to-all", rules.kv / rules.kv_ranks)
-
-
-def ring_calls(rules: Rules) -> tuple[Call, ...]:
-    """K and V past every rank, and what the backward moves."""
-    return (Call(2 + rules.ring_backward, "P2P", rules.kv),)
-
-
-def exact_ring_calls(rules: Rules) -> tuple[Call, ...]:
-    """seqmesh on a causal zigzag: 3/4 of the rows of K, V, of K, V once more, and of dK, dV.
-
-    All in the inputs' precision.
-    """
-    return (Call(6, "P2P", rules.kv * Fraction(3, 4)),)
-
-
-def methods(rules: Rules) -> tuple[Method, ...]:
-    """The rows that the paper prints, in its order."""
-    return (*_sequence_and_data(rules), *_unified(rules), *_tensor())
-
-
-def derived(rules: Rules) -> tuple[Method, ...]:
-    """Rows that it does not print: the ring as seqmesh runs it, and expert parallelism."""
-    unified = _unified(rules)[0]
-    exchange, ring = ulysses_calls(rules), exact_ring_calls(rules)
-    return (
-        _replicated(rules, SEQMESH_RING, ring, "L / L"),
-        replace(
-            unified,
-            name=SEQMESH_UNIFIED,
-            activation_calls=(*ring, *exchange),
-            activation_cost=cost(exchange) + cost(ring) / "u",
-        ),
-        _experts(rules),
-    )
-
-
-def mixed(rules: Rules, ring_ranks: int, ulysses_ranks: int, *, exact: bool) -> Cost:
-    """Activation cost on a concrete mesh: an axis of one rank exchanges nothing."""
-    total = Cost()
-    if ulysses_ranks > 1:
-        total += cost(ulysses_calls(rules))
-    if ring_ranks > 1:
-        total += cost(exact_ring_calls(rules) if exact else ring_calls(rules)) / "u"
-    return total
-
-
-def _sequence_and_data(rules: Rules) -> tuple[Method, ...]:
-    weights = (Call(1, "all-gather", rules.block), Call(1, "reduce-scatter", rules.block))
-    return (
-        _replicated(rules, "SP-Ulysses", pure_ulysses_calls(rules), "heads / L"),
-        _replicated(rules, "SP-Ring", ring_calls(rules), "L / L"),
-        _replicated(rules, "DP", (), "bs / bs"),
-        Method(
-            name="ZeRO-1",
-            parameter_calls=weights,
-            parameter_cost=cost(weights) * rules.parameter_share,
-            activation_cost=Cost(),
-            states=WHOLE,
-            optimizer=OPTIMIZER / "N",
-            kept=A / "N",
-            spelled=True,
-        ),
-    )
-
-
-def _replicated(rules: Rules, name: str, activations: tuple[Call, ...], split: str) -> Method:
-    reduce = (Call(1, "all-reduce", rules.block),)
-    return Method(
-        name=name,
-        parameter_calls=reduce,
-        parameter_cost=cost(reduce) * rules.parameter_share,
-        activation_calls=activations,
-        activation_cost=cost(activations),
-        split=split,
-        states=WHOLE,
-        optimizer=OPTIMIZER,
-        kept=A / "N",
-    )
-
-
-def _unified(rules: Rules) -> tuple[Method, ...]:
-    """Ulysses x ring.
-
-    No mesh of two ranks or more moves more than the ring alone: 4/u + 8/N <= 4, the printed bound.
-    """
-    ring, exchange = ring_calls(rules), ulysses_calls(rules)
-    activation = cost(ring).bound() if rules.bounded else cost(exchange) + cost(ring) / "u"
-    rows = []
-    for stage, gathers, states in ((1, 1, WHOLE), (2, 1, P + G / "N"), (3, 2, WHOLE / "N")):
-        weights = (Call(gathers, "all-gather", rules.block), Call(1, "reduce-scatter", rules.block))
-        rows.append(
-            Method(
-                name=f"Unified + ZeRO-{stage}",
-                parameter_calls=weights,
-                parameter_cost=cost(weights) * rules.parameter_share,
-                activation_calls=(*ring, *exchange),
-                activation_cost=activation,
-                split="heads / L",
-                states=states,
-                optimizer=OPTIMIZER / "N",
-                kept=A / "N",
-                same=stage > 1,
+    def __post_init__(self) -> None:
+        if not self.model.is_plain:
+            raise ValueError(
+                f"{self.model.name} has experts, latent attention or several kinds of layers, and Table 2 is"
+                " of one plain block; compare a dense model"
             )
-        )
-    return tuple(rows)
+        if self.ranks < 2:
+            raise ValueError(
+                f"ranks={self.ranks}: one rank sends nothing, so there is nothing to compare; use at least 2"
+            )
+        if self.batch < 1 or self.seq_len < 1:
+            raise ValueError(
+                f"batch={self.batch}, seq_len={self.seq_len}: both must be at least 1; use a positive batch"
+                " and length"
+            )
+        if not 1 <= self.top_k <= self.ranks:
+            raise ValueError(
+                f"top_k={self.top_k} with one expert on each of {self.ranks} ranks;"
+                f" use a top_k from 1 to {self.ranks}"
+            )
+
+    @property
+    def groups(self) -> int:
+        """G: query heads to a K/V head."""
+        return self.model.heads // self.model.kv_heads
+
+    @property
+    def block(self) -> Fraction:
+        """Parameters over d²."""
+        return Fraction(self.model.layer_parameters, self.model.hidden**2)
+
+    @property
+    def expert(self) -> int:
+        """Parameters of the feed-forward network, or of one expert."""
+        return (3 if self.model.gated else 2) * self.model.hidden * self.model.intermediate
+
+    @property
+    def ulysses(self) -> int:
+        """Ulysses ranks of the unified rows: as many as there are K/V heads for; more would hold copies."""
+        most = min(self.ranks, self.model.kv_heads)
+        return max(u for u in range(1, most + 1) if self.ranks % u == 0)
 
 
-def _tensor() -> tuple[Method, ...]:
-    reduce = (Call(4, "all-reduce", HIDDEN),)
-    apart = (Call(6, "all-gather", HIDDEN), Call(4, "reduce-scatter", HIDDEN))
-    return tuple(
-        Method(
-            name=name,
-            parameter_cost=Cost(),
-            activation_calls=calls,
-            activation_cost=cost(calls),
-            split="heads / d",
-            states=WHOLE / "N",
-            optimizer=OPTIMIZER / "N",
-            kept=kept,
-        )
-        for name, calls, kept in (("TP", reduce, symbol("αA")), ("TP-sp", apart, A / "N"))
-    )
+def texts(layer: SpreadLayer) -> dict[str, str]:
+    """What the corrected table shows for the names in braces."""
+    m = layer.model
+    attention = layer.block - Fraction(layer.expert, m.hidden**2)
+    width = Fraction(m.heads * m.head_dim, m.hidden)  # of attention, which need not be d wide
+    four, eight = shown(4 * width), shown(8 * width)
+    ring, exact = shown(ROTATING * width), shown(EXACT * width)
+    kv = "bsLd/G" if layer.groups > 1 else "bsLd"
+    heads = f"({four}/N)·bsLd + ({four}/N)·bsLd/G" if layer.groups > 1 else f"({eight}/N)·bsLd"
+    copies = f"({four}/N)·bsLd + ({four}/K)·{kv}"
+    return {
+        "{2P}": f"{shown(2 * layer.block)}d²",
+        "{3P}": f"{shown(3 * layer.block)}d²",
+        "{2Pₐ}": f"{shown(2 * attention)}d²",
+        "{ulysses}": heads if layer.ranks <= m.kv_heads else copies,
+        "{ring}": f"{ring}·{kv}",
+        "{unified}": f"{heads} + ({ring}/u)·{kv}",
+        "{exact ring}": f"{exact}·{kv}",
+        "{exact unified}": f"{heads} + ({exact}/u)·{kv}",
+        "{A/N}": "A/N",
+    }
 
 
-def _experts(rules: Rules) -> Method:
-    reduce = (Call(1, "all-reduce", rules.attention_block),)
-    exchange = (Call(4, "all-to-all", HIDDEN * "k" / "N"),)
-    owned = symbol("Pₑ") + symbol("Gₑ")
-    return Method(
-        name=EXPERTS,
-        parameter_calls=reduce,
-        parameter_cost=cost(reduce) * rules.parameter_share,
-        activation_calls=exchange,
-        activation_cost=cost(exchange),
-        split="bs / experts",
-        states=symbol("Pₐ") + symbol("Gₐ") + owned / "N",
-        optimizer=symbol("Pₐ", 6) + symbol("Pₑ", 6) / "N",
-        kept=A / "N",
-    )
+def shown(number: Fraction) -> str:
+    """12, 4.5; two digits and no fewer where they are rounded: 13.00 of 13.0005."""
+    exact = f"{float(number):.2f}"
+    return exact.rstrip("0").rstrip(".") if Fraction(exact) == number else exact
+
+
+def elements(layer: SpreadLayer) -> dict[str, Fraction]:
+    """What every cell of the corrected table amounts to, in elements per GPU."""
+    m, n = layer.model, layer.ranks
+    p = Fraction(m.layer_parameters)  # as many as gradients
+    tokens = Fraction(layer.batch * layer.seq_len)
+    hidden = tokens * m.hidden
+    q, kv = tokens * m.heads * m.head_dim, tokens * m.kv_heads * m.head_dim
+    # Kept of a token, as cost/fused_memory.py counts it; the lse of a head is fp32, two elements.
+    norms = tokens * 4 * m.hidden
+    attention = tokens * 2 * ((m.heads + m.kv_heads) * m.head_dim + m.heads)
+    feed_forward = tokens * (3 if m.gated else 2) * m.intermediate
+    return {
+        "0": Fraction(0),
+        "{2P}": 2 * p,  # an all-reduce counts 2, a gather or scatter 1
+        "{3P}": 3 * p,
+        "{2Pₐ}": 2 * (p - layer.expert),
+        "{ulysses}": 4 * q / n + 4 * kv / min(n, m.kv_heads),
+        "{ring}": ROTATING * kv,
+        "{unified}": unified(q, kv, n, layer.ulysses, ROTATING),
+        "{exact ring}": EXACT * kv,
+        "{exact unified}": unified(q, kv, n, layer.ulysses, EXACT),
+        "8·bsLd": 8 * hidden,
+        "10·bsLd": 10 * hidden,
+        "(4k/N)·bsLd": 4 * layer.top_k * hidden / n,
+        "P+G": 2 * p,
+        "P+G/N": p + p / n,
+        "(P+G)/N": 2 * p / n,
+        "Pₐ+Gₐ+(Pₑ+Gₑ)/N": 2 * p,  # an expert a rank: as much as the dense layer
+        "6P": 6 * p,
+        "6P/N": 6 * p / n,
+        "6Pₐ+6Pₑ/N": 6 * p,
+        "A/N": (norms + attention + feed_forward) / n,
+        "{A/N}": (norms + attention + layer.top_k * feed_forward) / n,
+        "αA": norms + (attention + feed_forward) / n,  # without sequence parallelism norms are kept whole
+    }
+
+
+def unified(q: Fraction, kv: Fraction, ranks: int, ulysses: int, transfers: int | Fraction) -> Fraction:
+    """Activation elements that Ulysses x ring moves.
+
+    Args:
+        q: elements of Q, or of attention's output, of the whole batch.
+        kv: of K, or of V.
+        ranks: N.
+        ulysses: ranks that exchange heads: Q, K, V out, O home, and their gradients. One exchanges nothing.
+        transfers: times that a ring moves as much as K; one of a rank moves nothing.
+    """
+    heads = 4 * (q + kv) / ranks if ulysses > 1 else Fraction(0)
+    rows = transfers * kv / ulysses if ulysses < ranks else Fraction(0)
+    return heads + rows
+
+
+def impossible(name: str, layer: SpreadLayer) -> str:
+    """Why the layer cannot be spread as the row of that name is; empty if it can."""
+    m, n = layer.model, layer.ranks
+    if name in ("DP", "ZeRO-1", EXPERTS):
+        return f"a batch of {layer.batch} does not split over {n} ranks" if layer.batch % n else ""
+    if name in ("TP", "TP-sp"):
+        heads = {"query heads": m.heads, "K/V heads": m.kv_heads}
+        sizes = {**heads, "intermediate": m.intermediate, "hidden": m.hidden}
+        undivided = [f"{n} ranks do not divide {what} {size}" for what, size in sizes.items() if size % n]
+        return _too_few("K/V heads", m.kv_heads, n) or "".join(undivided[:1])
+    few_heads = _too_few("query heads", m.heads, n) if name == "SP-Ulysses" else ""
+    return few_heads or _too_few("tokens", layer.seq_len, n)
+
+
+def _too_few(what: str, count: int, ranks: int) -> str:
+    return f"{count} {what} leave {ranks - count} ranks without one" if count < ranks else ""

@@ -35,7 +35,7 @@ from seqmesh.planner.output.traced import show_traced
 from seqmesh.planner.reasons import reasons, why_not
 from seqmesh.planner.remedies import overflow, remedy, shortfall
 from seqmesh.planner.search import Found, Search, any_legal, explain_pins, search
-from seqmesh.planner.trainer.memory import traced_like
+from seqmesh.train.memory.peak import traced_like
 
 UNLIMITED = 1 << 60
 """Bytes: a trace needs no memory, so whatever is traced fits."""
@@ -274,7 +274,7 @@ def _trace_memory(job: Job, pins: Pins, as_json: bool) -> int:
     fuller = max(ranks, key=lambda rank: traced_like(rank)["total"])
     predicted = traced_like(fuller)
 
-    from seqmesh.planner.trainer.tracing import trace_rank  # loads torch and transformers
+    from seqmesh.trace.of_rank import trace_rank  # loads torch and transformers
 
     traced = trace_rank(fuller, job.sequences[0] if job.documents else None)
     result = {

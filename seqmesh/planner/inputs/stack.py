@@ -224,7 +224,7 @@ class PaperStack(Stack):
 
 @dataclass(frozen=True)
 class TrainerStack(Stack):
-    """`seqmesh train`: its mixes, and its own memory (trainer/memory.py). Ranks of tp share norms."""
+    """`seqmesh train`: its mixes, and its own memory (train/memory/). Ranks of tp share norms."""
 
     savers: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "tiling": ("loss", "mlp"),  # its loss always is

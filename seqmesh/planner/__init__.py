@@ -4,7 +4,7 @@ No torch; --trace-memory imports trace/, which has it, when it is asked for.
 
 Reading order:
     inputs/      what is asked: a Job (model, cluster, sequence, stack), a Point (one way to run it), pins
-    command.py   the command's modes; flags.py has its options
+    command.py   the command's modes; inputs/flags.py has its options
     search.py    candidates.py gives every point, cost/step.py estimates it, the best few remain
     cost/        time and bytes from the schedules that run, and memory at the peak (of `seqmesh train`:
                  train/memory/)

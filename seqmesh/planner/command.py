@@ -16,13 +16,13 @@ from seqmesh.planner.cost.estimate import StepEstimate
 from seqmesh.planner.cost.step import CostModel
 from seqmesh.planner.cost.trainer_memory import rank_of
 from seqmesh.planner.errors import HEADROOM
-from seqmesh.planner.flags import PlanOptions, as_command
+from seqmesh.planner.inputs.flags import PlanOptions, as_command
 from seqmesh.planner.inputs.hardware import known_gpus
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.models import known_models, load_model
 from seqmesh.planner.inputs.options import check_options
 from seqmesh.planner.inputs.point import KEYS, SEARCHED, Point
-from seqmesh.planner.inputs.request import Machine, Request, build_job, parse_pins
+from seqmesh.planner.inputs.request import build_job, parse_pins
 from seqmesh.planner.inputs.shape import ModelShape
 from seqmesh.planner.inputs.units import format_tokens
 from seqmesh.planner.longest import at_length, longest
@@ -64,16 +64,15 @@ def _plan(context: typer.Context, options: PlanOptions) -> int:
         print(published.render())
         print(f"\n{held_out.render()}")
         return 0
-    request = _request(options)
     pins = parse_pins(options.pin or [])
     if options.kernel:
-        alike = build_job(replace(request, global_batch=1), _one_attention(options))
+        alike = build_job(replace(options, global_batch=1), _one_attention(options))
         return _kernel(_repeated(alike, options.global_batch), pins, options)
     if options.max_seq and options.documents is not None:
-        request = replace(request, seq_len=SAMPLE)
+        options = replace(options, seq_len=SAMPLE)
     if options.trace_memory:
-        request = replace(request, stack="trainer")
-    job = build_job(request, _model(options.model, request.machine))
+        options = replace(options, stack="trainer")
+    job = build_job(options, _model(options))
     if job.stack.leaves_headroom and options.memory_limit is None:
         job = replace(job, headroom=HEADROOM)
     if options.compare:
@@ -85,39 +84,13 @@ def _plan(context: typer.Context, options: PlanOptions) -> int:
     return _answer(replace(job, max_micro_batch=options.max_micro_batch), pins, options)
 
 
-def _request(options: PlanOptions) -> Request:
-    machine = Machine(
-        gpu=options.gpu,
-        cluster=options.cluster,
-        nodes=options.nodes,
-        gpus_per_node=options.gpus_per_node,
-        hardware=tuple(options.hardware or ()),
-        profiles=tuple(options.profile or ()),
-    )
-    return Request(
-        machine=machine,
-        seq_len=options.seq_len,
-        global_batch=options.global_batch,
-        documents=options.documents,
-        dealing=options.dealing,
-        layout=options.layout,
-        stack=options.stack,
-        attention=options.attention,
-        precision=options.precision,
-        gradients=options.gradients,
-        memory_limit=options.memory_limit,
-        axes=options.axes,
-        assume=tuple(options.assume or ()),
-    )
-
-
-def _model(given: str | None, machine: Machine) -> ModelShape:
-    if given is None:
+def _model(options: PlanOptions) -> ModelShape:
+    if options.model is None:
         raise ValueError(
             "no model given; add --model NAME or --model config.json;"
-            f" known: {', '.join(known_models(machine.files))}"
+            f" known: {', '.join(known_models(options.files))}"
         )
-    return load_model(given, machine.files)
+    return load_model(options.model, options.files)
 
 
 def _one_attention(options: PlanOptions) -> ModelShape:

@@ -136,6 +136,11 @@ class PlanOptions:
         Path | None, _option("--plot", "Draw memory and time of the candidates (default plan.png).")
     ] = None
 
+    @property
+    def files(self) -> tuple[Path, ...]:
+        """All TOML files, later ones going before earlier ones: profiles before the others."""
+        return (*(self.hardware or ()), *(self.profile or ()))
+
 
 def as_command(run: Callable[[typer.Context, PlanOptions], int]) -> Callable[..., int]:
     """A function whose parameters are the context and every field of `PlanOptions`, for typer to read."""

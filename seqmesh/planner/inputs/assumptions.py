@@ -9,16 +9,13 @@ group that holds a part of a node's GPUs gets more than one of its network cards
 how PCIe slows an all-to-all, what a copy over PCIe reaches, and the L20's attention rate (Table 3).
 """
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from functools import cache
-from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, NamedTuple
 
-from seqmesh.planner.inputs.tables import unknown
+from seqmesh.planner.inputs.tables import read_data, unknown
 
-_FILE: Final = Path(__file__).parent / "data" / "assumptions.toml"
 LEAST = 1e-9
 MOST = 1e15
 """Beyond these a number is a slip, and times would no longer be finite."""
@@ -35,7 +32,7 @@ class Explained(NamedTuple):
 
 @cache
 def _constants() -> Mapping[str, Mapping[str, Any]]:
-    return tomllib.loads(_FILE.read_text(encoding="utf-8"))
+    return read_data("assumptions.toml")
 
 
 def _constant(name: str) -> float:

@@ -21,9 +21,9 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from seqmesh.planner.inputs.tables import LARGEST_COUNT, Table, read_tables, unknown
+from seqmesh.planner.inputs.tables import LARGEST_COUNT, Table, data_file, is_count, read_tables, unknown
 
-_PRESETS: Final = Path(__file__).parent / "data" / "hardware.toml"
+_PRESETS: Final = data_file("hardware.toml")
 _MEMORY: Final = {"memory_gib": 2**30, "memory_gb": 10**9}
 _GPU_KEYS: Final = (
     *("like", "tflops", "tflops_fp32", "tflops_fp8", "generation", "reported_gib", "gpus_per_node"),
@@ -158,7 +158,7 @@ class Cluster:
     def __post_init__(self) -> None:
         for name in ("nodes", "gpus_per_node"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_COUNT:
+            if not is_count(value):
                 raise ValueError(
                     f"{name}={value!r} is not a whole number from 1 to {LARGEST_COUNT};"
                     f" give the cluster's {name}"

@@ -7,7 +7,6 @@ prediction wrong.
 
 import json
 import os
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -16,9 +15,7 @@ from typing import Final, NamedTuple
 
 from seqmesh.planner.inputs.hybrid_configs import HybridLayers, split_hybrid
 from seqmesh.planner.inputs.shape import LatentShape, MixtureShape, ModelShape
-from seqmesh.planner.inputs.tables import Table, read_text, shown, unknown
-
-_FILE: Final = Path(__file__).parent / "data" / "model_types.toml"
+from seqmesh.planner.inputs.tables import Table, read_data, read_text, shown, unknown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,7 +53,7 @@ class _Type:
 def _types() -> Mapping[str, _Type]:
     """By model_type."""
     types: dict[str, _Type] = {}
-    for family in tomllib.loads(_FILE.read_text(encoding="utf-8"))["family"]:
+    for family in read_data("model_types.toml")["family"]:
         kind = _Type(**{key: value for key, value in family.items() if key != "types"})
         types |= dict.fromkeys(family["types"], kind)
     return types

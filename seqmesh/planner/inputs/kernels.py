@@ -6,18 +6,13 @@ arXiv 2407.08608), Figures 5 and 6, measured all three on H100 at up to 16K toke
 there: what the causal mask costs the forward is taken off the backward too.
 """
 
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
-from typing import Final
 
 from seqmesh.planner.inputs.assumptions import Assumptions
 from seqmesh.planner.inputs.hardware import Gpu
 from seqmesh.planner.inputs.stack import Stack
-from seqmesh.planner.inputs.tables import unknown
-
-_FILE: Final = Path(__file__).parent / "data" / "kernels.toml"
+from seqmesh.planner.inputs.tables import read_data, unknown
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,7 +27,7 @@ class AttentionRates:
 
 
 def _read() -> dict[tuple[str, str], AttentionRates]:
-    generations = tomllib.loads(_FILE.read_text(encoding="utf-8"))
+    generations = read_data("kernels.toml")
     return {
         (kernel, generation): AttentionRates(**rates)
         for generation, kernels in generations.items()

@@ -12,9 +12,9 @@ from typing import Final
 
 from seqmesh.planner.inputs.hugging_face import shape_from_config
 from seqmesh.planner.inputs.shape import ModelShape
-from seqmesh.planner.inputs.tables import Table, read_tables, unknown
+from seqmesh.planner.inputs.tables import Table, data_file, read_tables, unknown
 
-_PRESETS: Final = Path(__file__).parent / "data" / "models.toml"
+_PRESETS: Final = data_file("models.toml")
 
 
 def known_models(extra: Iterable[Path] = ()) -> list[str]:

@@ -11,7 +11,7 @@ from functools import cached_property
 from typing import NamedTuple
 
 from seqmesh.planner.inputs.mixers import Matrix, Mixer, mixer_parameters
-from seqmesh.planner.inputs.tables import FROM_ZERO, LARGEST_COUNT
+from seqmesh.planner.inputs.tables import FROM_ZERO, LARGEST_COUNT, is_count
 
 
 class FeedForward(NamedTuple):
@@ -134,7 +134,7 @@ class ModelShape:
             if leaf.type not in (int, int | None) or (value is None and leaf.default is None):
                 continue
             least = leaf.metadata.get("least", 1)
-            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= LARGEST_COUNT:
+            if not is_count(value, least):
                 raise ValueError(
                     f"model {self.name!r}: {where}{leaf.name}={value!r} is not a whole number"
                     f" from {least} to {LARGEST_COUNT}; give one"

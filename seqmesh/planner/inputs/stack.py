@@ -11,7 +11,7 @@
 
 A `Job` holds one of them. What the planner does differently for them it asks the stack, by the questions
 of `Stack`; numbers that are theirs go before the defaults (`assumed`). Only their memory models are in cost/,
-which this folder may not import: MEMORY_MODELS of cost/step.py says whose is which.
+which this folder may not import: cost/step.py says whose is which.
 
 The time of all follows from the same costs: `trainer` knows what `seqmesh train` refuses, what it computes
 again, and what its modules keep.

@@ -14,7 +14,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
 from types import NoneType
-from typing import Any, Final, TypeVar, get_args
+from typing import Any, Final, TypeGuard, TypeVar, get_args
 
 T = TypeVar("T")
 
@@ -61,6 +61,11 @@ def shown(name: str) -> str:
     return name if name.isprintable() else repr(name)
 
 
+def is_count(value: object, least: int = 1) -> TypeGuard[int]:
+    """Whether a value is a whole number of at least `least`, and no slip. Booleans and floats are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= LARGEST_COUNT
+
+
 @dataclass(frozen=True, kw_only=True)
 class Table:
     """A table of a TOML file or an object of a JSON file.
@@ -104,14 +109,11 @@ class Table:
         return value
 
     def count(self, key: str, least: int = 1, default: int | None = None) -> int:
-        """A whole number of at least `least`; `default`, if there is one, where the key is absent.
-
-        Booleans and floats are none.
-        """
+        """A whole number of at least `least`; `default`, if there is one, where the key is absent."""
         if key not in self and default is not None:
             return default
         value = self._get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= LARGEST_COUNT:
+        if not is_count(value, least):
             raise self._wrong(
                 key,
                 f"a whole number from {least} to {LARGEST_COUNT}",
@@ -206,6 +208,16 @@ def read_text(path: Path, form: str) -> str:
         raise ValueError(f"cannot read {str(path)!r}: {error.strerror}; give {form}") from None
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is not a text file: {error}; give {form}") from None
+
+
+def data_file(name: str) -> Path:
+    """One of the files beside the code that hold presets and constants."""
+    return Path(__file__).parent / "data" / name
+
+
+def read_data(name: str) -> dict[str, Any]:
+    """What is in one of them."""
+    return tomllib.loads(data_file(name).read_text(encoding="utf-8"))
 
 
 def read_tables(path: Path, section: str) -> dict[str, Table]:

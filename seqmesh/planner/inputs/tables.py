@@ -70,7 +70,7 @@ def is_count(value: object, least: int = 1) -> TypeGuard[int]:
 class Table:
     """A table of a TOML file or an object of a JSON file.
 
-    Each method reads one key, and raises a one-line ValueError.
+    Each method reads one key (`read`: all of them), and raises a one-line ValueError.
     """
 
     name: str
@@ -154,6 +154,9 @@ class Table:
         Args:
             kinds: the class; of several, the one whose `kind` is the table's.
             given: fields that are no keys of the table.
+
+        Raises:
+            ValueError: a key that is missing, unknown or wrong, or an unknown `kind`.
         """
         kind = self._kind(kinds)
         leaves = [leaf for leaf in fields(kind) if leaf.name not in given]  # type: ignore[arg-type]
@@ -179,6 +182,7 @@ class Table:
             return self.flag(leaf.name, None)
         if types == [str]:
             return self.text(leaf.name)
+        # A table inside: of a class, or of one of several.
         return self.table(leaf.name).read(*types)
 
     def _get(self, key: str, default: object = None) -> object:

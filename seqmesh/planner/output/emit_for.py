@@ -17,6 +17,7 @@ from seqmesh.planner.inputs.legality import layers_of_a_stage
 from seqmesh.planner.inputs.point import Point
 from seqmesh.planner.inputs.stack import MegatronBridgeStack, MegatronStack
 from seqmesh.planner.inputs.tables import unknown
+from seqmesh.planner.output.emit import comment
 
 
 @dataclass
@@ -31,7 +32,7 @@ class Command:
 
     def text(self, title: str) -> str:
         """A shell script: the title and what is missing as comments, then the command, a flag a line."""
-        lines = ["#!/bin/sh", _comment(title), *(_comment(f"- {one}") for one in self.missing)]
+        lines = ["#!/bin/sh", comment(title), *(comment(f"- {one}") for one in self.missing)]
         flags = [f"    {name} {value}".rstrip() for name, value in self.flags.items()]
         return "\n".join([*lines, " \\\n".join([self.start, *flags])]) + "\n"
 
@@ -225,8 +226,3 @@ def _megatron_zero(point: Point) -> dict[str, str]:
 
 PROGRAMS: Mapping[str, Callable[[Job, Point], Command]] = {"torchtitan": _torchtitan, "megatron": _megatron}
 """Values of `--emit-for`, beside seqmesh."""
-
-
-def _comment(text: str) -> str:
-    """One line of a shell script, whatever a user called a model."""
-    return "# " + "".join(letter if letter.isprintable() else " " for letter in text)

@@ -18,7 +18,7 @@ from seqmesh.planner.inputs.hardware import Cluster, load_gpu
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.legality import violations
 from seqmesh.planner.inputs.models import load_model
-from seqmesh.planner.inputs.numerics import Numerics
+from seqmesh.planner.inputs.numerics import FP32, Numerics
 from seqmesh.planner.inputs.point import Point
 from seqmesh.planner.inputs.stack import FusedStack
 from seqmesh.planner.output import emit as emitted
@@ -107,8 +107,8 @@ def test_ranks_of_tp_share_norms_as_they_are_priced(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("point", "named"),
     [
-        (Point(ulysses=4, zero=1), "bf16 with zero=1"),
-        (Point(ulysses=4, zero=1, offload="optimizer"), "offload=optimizer with zero=1"),
+        (Point(ulysses=4, zero=1), "zero=1 in bf16"),
+        (Point(ulysses=4, zero=1, offload="optimizer"), "zero=1 in bf16"),
         (Point(pp=2, ring=2, zero=2, micro_batch=4), "pp=2"),
         (Point(dp=2, ring=2, zero=2), "zero=2 with 2 micro-batches"),
         (Point(pp=2, ring=2, zero=3), "zero=3 with pp=2"),
@@ -121,8 +121,16 @@ def test_what_the_trainer_refuses_is_left_out_and_named(point: Point, named: str
     read, missing = read_back(asked, point, tmp_path)
     assert named in subjects(missing)
     assert read.mesh.pp == (1 if named == "pp=2" else point.pp)
-    assert read.train.precision == ("fp32" if point.zero < 2 else "bf16")
-    assert read.train.offload == "none"
+    assert read.train.precision == "bf16"
+    assert read.train.zero == max(2, point.zero)
+    assert read.train.offload == point.offload
+
+
+def test_states_stay_on_the_device_where_the_trainer_does_not_shard_them(tmp_path: Path) -> None:
+    asked = replace(job(nodes=1, each=4, batch=4), numerics=FP32)
+    read, missing = read_back(asked, Point(ulysses=4, zero=1, offload="optimizer"), tmp_path)
+    assert "offload=optimizer with zero=1" in subjects(missing)
+    assert (read.train.zero, read.train.offload, read.train.precision) == (1, "none", "fp32")
 
 
 @pytest.mark.parametrize(

@@ -143,9 +143,9 @@ def _data(job: Job) -> dict[str, _Setting]:
 
 def _train(job: Job, point: Point) -> dict[str, _Setting]:
     return {
-        "zero": _Setting(point.zero),
+        "zero": _zero(job, point),
         "checkpointing": _checkpointing(job, point),
-        "offload": _offload(point),
+        "offload": _offload(job, point),
         # The trainer's loss is always tiled.
         "tiling": _Setting("mlp" if point.tiling == "mlp" else "none"),
         # Ranks of tp are priced with norms and residuals sharded by tokens, as Megatron-LM has it.
@@ -180,8 +180,15 @@ def _checkpointing(job: Job, point: Point) -> _Setting:
     return _Setting(point.checkpointing)
 
 
-def _offload(point: Point) -> _Setting:
-    if not point.offloads_optimizer or point.zero >= 2:
+def _zero(job: Job, point: Point) -> _Setting:
+    """The trainer computes in bf16 from ZeRO-2 on, which reduces gradients once a step, as ZeRO-1 does."""
+    if job.numerics.element == 4 or point.zero >= 2:
+        return _Setting(point.zero)
+    return _Setting(2, f"zero={point.zero} in bf16: the trainer's zero=2 makes bf16 of fp32 weights, sharded")
+
+
+def _offload(job: Job, point: Point) -> _Setting:
+    if not point.offloads_optimizer or int(_zero(job, point).value) >= 2:
         return _Setting(point.offload)
     return _Setting(
         "activations" if point.offloads_activations else "none",
@@ -193,8 +200,6 @@ def _offload(point: Point) -> _Setting:
 def _precision(job: Job, point: Point) -> _Setting:
     if job.numerics.element == 4:
         return _Setting("fp32")
-    if point.zero < 2:
-        return _Setting("fp32", f"bf16 with zero={point.zero}: the trainer computes in bf16 from zero=2 on")
     if job.numerics.fp8_products:
         return _Setting("bf16", "products in fp8: the trainer computes in bf16")
     if job.numerics.gradient == 2:

@@ -54,9 +54,9 @@ def emit(job: Job, point: Point) -> tuple[str, list[str]]:
     missing = [one.missing for keys in settings.values() for one in keys.values() if one.missing]
     missing += [*_machine(job, point), *_schedule(job, point), *_shape(job)]
     lines = [
-        _comment(f"{job.model.name} on {job.cluster.gpus} x {job.cluster.gpu.name}: {point}"),
-        _comment("Not run by seqmesh train as it was priced:"),
-        *(_comment(f"- {text}") for text in missing),
+        comment(f"{job.model.name} on {job.cluster.gpus} x {job.cluster.gpu.name}: {point}"),
+        comment("Not run by seqmesh train as it was priced:"),
+        *(comment(f"- {text}") for text in missing),
     ]
     for name, values in sections.items():
         lines += ["", f"[{name}]"]
@@ -251,6 +251,6 @@ def _shape(job: Job) -> Iterator[str]:
     yield "rotary base: a plan has none; the recipe keeps the trainer's default"
 
 
-def _comment(text: str) -> str:
-    """One line of TOML, whatever a user called a model."""
+def comment(text: str) -> str:
+    """One line of TOML or of a shell script, whatever a user called a model."""
     return "# " + "".join(letter if letter.isprintable() else " " for letter in text)

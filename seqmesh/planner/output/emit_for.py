@@ -18,7 +18,7 @@ from seqmesh.planner.inputs.legality import layers_of_a_stage
 from seqmesh.planner.inputs.point import Point
 from seqmesh.planner.inputs.stack import MegatronBridgeStack, MegatronStack
 from seqmesh.planner.inputs.tables import unknown
-from seqmesh.planner.output.emit import comment
+from seqmesh.planner.output.emit import comment, emit
 
 Flags = Mapping[str, str | int | bool | None]
 """Flags in their order with their values. A switch is True; what is None or False is left out."""
@@ -35,11 +35,15 @@ class Program(NamedTuple):
 
 
 def emit_for(program: str, job: Job, point: Point) -> tuple[str, list[str]]:
-    """The command as a shell script, and the lines that name what the program does not run as it was priced.
+    """What to write for a program, and the lines that name what it does not run as it was priced.
+
+    For seqmesh that is a recipe (emit.py), for another the command as a shell script.
 
     Raises:
-        ValueError: another program.
+        ValueError: an unknown program, or a model that seqmesh train cannot build.
     """
+    if program == "seqmesh":
+        return emit(job, point)
     if program not in PROGRAMS:
         raise unknown("program", program, PROGRAMS)
     start, flags_of, missing_of = PROGRAMS[program]

@@ -24,7 +24,7 @@ Flags = Mapping[str, str | int | bool | None]
 """Flags in their order with their values. A switch is True; what is None or False is left out."""
 
 
-class Program(NamedTuple):
+class OtherProgram(NamedTuple):
     """What is written for a program, of a job and a point."""
 
     start: str
@@ -210,11 +210,11 @@ def _not_by_megatron(job: Job, point: Point) -> Iterator[str]:
         yield f"ulysses={point.ulysses} with {kv_heads} K/V heads on a rank of tp: its a2a needs a divisor"
 
 
-PROGRAMS: Mapping[str, Program] = {
-    "torchtitan": Program(
+PROGRAMS: Mapping[str, OtherProgram] = {
+    "torchtitan": OtherProgram(
         "NGPU={each} MODULE=llama3 CONFIG={config} ./run_train.sh", _torchtitan, _not_by_torchtitan
     ),
-    "megatron": Program(
+    "megatron": OtherProgram(
         "torchrun --nnodes {nodes} --nproc-per-node {each} pretrain_gpt.py", _megatron, _not_by_megatron
     ),
 }

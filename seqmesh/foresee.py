@@ -10,7 +10,7 @@ from pathlib import Path
 
 from seqmesh.planner.cost.step import CostModel
 from seqmesh.planner.inputs.hardware import Cluster, known_gpus, known_gpus_of, load_gpu
-from seqmesh.planner.trainer.of_recipe import nodes_for, of_recipe
+from seqmesh.planner.inputs.of_recipe import nodes_for, of_recipe
 from seqmesh.trace.expect import expect
 from seqmesh.train.config import Config
 from seqmesh.train.expected import Foresight, Predicted

@@ -151,6 +151,7 @@ def test_the_command_prints_a_table_and_writes_json(
     assert rows == ["causal", "documents", "window"]
     written = json.loads(file.read_text())
     assert "float32, 16 tokens a rank" in written["work"]
+    assert written["merges"] == "in plain operations"  # what a GPU does in one launch
     assert [one["mask"] for one in written["shares"]] == rows
     assert all(one["share"]["median"] > 0 for one in written["shares"])
 

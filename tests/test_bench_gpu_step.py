@@ -21,7 +21,7 @@ from seqmesh.bench.gpu_step import LLAMA3_8B_208K, TINY, _cluster, measure
 from seqmesh.foresee import known_as
 from seqmesh.planner.cost.step import CostModel
 from seqmesh.planner.inputs.hardware import Cluster, load_gpu
-from seqmesh.planner.trainer.of_recipe import nodes_for, of_recipe
+from seqmesh.planner.inputs.of_recipe import nodes_for, of_recipe
 from seqmesh.trace.fake_ranks import fake_ranks
 from seqmesh.train.config import DataConfig, MeshConfig
 from seqmesh.train.recipe import load

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from seqmesh.planner.trainer.dealing import in_turn
+from seqmesh.planner.cost.dealing import in_turn
 from seqmesh.train.evening import MicroBatch, deal
 
 pytestmark = pytest.mark.fast

@@ -36,10 +36,11 @@ ALLOWED: dict[str, list[str]] = {
     "generate.command": ["generate.program", "processes", "train"],
     "parallel": ["masks", "layouts", "engine", "integrations"],
     "train": ["engine", "integrations", "masks", "parallel", "processes", "provenance"],
-    "trace": ["parallel", "processes", "train"],
+    "train.memory": ["layouts", "schedule", "planner.inputs"],
+    "trace": ["parallel", "processes", "train", "train.memory"],
     "bench": [
         *(*PURE, "seqmesh", "engine", "parallel", "train", "processes", "provenance"),
-        *("picture", "planner.inputs", "planner.cost", "planner.trainer", "trace", "foresee"),
+        *("picture", "planner.inputs", "planner.cost", "trace", "foresee"),
         *("integrations", "generate"),
     ],
     "bench.command": ["bench"],
@@ -47,16 +48,15 @@ ALLOWED: dict[str, list[str]] = {
         *("masks", "layouts", "notation", "engine"),
         *("integrations", "train", "processes", "provenance"),
     ],
-    "planner.inputs": ["masks", "layouts"],
-    "planner.trainer": ["layouts", "schedule", "planner.inputs", "trace", "train"],
-    "planner.cost": [*PURE, "planner.inputs", "planner.trainer"],
+    "planner.inputs": ["masks", "layouts", "train"],
+    "planner.cost": [*PURE, "planner.inputs", "train", "train.memory"],
     "planner": ["planner.inputs", "planner.cost"],
     "planner.paper": ["planner.inputs", "planner.cost", "planner"],
     "planner.output": ["planner.inputs", "planner.cost", "planner", "train"],
-    "foresee": ["planner.inputs", "planner.cost", "planner.trainer", "trace", "train"],
+    "foresee": ["planner.inputs", "planner.cost", "trace", "train"],
     "planner.command": [
-        *("planner", "planner.inputs", "planner.cost"),
-        *("planner.trainer", "planner.paper", "planner.output"),
+        *("planner", "planner.inputs", "planner.cost", "planner.paper", "planner.output"),
+        *("train.memory", "trace"),
     ],
     "cli": [
         *("seqmesh", "train", "generate.command", "foresee", "bench.command"),
@@ -83,9 +83,8 @@ TORCH_FREE = [
     "train.recipe",
     "train.events",
     "train.evening",
+    "train.memory",
 ]
-TRACES_THE_TRAINER = ["planner.trainer.tracing"]
-"""That of the planner that loads torch; command.py imports the first when --trace-memory asks for it."""
 TORCH_ONLY = ["engine", "processes"]
 """Need torch and nothing else that is not in the standard library."""
 
@@ -181,9 +180,7 @@ def test_the_pure_part_needs_only_the_standard_library(module: str) -> None:
     assert foreign(imports(MODULES[module], at_import=True)) == set()
 
 
-@pytest.mark.parametrize(
-    "module", [m for m in MODULES if is_in(m, TORCH_FREE) and m not in TRACES_THE_TRAINER]
-)
+@pytest.mark.parametrize("module", [m for m in MODULES if is_in(m, TORCH_FREE)])
 def test_the_planner_and_the_command_line_load_no_torch(module: str) -> None:
     slow = {"torch", "transformers", "numpy", "matplotlib", "safetensors"}
     assert not foreign(imports(MODULES[module], at_import=True)) & slow

@@ -8,12 +8,13 @@ import pytest
 from seqmesh.planner.candidates import meshes
 from seqmesh.planner.cost.parameters import fullest_parameters, mean_parameters, stage_parameters
 from seqmesh.planner.cost.step import CostModel
+from seqmesh.planner.inputs.flags import PlanOptions
 from seqmesh.planner.inputs.hardware import Cluster, load_gpu
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.legality import violations
 from seqmesh.planner.inputs.models import load_model
 from seqmesh.planner.inputs.point import Point
-from seqmesh.planner.inputs.request import Machine, build_cluster
+from seqmesh.planner.inputs.request import build_cluster
 from seqmesh.planner.inputs.stack import TrainerStack
 from seqmesh.planner.longest import longest
 from seqmesh.planner.output.emit import emit
@@ -130,10 +131,10 @@ def test_another_gpu_for_a_named_cluster_is_refused_not_mixed(tmp_path: Path) ->
     file.write_text(
         '[cluster.lab]\ngpu = "a800-sxm"\nnodes = 2\ngpus_per_node = 8\nnetwork_gb_per_s = 12.5\n'
     )
-    same = build_cluster(Machine(cluster="lab", gpu="a800-sxm", hardware=(file,)))
+    same = build_cluster(PlanOptions(cluster="lab", gpu="a800-sxm", hardware=[file]))
     assert same.gpu.network_bytes_per_s == 12.5e9
     with pytest.raises(ValueError, match="has GPUs of kind a800-sxm, not h100-sxm"):
-        build_cluster(Machine(cluster="lab", gpu="h100-sxm", hardware=(file,)))
+        build_cluster(PlanOptions(cluster="lab", gpu="h100-sxm", hardware=[file]))
 
 
 def test_a_plan_for_the_trainer_becomes_a_recipe_that_it_reads(tmp_path: Path) -> None:

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from wrong_input import refused, toml
 
+from seqmesh.planner.inputs.flags import PlanOptions
 from seqmesh.planner.inputs.hardware import Cluster, known_clusters, known_gpus, load_cluster, load_gpu
-from seqmesh.planner.inputs.request import Machine, build_cluster
+from seqmesh.planner.inputs.request import build_cluster
 
 pytestmark = pytest.mark.fast
 
@@ -40,7 +41,7 @@ def test_every_preset_says_its_source_and_is_unmeasured() -> None:
     assert [gpu.name for gpu in gpus if gpu.scale_up_bytes_per_s is None] == [
         *("a100-pcie", "l20", "h100-pcie", "h100-nvl", "l40s", "rtx4090", "rtx5090")
     ]
-    assert build_cluster(Machine(gpu="gb200-nvl72", nodes=2)).gpus == 144
+    assert build_cluster(PlanOptions(gpu="gb200-nvl72", nodes=2)).gpus == 144
     assert load_gpu("l20").node_bytes_per_s == 32e9
     assert load_gpu("h200-sxm").memory_bytes == 141 * 10**9
 

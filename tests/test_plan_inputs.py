@@ -7,7 +7,10 @@ from typing import Any
 import pytest
 from wrong_input import refused
 
-from seqmesh.planner.inputs.tables import unknown
+from seqmesh.planner.inputs.assumptions import Assumptions
+from seqmesh.planner.inputs.hardware import GENERATIONS
+from seqmesh.planner.inputs.kernels import NAMES
+from seqmesh.planner.inputs.tables import read_data, unknown
 from seqmesh.planner.inputs.units import (
     format_bytes,
     format_rate,
@@ -112,6 +115,15 @@ def test_an_unknown_name_comes_with_the_nearest_and_all_known_ones() -> None:
     assert near == "unknown model 'Lama'; did you mean 'LLaMA'? known: LLaMA, x"
     assert str(unknown("model", "zz\n", ["abc"])) == "unknown model 'zz\\n'; known: abc"
     assert str(unknown("key", "a", [], "'f' [gpu.b]")) == "'f' [gpu.b]: unknown key 'a'; known: none"
+
+
+def test_every_constant_and_every_type_of_model_in_the_data_means_something_once() -> None:
+    assert list(read_data("assumptions.toml")) == [one.name for one in Assumptions().explain()]
+    types = [name for family in read_data("model_types.toml")["family"] for name in family["types"]]
+    assert len(types) == len(set(types))
+    rates = read_data("kernels.toml")
+    assert set(rates) == set(GENERATIONS)
+    assert {name for kernels in rates.values() for name in kernels} == set(NAMES)
 
 
 def test_the_inputs_need_no_torch() -> None:

@@ -12,10 +12,10 @@ import pytest
 
 from seqmesh.planner.inputs.point import Point
 from seqmesh.planner.inputs.shape import ModelShape
-from seqmesh.planner.trainer.memory import trainer_moments
-from seqmesh.planner.trainer.moment import Moment
-from seqmesh.planner.trainer.rank import TrainedRank
-from seqmesh.planner.trainer.tracing import trace_rank
+from seqmesh.trace.of_rank import trace_rank
+from seqmesh.train.memory.moment import Moment
+from seqmesh.train.memory.peak import trainer_moments
+from seqmesh.train.memory.rank import TrainedRank
 
 REL = 2e-2
 

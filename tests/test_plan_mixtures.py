@@ -15,11 +15,11 @@ from seqmesh.planner.cost.step import CostModel
 from seqmesh.planner.inputs.hardware import Cluster, load_gpu
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.models import load_model
+from seqmesh.planner.inputs.of_recipe import of_recipe
 from seqmesh.planner.inputs.point import Point
 from seqmesh.planner.output.emit import emit
 from seqmesh.planner.output.emit_for import PROGRAMS, emit_for
 from seqmesh.planner.search import search
-from seqmesh.planner.trainer.of_recipe import of_recipe
 from seqmesh.train import setup
 from seqmesh.train.model import sizes_of
 from seqmesh.train.recipe import config_of

@@ -12,6 +12,7 @@ from seqmesh import layouts, masks
 from seqmesh.layouts import load
 from seqmesh.planner.candidates import Pins, meshes
 from seqmesh.planner.candidates import mesh_of as degrees_of
+from seqmesh.planner.cost.dealing import dealt_step, spread
 from seqmesh.planner.cost.estimate import StepEstimate
 from seqmesh.planner.cost.step import CostModel
 from seqmesh.planner.inputs.documents import MOST_DOCUMENTS, parse_documents
@@ -19,20 +20,19 @@ from seqmesh.planner.inputs.hardware import Cluster, load_gpu
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.legality import is_legal, violations
 from seqmesh.planner.inputs.numerics import FP32
+from seqmesh.planner.inputs.of_recipe import of_recipe
 from seqmesh.planner.inputs.point import Point
 from seqmesh.planner.inputs.shape import ModelShape
 from seqmesh.planner.inputs.stack import TrainerStack
 from seqmesh.planner.output.emit import emit
 from seqmesh.planner.search import search
-from seqmesh.planner.trainer.dealing import dealt_step, spread
-from seqmesh.planner.trainer.memory import traced_like
-from seqmesh.planner.trainer.of_recipe import of_recipe
-from seqmesh.planner.trainer.rank import TrainedRank
-from seqmesh.planner.trainer.tracing import trace_rank
 from seqmesh.schedule.ring import ring_schedule
+from seqmesh.trace.of_rank import trace_rank
 from seqmesh.train.config import Config, DataConfig, MeshConfig, TrainConfig
 from seqmesh.train.data import Corpus, lengths_of, sequences
 from seqmesh.train.evening import deal
+from seqmesh.train.memory.peak import traced_like
+from seqmesh.train.memory.rank import TrainedRank
 from seqmesh.train.recipe import load as load_recipe
 from seqmesh.train.setup import dims_of
 from seqmesh.train.trainer import Trainer

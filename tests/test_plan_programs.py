@@ -1,13 +1,20 @@
 """What is a program's and a GPU's: overlap, recomputation, pipelines, precision, kernels, latency, memory."""
 
 from dataclasses import replace
+from itertools import pairwise
 from math import log, sqrt
 
 import pytest
 
 from seqmesh.planner.candidates import mesh_of, meshes, with_savers
 from seqmesh.planner.cost.network import Network, place
-from seqmesh.planner.cost.pipeline import crossings, exposed_crossings, idle_seconds, in_flight
+from seqmesh.planner.cost.pipeline import (
+    boundary_bytes,
+    crossings,
+    exposed_crossings,
+    idle_seconds,
+    in_flight,
+)
 from seqmesh.planner.cost.step import CostModel
 from seqmesh.planner.cost.tensor_parallel import tensor_calls
 from seqmesh.planner.inputs.assumptions import Assumptions
@@ -88,6 +95,20 @@ def test_interleaved_stages_idle_less_and_send_more() -> None:
     assert idle_seconds(Point(pp=4, pipeline="zero-bubble"), 8, 3.0, 1.0) == 3.0
     assert (crossings(plain, 8), crossings(short, 8)) == (2 * (8 + 3), 2 * (16 + 3))
     assert (exposed_crossings(plain, 8), exposed_crossings(short, 8)) == (22, 6)
+
+
+@pytest.mark.parametrize(("pp", "virtual", "nodes"), [(4, 1, 2), (4, 2, 4), (2, 3, 1)])
+def test_boundaries_between_stages_are_crossed_both_ways_by_every_micro_batch(
+    pp: int, virtual: int, nodes: int
+) -> None:
+    """Counted over the stages one by one: stage s is on rank s % pp, a rank on node rank * nodes / pp."""
+    node_of = [stage % pp * nodes // pp for stage in range(pp * virtual)]
+    boundaries = list(pairwise(node_of))
+    point = Point(pp=pp, pipeline="interleaved" if virtual > 1 else "1f1b", virtual=virtual)
+    off_node, sent = boundary_bytes(point, 8, 100.0, nodes)
+    assert sent == pytest.approx(100.0 * 2 * 8 * len(boundaries) / pp)
+    assert off_node == pytest.approx(sum(a != b for a, b in boundaries) / len(boundaries))
+    assert boundary_bytes(Point(), 8, 100.0, 1) == (0.0, 0.0)
 
 
 def zero_bubble_ends(pp: int, micro_batches: int, backward: float) -> float:

@@ -21,14 +21,14 @@ from seqmesh.bench.memory import peak_bytes
 from seqmesh.parallel import HeadRule, ParallelDims, ParallelMesh
 from seqmesh.planner.inputs.point import Point
 from seqmesh.planner.inputs.shape import ModelShape
-from seqmesh.planner.trainer import backward as formula
-from seqmesh.planner.trainer.memory import trainer_memory, trainer_moments
-from seqmesh.planner.trainer.moment import Moment
-from seqmesh.planner.trainer.rank import TrainedRank
-from seqmesh.planner.trainer.tracing import trace_rank
 from seqmesh.trace.allocations import KINDS, TracedMemory
+from seqmesh.trace.of_rank import trace_rank
 from seqmesh.train.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
 from seqmesh.train.data import BYTES, Corpus
+from seqmesh.train.memory import backward as formula
+from seqmesh.train.memory.moment import Moment
+from seqmesh.train.memory.peak import trainer_memory, trainer_moments
+from seqmesh.train.memory.rank import TrainedRank
 from seqmesh.train.setup import plan_of
 from seqmesh.train.trainer import Trainer
 
@@ -255,5 +255,5 @@ def test_the_formula_tiles_losses_and_mlps_as_the_code_does() -> None:
 
 
 def test_the_formula_needs_no_torch() -> None:
-    program = "import sys, seqmesh.planner.trainer.memory; assert 'torch' not in sys.modules"
+    program = "import sys, seqmesh.train.memory.peak; assert 'torch' not in sys.modules"
     subprocess.run([sys.executable, "-c", program], check=True, timeout=60)

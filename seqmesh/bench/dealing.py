@@ -21,12 +21,12 @@ from seqmesh.bench.figures import Figure, Spread
 from seqmesh.bench.schedules import TAILS, Tail, given_tail
 from seqmesh.layouts import Layout, load
 from seqmesh.masks import Mask
+from seqmesh.planner.cost.dealing import in_turn
 from seqmesh.planner.cost.step import CostModel
 from seqmesh.planner.inputs.hardware import Cluster, load_gpu
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.models import load_model
 from seqmesh.planner.inputs.point import Point
-from seqmesh.planner.trainer.dealing import in_turn
 from seqmesh.train.data.corpus import Piece
 from seqmesh.train.data.packing import Epoch, area_of, lengths_of
 from seqmesh.train.evening import MicroBatch, deal

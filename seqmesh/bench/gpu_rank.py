@@ -32,6 +32,7 @@ from seqmesh.bench.figures import Spread
 from seqmesh.bench.local_copies import alone
 from seqmesh.bench.report import header, opened, write_json
 from seqmesh.bench.schedules import Tail, given_tail
+from seqmesh.engine.merge import merges_in_one_launch
 from seqmesh.layouts import Layout, load
 from seqmesh.masks import Mask
 from seqmesh.planner.cost.ring_load import ring_load
@@ -114,7 +115,8 @@ def run_gpu_rank(work: RankWork, json_path: Path | None) -> int:
     """
     if work.device == "cuda" and not torch.cuda.is_available():
         raise ValueError("bench gpu-rank: PyTorch sees no CUDA device here; use --device cpu")
-    about = {**header(), "device": device_name(work.device), "work": _in_words(work)}
+    merges = "in one launch" if merges_in_one_launch(torch.device(work.device)) else "in plain operations"
+    about = {**header(), "device": device_name(work.device), "merges": merges, "work": _in_words(work)}
     console = opened(about, json_path)
     found = list(measure(work))
     console.print(table(found))

@@ -27,7 +27,7 @@ from seqmesh.foresee import cluster_for, known_as
 from seqmesh.planner.cost.estimate import COMPUTE
 from seqmesh.planner.cost.step import CostModel
 from seqmesh.planner.inputs.hardware import Cluster
-from seqmesh.planner.trainer.of_recipe import of_recipe
+from seqmesh.planner.inputs.of_recipe import of_recipe
 from seqmesh.trace.fake_ranks import fake_ranks, weights_of_noise
 from seqmesh.trace.tracing import text_of
 from seqmesh.train import device as devices

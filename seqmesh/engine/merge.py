@@ -47,6 +47,11 @@ def merge_(out: Tensor, lse: Tensor, block_out: Tensor, block_lse: Tensor) -> No
         merge_plain_(out, lse, block_out, block_lse)
 
 
+def merges_in_one_launch(device: torch.device) -> bool:
+    """Whether `merge_` is one launch on a device, and not plain operations."""
+    return device.type == "cuda" and _merge_of(device) is not merge_plain_
+
+
 @lru_cache
 def _merge_of(device: torch.device) -> Merge:
     """The fused merge, if Triton is there and it does on this device what the plain one does."""

@@ -17,13 +17,13 @@ from seqmesh.planner.cost.estimate import StepEstimate
 from seqmesh.planner.cost.step import CostModel
 from seqmesh.planner.cost.trainer_memory import rank_of
 from seqmesh.planner.errors import HEADROOM
-from seqmesh.planner.flags import PlanOptions, as_command
+from seqmesh.planner.inputs.flags import PlanOptions, as_command
 from seqmesh.planner.inputs.hardware import known_gpus
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.models import known_models, load_model
 from seqmesh.planner.inputs.options import check_options
 from seqmesh.planner.inputs.point import KEYS, SEARCHED
-from seqmesh.planner.inputs.request import Machine, Request, build_job, parse_pins
+from seqmesh.planner.inputs.request import build_job, parse_pins
 from seqmesh.planner.inputs.shape import ModelShape
 from seqmesh.planner.inputs.units import format_tokens
 from seqmesh.planner.longest import at_length, longest
@@ -36,7 +36,7 @@ from seqmesh.planner.output.traced import show_traced
 from seqmesh.planner.reasons import reasons, why_not
 from seqmesh.planner.remedies import overflow, remedy, shortfall
 from seqmesh.planner.search import Found, Search, any_legal, explain_pins, search
-from seqmesh.planner.trainer.memory import traced_like
+from seqmesh.train.memory.peak import traced_like
 
 UNLIMITED = 1 << 60
 """Bytes: a trace needs no memory, so whatever is traced fits."""
@@ -65,18 +65,17 @@ def _plan(context: typer.Context, options: PlanOptions) -> int:
         print(published.render())
         print(f"\n{held_out.render()}")
         return 0
-    request = _request(options)
     pins = parse_pins(options.pin or [])
     if set(pins) >= set(SEARCHED):  # one point: nothing is searched, not the order of its pipeline either
         pins = {"pipeline": "1f1b", **pins} if "virtual" not in pins else pins
     if options.kernel:
-        alike = build_job(replace(request, global_batch=1), _one_attention(options))
+        alike = build_job(replace(options, global_batch=1), _one_attention(options))
         return _kernel(_repeated(alike, options.global_batch), pins, options)
     if options.max_seq and options.documents is not None:
-        request = replace(request, seq_len=SAMPLE)
+        options = replace(options, seq_len=SAMPLE)
     if options.trace_memory:
-        request = replace(request, stack="trainer")
-    job = build_job(request, _model(options.model, request.machine))
+        options = replace(options, stack="trainer")
+    job = build_job(options, _model(options))
     if job.stack.leaves_headroom and options.memory_limit is None:
         job = replace(job, headroom=HEADROOM)
     if options.compare:
@@ -88,39 +87,13 @@ def _plan(context: typer.Context, options: PlanOptions) -> int:
     return _answer(replace(job, max_micro_batch=options.max_micro_batch), pins, options)
 
 
-def _request(options: PlanOptions) -> Request:
-    machine = Machine(
-        gpu=options.gpu,
-        cluster=options.cluster,
-        nodes=options.nodes,
-        gpus_per_node=options.gpus_per_node,
-        hardware=tuple(options.hardware or ()),
-        profiles=tuple(options.profile or ()),
-    )
-    return Request(
-        machine=machine,
-        seq_len=options.seq_len,
-        global_batch=options.global_batch,
-        documents=options.documents,
-        dealing=options.dealing,
-        layout=options.layout,
-        stack=options.stack,
-        attention=options.attention,
-        precision=options.precision,
-        gradients=options.gradients,
-        memory_limit=options.memory_limit,
-        axes=options.axes,
-        assume=tuple(options.assume or ()),
-    )
-
-
-def _model(given: str | None, machine: Machine) -> ModelShape:
-    if given is None:
+def _model(options: PlanOptions) -> ModelShape:
+    if options.model is None:
         raise ValueError(
             "no model given; add --model NAME or --model config.json;"
-            f" known: {', '.join(known_models(machine.files))}"
+            f" known: {', '.join(known_models(options.files))}"
         )
-    return load_model(given, machine.files)
+    return load_model(options.model, options.files)
 
 
 def _one_attention(options: PlanOptions) -> ModelShape:
@@ -267,7 +240,7 @@ def _trace_memory(job: Job, pins: Pins, as_json: bool) -> int:
     fuller = max(ranks, key=lambda rank: traced_like(rank)["total"])
     predicted = traced_like(fuller)
 
-    from seqmesh.planner.trainer.tracing import trace_rank  # loads torch and transformers
+    from seqmesh.trace.of_rank import trace_rank  # loads torch and transformers
 
     traced = trace_rank(fuller, job.sequences[0] if job.documents else None)
     result = {

@@ -39,14 +39,12 @@ def overflow(costs: CostModel, estimate: StepEstimate) -> str:
 def remedy(costs: CostModel, pins: Pins) -> str:
     """What would make a job fit that does not.
 
-    One pin to release, all of them, what the stack advises, more nodes, or a shorter sequence.
+    One pin to release, all of them, more nodes, or a shorter sequence.
     """
     if (freed := _one_pin(costs, pins)) is not None:
         return freed
     if pins and (free := best_with(costs, {})):
         return f"{free.point} would fit ({format_seconds(free.seconds)} a step)"
-    if costs.job.stack.remedy is not None:
-        return costs.job.stack.remedy
     cluster = costs.job.cluster
     for times in NODES_TRIED:
         if times * cluster.gpus <= MOST_GPUS and fits_at_all(costs.with_nodes(cluster.nodes * times), {}):

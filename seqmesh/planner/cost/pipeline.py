@@ -39,19 +39,21 @@ def exposed_crossings(point: Point, micro_batches: int) -> int:
 
 
 def boundary_bytes(point: Point, micro_batches: int, activation: float, nodes: int) -> tuple[float, float]:
-    """Of the bytes that a rank sends over pp - 1 boundaries, the share that leaves a node; and the bytes.
+    """Of the bytes that an average rank sends to other stages, the share that leaves a node; and the bytes.
 
     Args:
         point: its pipeline.
         micro_batches: of a step.
         activation: bytes of one that crosses, and of its gradient.
-        nodes: of the pipeline's ranks: nodes - 1 boundaries lie between two.
+        nodes: of the pipeline's ranks.
     """
     if point.pp == 1:
         return 0.0, 0.0
-    # All ranks together: a boundary between any two stages that follow one another.
-    sends = 2 * micro_batches * (point.virtual * point.pp - 1) / point.pp
-    return (nodes - 1) / (point.pp - 1), sends * activation
+    # All ranks together: a boundary between any two stages that follow one another, of which the last rank's
+    # next stage is the first rank's.
+    boundaries = point.virtual * point.pp - 1
+    between_nodes = point.virtual * (nodes - 1) + (point.virtual - 1) * (nodes > 1)
+    return between_nodes / boundaries, 2 * micro_batches * boundaries / point.pp * activation
 
 
 def in_flight(point: Point, stage: int, micro_batches: int) -> float:

@@ -1,7 +1,7 @@
 """Ring loads of a job's points: one sequence's, or of packed documents the row that all wait for.
 
     causal sequences      one schedule for all
-    packed documents      rows, as the trainer deals them (trainer/dealing.py): the schedule of the busiest,
+    packed documents      rows, as the trainer deals them (dealing.py): the schedule of the busiest,
                           its pairs scaled so that all micro-batches have what the step waits for
 
 Trade-off: of several micro-batches the busiest one's blocks and exchanges stand for all. Pairs are exact.
@@ -17,11 +17,11 @@ from seqmesh import masks
 from seqmesh.layouts import Layout, load
 from seqmesh.masks import Mask
 from seqmesh.planner.cost.attention import AttentionShape, attention_cost
+from seqmesh.planner.cost.dealing import DealtStep, dealt_step, spread
 from seqmesh.planner.cost.network import Group, place
 from seqmesh.planner.cost.ring_load import RingLoad, lay_out, ring_load
 from seqmesh.planner.inputs.job import Job, LayerReach
 from seqmesh.planner.inputs.point import Point
-from seqmesh.planner.trainer.dealing import DealtStep, dealt_step, spread
 from seqmesh.schedule.chains import Chains, chains_of
 from seqmesh.schedule.hops import Stages
 

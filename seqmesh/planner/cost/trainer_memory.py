@@ -1,4 +1,4 @@
-"""Memory of `seqmesh train`'s step, in the categories of the planner. trainer/memory.py has the formula."""
+"""Memory of `seqmesh train`'s step, in the categories of the planner. train/memory/ has the formula."""
 
 from functools import lru_cache
 
@@ -6,8 +6,8 @@ from seqmesh.planner.cost.memory import StepMemory, overhead
 from seqmesh.planner.cost.step_loads import StepLoads
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.point import Point
-from seqmesh.planner.trainer.memory import trainer_moments
-from seqmesh.planner.trainer.rank import TrainedRank
+from seqmesh.train.memory.peak import trainer_moments
+from seqmesh.train.memory.rank import TrainedRank
 
 
 class TrainerMemory:

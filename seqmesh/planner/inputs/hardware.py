@@ -19,32 +19,38 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final, NamedTuple
 
-from seqmesh.planner.inputs.tables import LARGEST_COUNT, Table, read_tables, unknown
+from seqmesh.planner.inputs.tables import LARGEST_COUNT, Table, data_file, is_count, read_tables, unknown
 
-_PRESETS: Final = Path(__file__).parent / "data" / "hardware.toml"
+_PRESETS: Final = data_file("hardware.toml")
 _MEMORY: Final = {"memory_gib": 2**30, "memory_gb": 10**9}
 _GPU_KEYS: Final = (
-    "like",
-    "tflops",
-    "tflops_fp32",
-    "tflops_fp8",
-    "generation",
-    "reported_gib",
-    "gpus_per_node",
-    *_MEMORY,
-    "memory_tb_per_s",
-    "scale_up_gb_per_s",
-    "pcie_gb_per_s",
-    "network_gb_per_s",
-    "source",
-    "measured",
-    "assumptions",
+    *("like", "tflops", "tflops_fp32", "tflops_fp8", "generation", "reported_gib", "gpus_per_node"),
+    *(*_MEMORY, "memory_tb_per_s", "scale_up_gb_per_s", "pcie_gb_per_s", "network_gb_per_s"),
+    *("source", "measured", "assumptions"),
 )
 _CLUSTER_KEYS: Final = ("gpu", "nodes", "gpus_per_node", "network_gb_per_s")
 
 
+class _Rate(NamedTuple):
+    """What a key means."""
+
+    field: str
+    """Of `Gpu`."""
+    unit: float
+    is_needed: bool = True
+    """Whether a GPU that is like no other has to say it."""
+
+
+_RATES: Final[Mapping[str, _Rate]] = {
+    "tflops": _Rate("flops_per_s", 1e12),
+    "tflops_fp32": _Rate("fp32_flops_per_s", 1e12, is_needed=False),
+    "tflops_fp8": _Rate("fp8_flops_per_s", 1e12, is_needed=False),
+    "memory_tb_per_s": _Rate("memory_bytes_per_s", 1e12),
+    "pcie_gb_per_s": _Rate("pcie_bytes_per_s", 1e9),
+    "network_gb_per_s": _Rate("network_bytes_per_s", 1e9),
+}
 GENERATIONS: Final = ("ampere", "ada", "hopper", "blackwell", "cdna3")
 """Of GPUs, by the kernels of attention that they run (kernels.py)."""
 
@@ -59,13 +65,13 @@ class Gpu:
 
     name: str
     """As in [gpu.NAME]."""
-    flops_per_s: float | None
+    flops_per_s: float | None = None
     """Dense bf16 FLOP/s; None: unknown, as for a profile measured in fp32."""
     memory_bytes: int
     """Device memory."""
     memory_bytes_per_s: float
     """Device memory bandwidth."""
-    scale_up_bytes_per_s: float | None
+    scale_up_bytes_per_s: float | None = None
     """NVLink in one direction; None: there is none, and the GPUs of a node talk over PCIe."""
     pcie_bytes_per_s: float
     """PCIe in one direction."""
@@ -94,25 +100,14 @@ class Gpu:
     def __post_init__(self) -> None:
         if self.flops_per_s is None and self.fp32_flops_per_s is None:
             raise ValueError(f"GPU {self.name!r} has neither tflops (bf16) nor tflops_fp32; give one of them")
-        rates = (
-            "flops_per_s",
-            "fp32_flops_per_s",
-            "fp8_flops_per_s",
-            "memory_bytes_per_s",
-            "scale_up_bytes_per_s",
-            "pcie_bytes_per_s",
-            "network_bytes_per_s",
-        )
-        for name in ("memory_bytes", *rates):
+        rates = [rate.field for rate in _RATES.values()]
+        for name in ("memory_bytes", *rates, "scale_up_bytes_per_s"):
             value = getattr(self, name)
-            if value is None and (name == "scale_up_bytes_per_s" or name.endswith("flops_per_s")):
-                continue
-            if not 0 < value < math.inf:
+            if value is not None and not 0 < value < math.inf:
                 raise ValueError(
                     f"GPU {self.name!r}: {name}={value} is not positive and finite;"
                     " give what the hardware has"
                 )
-
         if self.generation not in GENERATIONS:
             raise unknown(f"generation of GPU {self.name!r}", self.generation, GENERATIONS)
 
@@ -163,7 +158,7 @@ class Cluster:
     def __post_init__(self) -> None:
         for name in ("nodes", "gpus_per_node"):
             value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= LARGEST_COUNT:
+            if not is_count(value):
                 raise ValueError(
                     f"{name}={value!r} is not a whole number from 1 to {LARGEST_COUNT};"
                     f" give the cluster's {name}"
@@ -267,82 +262,43 @@ def _read_gpu(table: Table, base: Gpu | None) -> Gpu:
     """
     table.check_keys(_GPU_KEYS)
     assumptions = table.table("assumptions")
-    own_overrides = {key: assumptions.number(key) for key in assumptions.values}
-    return Gpu(
-        name=table.name,
-        flops_per_s=_peak(table, "tflops", "tflops_fp32", base.flops_per_s if base else None),
-        fp32_flops_per_s=_peak(table, "tflops_fp32", "tflops", base.fp32_flops_per_s if base else None),
-        fp8_flops_per_s=_peak(table, "tflops_fp8", "tflops", base.fp8_flops_per_s if base else None),
-        generation=_generation(table, base),
-        memory_bytes=_memory(table, base),
-        reported_bytes=_reported(table, base),
-        gpus_per_node=_per_node(table, base),
-        memory_bytes_per_s=_rate(table, "memory_tb_per_s", 1e12, base.memory_bytes_per_s if base else None),
-        scale_up_bytes_per_s=_scale_up(table, base),
-        pcie_bytes_per_s=_rate(table, "pcie_gb_per_s", 1e9, base.pcie_bytes_per_s if base else None),
-        network_bytes_per_s=_rate(table, "network_gb_per_s", 1e9, base.network_bytes_per_s if base else None),
-        source=_source(table, base),
-        measured=table.flag("measured", default=False),
-        overrides={**(base.overrides if base else {}), **own_overrides},
-    )
-
-
-def _source(table: Table, base: Gpu | None) -> str:
-    if "source" in table:
-        return table.text("source")
-    return f"like {base.name}" if base else ""
-
-
-def _peak(table: Table, key: str, other: str, inherited: float | None) -> float | None:
-    """A peak rate, which may be left out where the other one is given (or both are inherited)."""
-    if key not in table and (other in table or "like" in table or key != "tflops"):
-        return inherited
-    return table.positive(key) * 1e12
-
-
-def _rate(table: Table, key: str, unit: float, inherited: float | None) -> float:
-    """A rate in bytes/s, which may be left out where it is inherited."""
-    if key not in table and inherited is not None:
-        return inherited
-    return table.positive(key) * unit
-
-
-def _generation(table: Table, base: Gpu | None) -> str:
-    if "generation" in table:
-        return table.text("generation")
-    return base.generation if base else "ampere"
-
-
-def _per_node(table: Table, base: Gpu | None) -> int:
-    if "gpus_per_node" in table:
-        return table.count("gpus_per_node")
-    return base.gpus_per_node if base else 8
-
-
-def _reported(table: Table, base: Gpu | None) -> int | None:
-    """As it is said; not inherited where the memory itself is another."""
+    said: dict[str, Any] = {
+        "name": table.name,
+        "measured": table.flag("measured", default=False),
+        "overrides": {key: assumptions.number(key) for key in assumptions.values},
+    }
+    if base is not None:
+        said["overrides"] = {**base.overrides, **said["overrides"]}
+    if base is None or any(key in table for key in _MEMORY):
+        said["memory_bytes"] = _memory(table)
+        said["reported_bytes"] = None  # that of the base is of another memory
+    for key, rate in _RATES.items():
+        if key in table or (base is None and _is_needed(key, table)):
+            said[rate.field] = table.positive(key) * rate.unit
+    if "scale_up_gb_per_s" in table:
+        has_none = table.number("scale_up_gb_per_s") == 0
+        said["scale_up_bytes_per_s"] = None if has_none else table.positive("scale_up_gb_per_s") * 1e9
     if "reported_gib" in table:
-        return round(table.positive("reported_gib") * 2**30)
-    return base.reported_bytes if base and not any(key in table for key in _MEMORY) else None
+        said["reported_bytes"] = round(table.positive("reported_gib") * 2**30)
+    said |= {key: table.text(key) for key in ("generation", "source") if key in table}
+    if "gpus_per_node" in table:
+        said["gpus_per_node"] = table.count("gpus_per_node")
+    return Gpu(**said) if base is None else replace(base, **{"source": f"like {base.name}", **said})
 
 
-def _memory(table: Table, base: Gpu | None) -> int:
+def _is_needed(key: str, table: Table) -> bool:
+    """Whether a GPU that is like no other must say a rate; one of those in bf16 and fp32 is enough."""
+    return _RATES[key].is_needed and not (key == "tflops" and "tflops_fp32" in table)
+
+
+def _memory(table: Table) -> int:
     given = [key for key in _MEMORY if key in table]
     if len(given) == 2:
         raise ValueError(
             f"{table.where}: both memory_gib and memory_gb; give one, GiB for 2^30 bytes or GB for 10^9"
         )
-    if not given and base:
-        return base.memory_bytes
     if not given:
         raise ValueError(
             f"{table.where}: memory_gib (2^30 bytes) and memory_gb (10^9) are both missing; add one of them"
         )
     return round(table.positive(given[0]) * _MEMORY[given[0]])
-
-
-def _scale_up(table: Table, base: Gpu | None) -> float | None:
-    if "scale_up_gb_per_s" not in table:
-        return base.scale_up_bytes_per_s if base else None
-    given = table.number("scale_up_gb_per_s")
-    return table.positive("scale_up_gb_per_s") * 1e9 if given != 0 else None

@@ -9,21 +9,24 @@ import json
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Final, NamedTuple
 
 from seqmesh.planner.inputs.hybrid_configs import HybridLayers, split_hybrid
 from seqmesh.planner.inputs.shape import LatentShape, MixtureShape, ModelShape
-from seqmesh.planner.inputs.tables import Table, read_text, shown, unknown
+from seqmesh.planner.inputs.tables import Table, read_data, read_text, shown, unknown
 
 
 @dataclass(frozen=True, kw_only=True)
 class _Type:
-    """How transformers reads the config.json of one model_type."""
+    """How transformers reads the config.json of one model_type, from data/model_types.toml."""
 
     gated: bool = True
-    tied: bool | None = False
-    """tie_word_embeddings where it is absent; None: it must be there."""
+    tied: bool = False
+    """tie_word_embeddings where it is absent."""
+    tied_is_said: bool = False
+    """Whether tie_word_embeddings must be there."""
     expansion: int | None = None
     """Feed-forward width over hidden_size where the width is absent; None: it must be there."""
     keys: Mapping[str, str] = field(default_factory=dict)
@@ -46,75 +49,15 @@ class _Type:
     """Where layer_types is absent, every so manyth layer sees everything, the others a window; 0: no such."""
 
 
-_GPT2: Final = {
-    "hidden_size": "n_embd",
-    "num_hidden_layers": "n_layer",
-    "num_attention_heads": "n_head",
-    "intermediate_size": "n_inner",
-}
-_FALCON: Final = {"intermediate_size": "ffn_hidden_size", "num_key_value_heads": "num_kv_heads"}
-_QWEN: Final = {"num_key_value_heads": 32, "use_sliding_window": False, "max_window_layers": 28}
-_GEMMA: Final = {"num_key_value_heads": 4, "head_dim": 256, "sliding_window": 4096}
-_GPT_OSS: Final = {"num_key_value_heads": 8, "head_dim": 64, "sliding_window": 128}
-_QWEN_MOE: Final = _Type(
-    defaults={"num_key_value_heads": 2, "head_dim": 256},
-    gated_attention=True,
-    expert_width="moe_intermediate_size",
-    shared_width="shared_expert_intermediate_size",
-    shared_gate=True,
-)
-_QWEN_VL: Final = _Type(
-    tied=None, defaults={"num_key_value_heads": 8, "use_sliding_window": False, "max_window_layers": 80}
-)
+@cache
+def _types() -> Mapping[str, _Type]:
+    """By model_type."""
+    types: dict[str, _Type] = {}
+    for family in read_data("model_types.toml")["family"]:
+        kind = _Type(**{key: value for key, value in family.items() if key != "types"})
+        types |= dict.fromkeys(family["types"], kind)
+    return types
 
-_TYPES: Final[Mapping[str, _Type]] = {
-    **dict.fromkeys(("llama", "phi3", "olmo", "olmo2", "granite"), _Type()),
-    "mistral": _Type(defaults={"num_key_value_heads": 8, "sliding_window": 4096}),
-    "ministral3": _Type(defaults={"num_key_value_heads": 8, "head_dim": 128}),
-    "qwen2": _Type(defaults=_QWEN),
-    "qwen3": _Type(defaults=_QWEN | {"head_dim": 128}),
-    **dict.fromkeys(("qwen2_vl", "qwen2_vl_text", "qwen2_5_vl", "qwen2_5_vl_text"), _QWEN_VL),
-    "gemma": _Type(tied=True, defaults={"num_key_value_heads": 16, "head_dim": 256}),
-    "stablelm": _Type(defaults={"num_key_value_heads": 32}),
-    **dict.fromkeys(("glm", "glm4"), _Type(defaults={"num_key_value_heads": 2, "head_dim": 128})),
-    "seed_oss": _Type(defaults={"num_key_value_heads": 8, "head_dim": 128}),
-    "cohere": _Type(tied=True),
-    "starcoder2": _Type(gated=False, tied=True, defaults={"num_key_value_heads": 2}),
-    **dict.fromkeys(("phi", "gpt_neox"), _Type(gated=False)),
-    "gpt2": _Type(gated=False, tied=True, expansion=4, keys=_GPT2),
-    "opt": _Type(gated=False, tied=True, keys={"intermediate_size": "ffn_dim"}),
-    "falcon": _Type(gated=False, tied=True, expansion=4, keys=_FALCON, defaults={"multi_query": True}),
-    "gemma2": _Type(tied=True, full_every=2, defaults=_GEMMA),
-    "gemma3_text": _Type(tied=True, full_every=6, defaults=_GEMMA | {"vocab_size": 262208}),
-    "mixtral": _Type(defaults={"num_key_value_heads": 8}, expert_width="intermediate_size"),
-    "qwen3_moe": _Type(
-        defaults={"num_key_value_heads": 4, "use_sliding_window": False, "max_window_layers": 28},
-        expert_width="moe_intermediate_size",
-    ),
-    "gpt_oss": _Type(full_every=2, defaults=_GPT_OSS, expert_width="intermediate_size"),
-    "deepseek_v3": _Type(latent=True, expert_width="moe_intermediate_size"),
-    **dict.fromkeys(("qwen3_next", "qwen3_5_moe_text"), _QWEN_MOE),
-    "qwen3_5_text": _Type(defaults={"num_key_value_heads": 4, "head_dim": 256}, gated_attention=True),
-    "olmo_hybrid": _Type(),
-    "kimi_linear": _Type(latent=True, expert_width="moe_intermediate_size"),
-    "nemotron_h": _Type(
-        gated=False,
-        defaults={"num_key_value_heads": 8, "head_dim": 128},
-        expert_width="moe_intermediate_size",
-        shared_width="moe_shared_expert_intermediate_size",
-        router_buffers=True,
-    ),
-    **dict.fromkeys(("bamba", "falcon_h1"), _Type(defaults={"num_key_value_heads": 8})),
-    "granitemoehybrid": _Type(expert_width="intermediate_size", shared_width="shared_intermediate_size"),
-    "lfm2": _Type(tied=True, defaults={"num_key_value_heads": 8}),
-    "lfm2_moe": _Type(
-        tied=True,
-        defaults={"num_key_value_heads": 8},
-        expert_width="moe_intermediate_size",
-        router_buffers=True,
-    ),
-}
-"""The model types whose layers are known, with transformers' defaults."""
 
 _MIXED: Final = ("gemma3n_text", "cohere2", "exaone4", "olmo3", "llama4_text", "gpt_neo")
 _RECURRENT: Final = (
@@ -152,10 +95,10 @@ def shape_from_config(path: Path) -> ModelShape:
         config, hybrid = split_hybrid(_text_config(whole))
         _refuse(config)
     model_type = config.text("model_type")
-    if model_type not in _TYPES:
-        mistake = unknown("model_type", model_type, _TYPES, config.where)
+    if model_type not in _types():
+        mistake = unknown("model_type", model_type, _types(), config.where)
         raise ValueError(f"{mistake}; or write its shape as [model.NAME] in a TOML file")
-    kind = _TYPES[model_type]
+    kind = _types()[model_type]
     complete = replace(config, values={**kind.defaults, **config.values})
     shape = _shape(complete, kind, hybrid, f"{whole.name} config.json, model_type {model_type}")
     return replace(shape, folder=str(path.parent) if path.name == "config.json" else "")
@@ -189,7 +132,7 @@ def _read_json(path: Path) -> Table:
 def _refuse(config: Table) -> None:
     """Refuse what is not a decoder of attention and a feed-forward network, or experts of a known type."""
     model_type = config.text("model_type") if "model_type" in config else ""
-    kind = _TYPES.get(model_type, _Type())
+    kind = _types().get(model_type, _Type())
     experts = _experts(config)
     if experts and not kind.expert_width:
         raise _refusal(config, "is a mixture of experts", f"{experts} = {config.values[experts]}")
@@ -221,7 +164,7 @@ def _refuse_layers(config: Table, model_type: str) -> None:
     kinds = [repr(layer_types)]
     if isinstance(layer_types, list):
         kinds = sorted({shown(str(each)) for each in layer_types})
-    known = _TYPES.get(model_type, _Type())
+    known = _types().get(model_type, _Type())
     if len(kinds) > 1 and not known.full_every and "use_sliding_window" not in known.defaults:
         raise _refusal(config, "mixes kinds of layers", f"layer_types {', '.join(kinds)}")
     if model_type in _MIXED:
@@ -247,11 +190,6 @@ def _shape(config: Table, kind: _Type, hybrid: HybridLayers | None, source: str)
     layers = config.count(key("num_hidden_layers"))
     latent = _latent(config) if kind.latent else None
     reach = _reach(config, kind, layers)
-    width = key("intermediate_size")
-    if kind.expansion and width not in config:
-        intermediate = kind.expansion * hidden
-    else:
-        intermediate = config.count(width)
     return ModelShape(
         name=config.name,
         layers=layers,
@@ -260,10 +198,12 @@ def _shape(config: Table, kind: _Type, hybrid: HybridLayers | None, source: str)
         kv_heads=heads if latent else _kv_heads(config, key("num_key_value_heads"), heads),
         head_dim=_head_dim(config, hidden, heads, latent),
         value_dim=config.count("v_head_dim") if latent else None,
-        intermediate=intermediate,
+        intermediate=config.count(
+            key("intermediate_size"), default=kind.expansion * hidden if kind.expansion else None
+        ),
         vocabulary=config.count("vocab_size"),
         gated=kind.gated,
-        tied_embeddings=config.flag("tie_word_embeddings", kind.tied),
+        tied_embeddings=config.flag("tie_word_embeddings", None if kind.tied_is_said else kind.tied),
         sliding_window=reach.window,
         full_layers=reach.full_layers,
         mixture=_mixture(config, kind) if _experts(config) else None,
@@ -304,8 +244,8 @@ def _mixture(config: Table, kind: _Type) -> MixtureShape:
     dense = config.values.get("mlp_only_layers") or []
     if not isinstance(dense, list):
         raise _refusal(config, "has layers of an unknown kind", f"mlp_only_layers {dense!r}")
-    first = config.count("first_k_dense_replace", least=0) if "first_k_dense_replace" in config else 0
-    shared = config.count("n_shared_experts", least=0) * width if "n_shared_experts" in config else 0
+    first = config.count("first_k_dense_replace", least=0, default=0)
+    shared = config.count("n_shared_experts", least=0, default=0) * width
     if kind.shared_width:
         shared = config.count(kind.shared_width, least=0)
     return MixtureShape(
@@ -325,7 +265,7 @@ def _kv_heads(config: Table, key: str, heads: int) -> int:
     new_form = config.flag("new_decoder_architecture", default=False)
     if config.flag("multi_query", default=False) and not new_form:
         return 1
-    return config.count(key) if key in config else heads
+    return config.count(key, default=heads)
 
 
 class _Seen(NamedTuple):

@@ -67,7 +67,7 @@ def _mixing(kinds: Sequence[str]) -> int:
 
 def _delta(config: Table) -> HybridLayers:
     """Qwen3-Next, Qwen3.5, OLMo hybrid: every fourth layer has attention where they do not say."""
-    every = config.count("full_attention_interval") if "full_attention_interval" in config else 4
+    every = config.count("full_attention_interval", default=4)
     layers = range(config.count("num_hidden_layers"))
     kinds = _kinds(config, [_MIXING[0] if (i + 1) % every else _ATTENTION[0] for i in layers])
     mixer = DeltaMixer(
@@ -110,8 +110,7 @@ def _kimi(config: Table) -> HybridLayers:
     networks = config.values.get("mlp_layer_types")
     dense = networks.count("dense") if isinstance(networks, list) else None
     if dense is None:
-        first = "first_k_dense_replace"
-        dense = config.count(first, least=0) if first in config else 1
+        dense = config.count("first_k_dense_replace", least=0, default=1)
     values = {
         "q_lora_rank": config.values.get("q_lora_rank") or 0,
         "num_experts": config.values.get("num_experts") if dense < layers else None,
@@ -158,7 +157,7 @@ def _falcon(config: Table) -> HybridLayers:
 def _granite(config: Table) -> HybridLayers:
     """Experts beside a shared network, or that alone."""
     kinds = _kinds(config)
-    has_experts = "num_local_experts" in config and config.count("num_local_experts", least=0) > 0
+    has_experts = config.count("num_local_experts", least=0, default=0) > 0
     values = {} if has_experts else {"intermediate_size": config.count("shared_intermediate_size")}
     mixer = _scan(config, _mixing(kinds))
     return HybridLayers(mixer=mixer, attention_layers=len(kinds) - mixer.layers, values=values)
@@ -213,7 +212,7 @@ def _lfm2(config: Table) -> HybridLayers:
     width = config.count("block_ff_dim" if "block_ff_dim" in config else "intermediate_size")
     if config.flag("block_auto_adjust_ff_dim", default="num_experts" not in config):
         factor = config.number("block_ffn_dim_multiplier") if "block_ffn_dim_multiplier" in config else 1.0
-        multiple = config.count("block_multiple_of") if "block_multiple_of" in config else 256
+        multiple = config.count("block_multiple_of", default=256)
         width = -(-int(factor * int(2 * width / 3)) // multiple) * multiple
     values: dict[str, object] = {"intermediate_size": width}
     if "tie_embedding" in config:

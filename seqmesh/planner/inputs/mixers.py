@@ -15,11 +15,10 @@ Where a state enters a piece of a document, the kernel first runs without it (en
 delta rule with k columns of values more, for the piece's transition; a scan sums up what it adds.
 """
 
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from seqmesh.planner.inputs.tables import Table, unknown
+from seqmesh.planner.inputs.tables import FROM_ZERO
 
 
 class Matrix(NamedTuple):
@@ -56,11 +55,13 @@ class DeltaMixer:
     """k."""
     value_dim: int
     """v."""
-    width: int
+    width: int = field(metadata=FROM_ZERO)
     """Tokens before its own that the convolution sees."""
-    gate_rank: int = 0
+    gate_rank: int = field(default=0, metadata=FROM_ZERO)
     """Numbers between the two products of decays, and of gates; 0: one product, a decay for each head."""
 
+    kind = "delta"
+    """In a table of a model."""
     chunk = 64
     """Tokens that kernels take at once, C: of transformers and of flash-linear-attention."""
     gates = 1
@@ -136,11 +137,12 @@ class ScanMixer:
     """Of heads that share B and C."""
     state_dim: int
     """Numbers of B and of C, s."""
-    width: int
+    width: int = field(metadata=FROM_ZERO)
     """Tokens before its own that the convolution sees."""
     chunk: int
     """Tokens that the kernel takes at once, C."""
 
+    kind = "scan"
     gates = 1
     """Of what the kernel gives."""
 
@@ -196,9 +198,10 @@ class ConvolutionMixer:
     """Of the model that are such."""
     channels: int
     """Numbers of a token that are convolved: all."""
-    width: int
+    width: int = field(metadata=FROM_ZERO)
     """Tokens before its own that the convolution sees."""
 
+    kind = "convolution"
     chunk = 1
     gates = 2
     """Before and behind the convolution."""
@@ -226,31 +229,8 @@ class ConvolutionMixer:
 
 Mixer = DeltaMixer | ScanMixer | ConvolutionMixer
 
-_BY_NAME: Mapping[str, type[Mixer]] = {
-    "delta": DeltaMixer,
-    "scan": ScanMixer,
-    "convolution": ConvolutionMixer,
-}
-_MAY_BE_ZERO = ("width", "gate_rank")
-
 
 def mixer_parameters(mixer: Mixer, hidden: int) -> int:
     """Elements of a layer's matrices and of its convolution; without norms, decays and biases."""
     products = sum(matrix.rows * matrix.columns for matrix in mixer.matrices(hidden))
     return products + mixer.channels * (mixer.width + 1)
-
-
-def mixer_from_table(table: Table) -> Mixer:
-    """Of a table with the key `kind`, and the fields of its mixer."""
-    kind = table.text("kind")
-    if kind not in _BY_NAME:
-        raise unknown("kind of mixer", kind, _BY_NAME, table.where)
-    made = _BY_NAME[kind]
-    names = [leaf.name for leaf in fields(made)]
-    table.check_keys(["kind", *names])
-    given = {
-        name: table.count(name, least=0 if name in _MAY_BE_ZERO else 1)
-        for name in names
-        if name in table or name != "gate_rank"
-    }
-    return made(**given)

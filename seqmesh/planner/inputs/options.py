@@ -72,20 +72,16 @@ def _check_kernel(options: Mapping[str, Any]) -> None:
 
 def _check_mode(context: typer.Context) -> None:
     """Refuse what a mode would ignore."""
-    given = []
-    for name, value in context.params.items():
-        if value not in (None, (), _default(context, name)):
-            given.append(name)
-    modes = [mode for mode in MODES if mode in given]
-    if not modes:
+    options = {option.name: option for option in context.command.params}
+    given = [
+        name
+        for name, value in context.params.items()
+        if value not in (None, (), options[name].get_default(context))
+    ]
+    mode = next((mode for mode in MODES if mode in given), None)
+    if mode is None:
         return
-    mode = modes[0]
-    spelled = {parameter.name: parameter.opts[0] for parameter in context.command.params}
     for name in given:
         if name != mode and name not in MODES[mode]:
-            raise ValueError(f"{spelled[name]} has no meaning with {spelled[mode]}; remove one of them")
-
-
-def _default(context: typer.Context, name: str) -> object:
-    (parameter,) = (p for p in context.command.params if p.name == name)
-    return parameter.get_default(context)
+            spelled = options[name].opts[0]
+            raise ValueError(f"{spelled} has no meaning with {options[mode].opts[0]}; remove one of them")

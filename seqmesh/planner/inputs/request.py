@@ -4,11 +4,12 @@ Every mistake is a one-line ValueError with its remedy.
 """
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import replace
 from pathlib import Path
 
 from seqmesh.planner.inputs.assumptions import Assumptions
 from seqmesh.planner.inputs.documents import parse_documents
+from seqmesh.planner.inputs.flags import PlanOptions
 from seqmesh.planner.inputs.hardware import Cluster, Gpu, known_gpus_of, load_cluster, load_gpu
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.kernels import assumptions_of
@@ -22,86 +23,43 @@ DEALINGS = ("evened", "in-turn")
 """Values of `--dealing`: by the area of documents, as `seqmesh train` does, or by tokens alone."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class Machine:
-    """Where to run."""
-
-    gpu: str | None = None
-    """A preset, or a name from `files`."""
-    cluster: str | None = None
-    """A [cluster.NAME] of `files`, in place of a GPU and numbers."""
-    nodes: int | None = None
-    gpus_per_node: int | None = None
-    hardware: tuple[Path, ...] = ()
-    """TOML files with GPUs, clusters and models."""
-    profiles: tuple[Path, ...] = ()
-    """The same, measured: they go before the others, and must be of the GPU that is planned for."""
-
-    @property
-    def files(self) -> tuple[Path, ...]:
-        """All of them, later ones going before earlier ones."""
-        return (*self.hardware, *self.profiles)
-
-
-@dataclass(frozen=True, kw_only=True)
-class Request:
-    """The options that describe a job, as they were given."""
-
-    machine: Machine
-    seq_len: str = "8K"
-    global_batch: int = 1
-    documents: str | None = None
-    dealing: str = "evened"
-    """Of sequences with documents to data-parallel groups: one of DEALINGS."""
-    layout: str = "auto"
-    stack: str = "seqmesh"
-    attention: str | None = None
-    """Kernel of attention; None: the stack's own."""
-    precision: str | None = None
-    """None: the stack's own."""
-    gradients: str = "fp32"
-    memory_limit: str | None = None
-    axes: str = ",".join(AXES)
-    assume: tuple[str, ...] = ()
-
-
-def build_job(request: Request, model: ModelShape) -> Job:
-    """The job that a request describes, for a model.
+def build_job(options: PlanOptions, model: ModelShape) -> Job:
+    """The job that the options describe, for a model.
 
     Raises:
         ValueError: in one line, whatever is wrong with it.
     """
-    cluster = build_cluster(request.machine)
-    _check_profiles(request.machine.profiles, cluster.gpu.name)
-    seq_len = parse_tokens(request.seq_len)
-    stack = stack_named(request.stack, request.attention)
-    if request.dealing not in DEALINGS:
-        raise unknown("dealing", request.dealing, DEALINGS)
-    if request.documents is None and request.dealing != DEALINGS[0]:
-        raise ValueError(f"--dealing {request.dealing} without --documents: sequences are alike; remove it")
+    cluster = build_cluster(options)
+    _check_profiles(options.profile or (), cluster.gpu.name)
+    seq_len = parse_tokens(options.seq_len)
+    stack = stack_named(options.stack, options.attention)
+    if options.dealing not in DEALINGS:
+        raise unknown("dealing", options.dealing, DEALINGS)
+    if options.documents is None and options.dealing != DEALINGS[0]:
+        raise ValueError(f"--dealing {options.dealing} without --documents: sequences are alike; remove it")
     return Job(
         model=model,
         cluster=cluster,
         seq_len=seq_len,
-        global_batch=request.global_batch,
-        documents=_documents(request, seq_len),
-        evened=request.dealing == "evened",
-        layout=request.layout,
+        global_batch=options.global_batch,
+        documents=_documents(options, seq_len),
+        evened=options.dealing == "evened",
+        layout=options.layout,
         stack=stack,
-        numerics=stack.numerics(request.precision, request.gradients),
-        assumptions=assumptions_for(cluster.gpu, request.assume, stack),
-        memory_limit=None if request.memory_limit is None else parse_bytes(request.memory_limit),
-        axes=parse_axes(request.axes),
+        numerics=stack.numerics(options.precision, options.gradients),
+        assumptions=assumptions_for(cluster.gpu, options.assume or (), stack),
+        memory_limit=None if options.memory_limit is None else parse_bytes(options.memory_limit),
+        axes=parse_axes(options.axes),
     )
 
 
-def _documents(request: Request, seq_len: int) -> tuple[int, ...]:
-    if request.documents is None:
+def _documents(options: PlanOptions, seq_len: int) -> tuple[int, ...]:
+    if options.documents is None:
         return ()
-    return parse_documents(request.documents, seq_len, sequences=request.global_batch)
+    return parse_documents(options.documents, seq_len, sequences=options.global_batch)
 
 
-def build_cluster(machine: Machine) -> Cluster:
+def build_cluster(options: PlanOptions) -> Cluster:
     """The cluster; numbers given beside a named cluster override its own.
 
     One node, of 8 GPUs (of GB200 NVL72: 72), unless said otherwise.
@@ -109,30 +67,29 @@ def build_cluster(machine: Machine) -> Cluster:
     Raises:
         ValueError: no GPU, an unknown one, or one that the named cluster does not have.
     """
-    if machine.cluster is not None:
-        return _named_cluster(machine.cluster, machine)
-    if machine.gpu is None:
+    cluster = _named_cluster(options.cluster, options) if options.cluster is not None else _node_of(options)
+    return replace(
+        cluster,
+        nodes=cluster.nodes if options.nodes is None else options.nodes,
+        gpus_per_node=cluster.gpus_per_node if options.gpus_per_node is None else options.gpus_per_node,
+    )
+
+
+def _node_of(options: PlanOptions) -> Cluster:
+    if options.gpu is None:
         raise ValueError("no GPU given; add --gpu NAME (see --help), or --cluster NAME with --hardware FILE")
-    gpu = load_gpu(machine.gpu, machine.files)
-    return Cluster(
-        gpu=gpu,
-        nodes=1 if machine.nodes is None else machine.nodes,
-        gpus_per_node=gpu.gpus_per_node if machine.gpus_per_node is None else machine.gpus_per_node,
-    )
+    gpu = load_gpu(options.gpu, options.files)
+    return Cluster(gpu=gpu, nodes=1, gpus_per_node=gpu.gpus_per_node)
 
 
-def _named_cluster(name: str, machine: Machine) -> Cluster:
-    named = load_cluster(name, machine.files)
-    gpu = named.gpu
-    if machine.gpu is not None and machine.gpu.lower() != gpu.name.lower():
+def _named_cluster(name: str, options: PlanOptions) -> Cluster:
+    named = load_cluster(name, options.files)
+    kind = named.gpu.name
+    if options.gpu is not None and options.gpu.lower() != kind.lower():
         raise ValueError(
-            f"--cluster {name} has GPUs of kind {gpu.name}, not {machine.gpu}; remove --gpu, or --cluster"
+            f"--cluster {name} has GPUs of kind {kind}, not {options.gpu}; remove --gpu, or --cluster"
         )
-    return Cluster(
-        gpu=gpu,
-        nodes=named.nodes if machine.nodes is None else machine.nodes,
-        gpus_per_node=named.gpus_per_node if machine.gpus_per_node is None else machine.gpus_per_node,
-    )
+    return named
 
 
 def _check_profiles(profiles: Iterable[Path], gpu: str) -> None:

@@ -6,12 +6,12 @@ feed-forward     one network; or experts, of which a token passes some (mixtures
 what it sees     all layers everything, or a window; or some of them everything (Gemma 3, gpt-oss)
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from functools import cached_property
 from typing import NamedTuple
 
 from seqmesh.planner.inputs.mixers import Matrix, Mixer, mixer_parameters
-from seqmesh.planner.inputs.tables import LARGEST_COUNT
+from seqmesh.planner.inputs.tables import FROM_ZERO, LARGEST_COUNT, is_count
 
 
 class FeedForward(NamedTuple):
@@ -40,11 +40,11 @@ class MixtureShape:
     """Experts that a token is routed to, k."""
     intermediate: int
     """Width of one expert."""
-    shared: int = 0
+    shared: int = field(default=0, metadata=FROM_ZERO)
     """Width of the experts that every token passes besides."""
     shared_gate: bool = False
     """Whether what those give has a gate: one number a token."""
-    dense_layers: int = 0
+    dense_layers: int = field(default=0, metadata=FROM_ZERO)
     """Layers with a feed-forward network of the model's `intermediate` all the same."""
     has_router_buffers: bool = False
     """Whether routers have weights that are no parameters, which `seqmesh train` refuses (DeepSeek-V3)."""
@@ -56,17 +56,12 @@ class MixtureShape:
 class LatentShape:
     """Multi-head latent attention: two products in place of one, with few numbers between them."""
 
-    q_rank: int
+    q_rank: int = field(metadata=FROM_ZERO)
     """Numbers between the products of the queries; 0: one product."""
     kv_rank: int
     """The same of keys and values."""
     rotary_dim: int
     """Of a head's q and k, the elements with positions; of k one for all heads, beside `kv_rank`."""
-
-
-_COUNTS = ("layers", "hidden", "heads", "kv_heads", "head_dim", "intermediate", "vocabulary")
-_MIXTURE_COUNTS = ("experts", "active", "intermediate")
-_LATENT_COUNTS = ("kv_rank", "rotary_dim")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -104,7 +99,7 @@ class ModelShape:
     """Whether the output head is the embedding's matrix."""
     sliding_window: int | None = None
     """Keys that a query sees, itself among them; None: all before it."""
-    full_layers: int = 0
+    full_layers: int = field(default=0, metadata=FROM_ZERO)
     """Layers that see all keys, where the others have a window."""
     mixture: MixtureShape | None = None
     latent: LatentShape | None = None
@@ -121,20 +116,11 @@ class ModelShape:
     """Where its config.json lies, if it was read from one."""
 
     def __post_init__(self) -> None:
-        self._check(self, "", *_COUNTS)
-        for name in ("sliding_window", "value_dim"):
-            if getattr(self, name) is not None:
-                self._check(self, "", name)
-        self._check(self, "", "full_layers", least=0)
-        for name in ("attention_layers", "network_layers"):
-            if getattr(self, name) is not None:
-                self._check(self, "", name)
+        self._check_counts(self, "")
         if self.mixture is not None:
-            self._check(self.mixture, "mixture.", *_MIXTURE_COUNTS)
-            self._check(self.mixture, "mixture.", "shared", "dense_layers", least=0)
+            self._check_counts(self.mixture, "mixture.")
         if self.latent is not None:
-            self._check(self.latent, "latent.", *_LATENT_COUNTS)
-            self._check(self.latent, "latent.", "q_rank", least=0)
+            self._check_counts(self.latent, "latent.")
         if self.heads % self.kv_heads:
             raise ValueError(
                 f"model {self.name!r}: {self.kv_heads} key/value heads do not divide {self.heads} heads;"
@@ -142,12 +128,15 @@ class ModelShape:
             )
         self._check_parts()
 
-    def _check(self, part: object, where: str, *names: str, least: int = 1) -> None:
-        for name in names:
-            value = getattr(part, name)
-            if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= LARGEST_COUNT:
+    def _check_counts(self, part: "ModelShape | MixtureShape | LatentShape", where: str) -> None:
+        for leaf in fields(part):
+            value = getattr(part, leaf.name)
+            if leaf.type not in (int, int | None) or (value is None and leaf.default is None):
+                continue
+            least = leaf.metadata.get("least", 1)
+            if not is_count(value, least):
                 raise ValueError(
-                    f"model {self.name!r}: {where}{name}={value!r} is not a whole number"
+                    f"model {self.name!r}: {where}{leaf.name}={value!r} is not a whole number"
                     f" from {least} to {LARGEST_COUNT}; give one"
                 )
 

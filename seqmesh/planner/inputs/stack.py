@@ -12,7 +12,7 @@
 
 A `Job` holds one of them. What the planner does differently for them it asks the stack, by the questions
 of `Stack`; numbers that are theirs go before the defaults (`assumed`). Only their memory models are in cost/,
-which this folder may not import: MEMORY_MODELS of cost/step.py says whose is which.
+which this folder may not import: cost/step.py says whose is which.
 
 The time of all follows from the same costs: `trainer` knows what `seqmesh train` refuses, what it computes
 again, and what its modules keep.
@@ -99,17 +99,14 @@ class Stack:
     """Whether plans fill what a card reports as its memory, and not all that it is sold with."""
     experts_from_zero: ClassVar[int] = 2
     """ZeRO stage from which on experts can be spread: of `seqmesh train`, where weights are sharded."""
-    remedy: ClassVar[str | None] = None
-    """What to do when nothing fits, where a larger machine or a shorter sequence is not the answer."""
+    assumed: ClassVar[Mapping[str, float]] = AS_BEFORE
+    """Assumptions that are the program's."""
+    kernels: ClassVar[Mapping[str, str]] = {}
+    """Kernel of attention by generation of the GPU, where it is not aten's FlashAttention-2."""
 
-    @property
-    def assumed(self) -> Mapping[str, float]:
-        """Assumptions that are the program's."""
-        return AS_BEFORE
-
-    def attention_kernel(self, generation: str) -> str:  # noqa: ARG002
-        """The kernel of attention on GPUs of a generation: aten's FlashAttention-2, if none is asked for."""
-        return self.attention or "fa2"
+    def attention_kernel(self, generation: str) -> str:
+        """The kernel of attention on GPUs of a generation, if none is asked for."""
+        return self.attention or self.kernels.get(generation, "fa2")
 
     def numerics(self, precision: str | None, gradients: str) -> Numerics:
         """Bytes of numbers for `--precision` (None: the stack's own, bf16) and `--gradients`.
@@ -136,19 +133,12 @@ class SeqmeshStack(Stack):
     leaves_headroom: ClassVar[bool] = True
     most_virtual: ClassVar[int] = 2
     """What `seqmesh train` runs."""
-
-    @property
-    def assumed(self) -> Mapping[str, float]:
-        """The defaults."""
-        return {}
+    assumed: ClassVar[Mapping[str, float]] = {}
 
 
 @dataclass(frozen=True)
 class FsdpStack(SeqmeshStack):
     """PyTorch's own parallelism, as torchtitan applies it: FSDP2 over dp x sp, torch.compile by layer."""
-
-    compiled: bool = True
-    async_tp: bool = False
 
     program: ClassVar[str] = "torchtitan"
     savers: ClassVar[Mapping[str, tuple[str, ...]]] = {
@@ -165,30 +155,20 @@ class FsdpStack(SeqmeshStack):
     shards_masters: ClassVar[bool] = True
     keeps_gathered: ClassVar[bool] = True
     gathers_ahead: ClassVar[bool] = True
-
-    @property
-    def assumed(self) -> Mapping[str, float]:
-        """FSDP2 exchanges all but the first and last layer's weights beside compute; TP hides nothing."""
-        found = {
-            "gradient_overlap": 1.0,
-            "prefetch": 1.0,
-            "tp_exposed": 0.4 if self.async_tp else 1.0,  # assumed: one of 8 pieces, and slower products
-            # cross_entropy of fp32 logits: log-softmax, its gradient and the loss's, 4 bytes each.
-            "logit_bytes": 12.0,
-            # torch/distributed/tensor/parallel/loss.py, backward: four of them at once.
-            "logit_bytes_tp": 16.0,
-            # Assumed: torchtitan does without expandable segments, and reports what is reserved.
-            "fragmentation": 0.05,
-        }
-        if not self.compiled:
-            # Operation by operation, in bytes of a hidden number: norms in fp32 64, rotary 25, residuals 12;
-            # SiLU and product apart.
-            found |= {"streamed_hidden": 50.0, "streamed_ffn": 5.0}
-        return found
-
-    def attention_kernel(self, generation: str) -> str:
-        """Its scaled_dot_product_attention: flash attention, on Blackwell cuDNN's."""
-        return self.attention or ("cudnn" if generation == "blackwell" else "fa2")
+    assumed: ClassVar[Mapping[str, float]] = {
+        # All but the first and last layer's weights are exchanged beside compute; TP hides nothing.
+        "gradient_overlap": 1.0,
+        "prefetch": 1.0,
+        "tp_exposed": 1.0,
+        # cross_entropy of fp32 logits: log-softmax, its gradient and the loss's, 4 bytes each.
+        "logit_bytes": 12.0,
+        # torch/distributed/tensor/parallel/loss.py, backward: four of them at once.
+        "logit_bytes_tp": 16.0,
+        # Assumed: torchtitan does without expandable segments, and reports what is reserved.
+        "fragmentation": 0.05,
+    }
+    kernels: ClassVar[Mapping[str, str]] = {"blackwell": "cudnn"}
+    """Of its scaled_dot_product_attention."""
 
     def violations(self, point: Point, job: PlannedJob) -> Iterator[str]:  # noqa: ARG002
         """What FSDP2 and torchtitan do not have."""
@@ -198,6 +178,29 @@ class FsdpStack(SeqmeshStack):
             yield f"tiling={point.tiling}: --stack fsdp2 has none; use tiling=none, or --stack seqmesh"
         if point.offload != "none":
             yield f"offload={point.offload}: none is priced for --stack fsdp2; use none, or --stack seqmesh"
+
+
+@dataclass(frozen=True)
+class EagerFsdpStack(FsdpStack):
+    """The same without torch.compile."""
+
+    assumed: ClassVar[Mapping[str, float]] = {
+        **FsdpStack.assumed,
+        # Operation by operation, in bytes of a hidden number: norms in fp32 64, rotary 25, residuals 12;
+        # SiLU and product apart.
+        "streamed_hidden": 50.0,
+        "streamed_ffn": 5.0,
+    }
+
+
+@dataclass(frozen=True)
+class AsyncTpFsdpStack(FsdpStack):
+    """The same with asynchronous tensor parallelism."""
+
+    assumed: ClassVar[Mapping[str, float]] = {
+        **FsdpStack.assumed,
+        "tp_exposed": 0.4,  # assumed: one of 8 pieces, and slower products
+    }
 
 
 @dataclass(frozen=True)
@@ -221,15 +224,10 @@ class MegatronStack(SeqmeshStack):
     selective: ClassVar[str] = "all"
     gathers_ahead: ClassVar[bool] = True
     experts_from_zero: ClassVar[int] = 0
-
-    @property
-    def assumed(self) -> Mapping[str, float]:
-        """--overlap-grad-reduce and --overlap-param-gather."""
-        return {"gradient_overlap": 1.0, "prefetch": 1.0}
-
-    def attention_kernel(self, generation: str) -> str:
-        """Transformer Engine's: cuDNN's from Hopper on."""
-        return self.attention or ("cudnn" if generation in ("hopper", "blackwell") else "fa2")
+    assumed: ClassVar[Mapping[str, float]] = {"gradient_overlap": 1.0, "prefetch": 1.0}
+    """--overlap-grad-reduce and --overlap-param-gather."""
+    kernels: ClassVar[Mapping[str, str]] = {"hopper": "cudnn", "blackwell": "cudnn"}
+    """Transformer Engine's."""
 
 
 @dataclass(frozen=True)
@@ -239,10 +237,8 @@ class MegatronBridgeStack(MegatronStack):
     weights_cast_once: ClassVar[bool] = True
     rows_once_a_node: ClassVar[bool] = True
 
-    @property
-    def assumed(self) -> Mapping[str, float]:
-        """Of a collective of tensor parallelism one of `tp` pieces is exposed: assumed, a quarter of them."""
-        return {**super().assumed, "tp_exposed": 0.25}
+    assumed: ClassVar[Mapping[str, float]] = {**MegatronStack.assumed, "tp_exposed": 0.25}
+    """Of a collective of tensor parallelism one of `tp` pieces is exposed: assumed, a quarter of them."""
 
 
 @dataclass(frozen=True)
@@ -258,7 +254,7 @@ class PaperStack(Stack):
 
 @dataclass(frozen=True)
 class TrainerStack(Stack):
-    """`seqmesh train`: its mixes, and its own memory (trainer/memory.py). Ranks of tp share norms."""
+    """`seqmesh train`: its mixes, and its own memory (train/memory/). Ranks of tp share norms."""
 
     savers: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "tiling": ("loss", "mlp"),  # its loss always is
@@ -305,8 +301,8 @@ class TrainerStack(Stack):
 STACKS: Mapping[str, Stack] = {
     "seqmesh": SeqmeshStack(),
     "fsdp2": FsdpStack(),
-    "fsdp2-eager": FsdpStack(compiled=False),
-    "fsdp2-async-tp": FsdpStack(async_tp=True),
+    "fsdp2-eager": EagerFsdpStack(),
+    "fsdp2-async-tp": AsyncTpFsdpStack(),
     "megatron": MegatronStack(),
     "megatron-bridge": MegatronBridgeStack(),
     "trainer": TrainerStack(),

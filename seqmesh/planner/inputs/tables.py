@@ -11,9 +11,15 @@ import difflib
 import reprlib
 import tomllib
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import MISSING, Field, dataclass, fields
 from pathlib import Path
-from typing import Final
+from types import NoneType
+from typing import Any, Final, TypeGuard, TypeVar, get_args
+
+T = TypeVar("T")
+
+FROM_ZERO: Final[Mapping[str, int]] = {"least": 0}
+"""Metadata of a dataclass's field that counts, and may be 0."""
 
 SECTIONS: Final = ("gpu", "cluster", "model")
 """The kinds of tables that a TOML file for the planner may hold: [gpu.NAME], [cluster.NAME], [model.NAME]."""
@@ -55,11 +61,16 @@ def shown(name: str) -> str:
     return name if name.isprintable() else repr(name)
 
 
+def is_count(value: object, least: int = 1) -> TypeGuard[int]:
+    """Whether a value is a whole number of at least `least`, and no slip. Booleans and floats are none."""
+    return isinstance(value, int) and not isinstance(value, bool) and least <= value <= LARGEST_COUNT
+
+
 @dataclass(frozen=True, kw_only=True)
 class Table:
     """A table of a TOML file or an object of a JSON file.
 
-    Each method reads one key, and raises a one-line ValueError.
+    Each method reads one key (`read`: all of them), and raises a one-line ValueError.
     """
 
     name: str
@@ -83,24 +94,26 @@ class Table:
             if key not in known:
                 raise unknown("key", key, known, self.where)
 
-    def text(self, key: str) -> str:
-        """A string."""
-        value = self._get(key)
+    def text(self, key: str, default: str | None = None) -> str:
+        """A string; `default`, if there is one, where the key is absent."""
+        value = self._get(key, default)
         if not isinstance(value, str):
             raise self._wrong(key, "a string", "put it in quotes")
         return value
 
     def flag(self, key: str, default: bool | None) -> bool:
         """True or false; `default`, if there is one, where the key is absent."""
-        value = self._get(key) if key in self or default is None else default
+        value = self._get(key, default)
         if not isinstance(value, bool):
             raise self._wrong(key, "true or false", "write one of the two, without quotes")
         return value
 
-    def count(self, key: str, least: int = 1) -> int:
-        """A whole number of at least `least`. Booleans and floats are none."""
+    def count(self, key: str, least: int = 1, default: int | None = None) -> int:
+        """A whole number of at least `least`; `default`, if there is one, where the key is absent."""
+        if key not in self and default is not None:
+            return default
         value = self._get(key)
-        if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= LARGEST_COUNT:
+        if not is_count(value, least):
             raise self._wrong(
                 key,
                 f"a whole number from {least} to {LARGEST_COUNT}",
@@ -128,15 +141,56 @@ class Table:
 
     def table(self, key: str) -> "Table":
         """A table inside this one; empty where the key is absent."""
-        value = self._get(key) if key in self else {}
+        value = self._get(key, {})
         if not isinstance(value, dict):
             raise self._wrong(key, "a table", f"write its keys below a header that ends in {key}")
         return Table(name=key, where=f"{self.where} {key}", values=value)
 
-    def _get(self, key: str) -> object:
-        if key not in self:
+    def read(self, *kinds: type[T], **given: Any) -> T:
+        """A dataclass of counts, texts, flags and tables, from the keys that bear its fields' names.
+
+        A field with a default may be left out. A count is at least 1, or what the field's metadata says.
+
+        Args:
+            kinds: the class; of several, the one whose `kind` is the table's.
+            given: fields that are no keys of the table.
+
+        Raises:
+            ValueError: a key that is missing, unknown or wrong, or an unknown `kind`.
+        """
+        kind = self._kind(kinds)
+        leaves = [leaf for leaf in fields(kind) if leaf.name not in given]  # type: ignore[arg-type]
+        self.check_keys([*(["kind"] if len(kinds) > 1 else []), *(leaf.name for leaf in leaves)])
+        wanted = [leaf for leaf in leaves if leaf.name in self or leaf.default is MISSING]
+        return kind(**given, **{leaf.name: self._field(leaf) for leaf in wanted})
+
+    def _kind(self, kinds: Sequence[type[T]]) -> type[T]:
+        if len(kinds) == 1:
+            return kinds[0]
+        by_name = {str(vars(kind)["kind"]): kind for kind in kinds}
+        name = self.text("kind")
+        if name not in by_name:
+            raise unknown(f"kind of {self.name}", name, by_name, self.where)
+        return by_name[name]
+
+    def _field(self, leaf: Field[Any]) -> object:
+        """The value of a field by its type, which may also be None."""
+        types = [each for each in get_args(leaf.type) or (leaf.type,) if each is not NoneType]
+        if types == [int]:
+            return self.count(leaf.name, leaf.metadata.get("least", 1))
+        if types == [bool]:
+            return self.flag(leaf.name, None)
+        if types == [str]:
+            return self.text(leaf.name)
+        # A table inside: of a class, or of one of several.
+        return self.table(leaf.name).read(*types)
+
+    def _get(self, key: str, default: object = None) -> object:
+        if key in self:
+            return self.values[key]
+        if default is None:
             raise ValueError(f"{self.where}: {key} is missing; add it")
-        return self.values[key]
+        return default
 
     def _wrong(self, key: str, rule: str, remedy: str) -> ValueError:
         return ValueError(
@@ -158,6 +212,16 @@ def read_text(path: Path, form: str) -> str:
         raise ValueError(f"cannot read {str(path)!r}: {error.strerror}; give {form}") from None
     except ValueError as error:
         raise ValueError(f"{str(path)!r} is not a text file: {error}; give {form}") from None
+
+
+def data_file(name: str) -> Path:
+    """One of the files beside the code that hold presets and constants."""
+    return Path(__file__).parent / "data" / name
+
+
+def read_data(name: str) -> dict[str, Any]:
+    """What is in one of them."""
+    return tomllib.loads(data_file(name).read_text(encoding="utf-8"))
 
 
 def read_tables(path: Path, section: str) -> dict[str, Table]:

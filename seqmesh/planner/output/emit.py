@@ -15,13 +15,13 @@ that differs from the point says so.
 """
 
 import json
-from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.point import AXES, Point
 from seqmesh.planner.inputs.shape import ModelShape
-from seqmesh.train.config import Config, DataConfig, MeshConfig, ModelConfig, RunConfig, TrainConfig
+from seqmesh.train.recipe import config_of
 
 BYTE_TOKENS = 259
 """Token ids of the trainer's text (a test keeps it equal)."""
@@ -50,7 +50,7 @@ def emit(job: Job, point: Point) -> tuple[str, list[str]]:
     settings = {"mesh": _mesh(job, point), "model": _model(job), "data": _data(job)}
     settings |= {"train": _train(job, point), "run": {"device": _Setting("cuda")}}
     sections = {name: {key: one.value for key, one in keys.items()} for name, keys in settings.items()}
-    _check(job, sections)
+    config_of(sections, f"seqmesh train cannot run {job.model.name}: ")  # raises what the trainer refuses
     missing = [one.missing for keys in settings.values() for one in keys.values() if one.missing]
     missing += [*_machine(job, point), *_schedule(job, point), *_shape(job)]
     lines = [
@@ -62,19 +62,6 @@ def emit(job: Job, point: Point) -> tuple[str, list[str]]:
         lines += ["", f"[{name}]"]
         lines += [f"{key} = {json.dumps(value)}" for key, value in values.items()]
     return "\n".join(lines) + "\n", missing
-
-
-def _check(job: Job, sections: Mapping[str, dict[str, Any]]) -> None:
-    try:
-        Config(
-            mesh=MeshConfig(**sections["mesh"]),
-            model=ModelConfig(**sections["model"]),
-            data=DataConfig(**sections["data"]),
-            train=TrainConfig(**sections["train"]),
-            run=RunConfig(**sections["run"]),
-        )
-    except ValueError as error:
-        raise ValueError(f"seqmesh train cannot run {job.model.name}: {error}") from None
 
 
 def _mesh(job: Job, point: Point) -> dict[str, _Setting]:

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from seqmesh.planner.trainer.moment import Moment
-from seqmesh.planner.trainer.rank import FP32, TrainedRank
-from seqmesh.planner.trainer.step import TrainerStep
-from seqmesh.planner.trainer.weights import Held, Turn
+from seqmesh.train.memory.moment import Moment
+from seqmesh.train.memory.rank import FP32, TrainedRank
+from seqmesh.train.memory.step import TrainerStep
+from seqmesh.train.memory.weights import Held, Turn
 
 LOSS_ROWS = 1024
 """Rows whose logits exist at a time (parallel/loss.py, HeadRule.chunk_rows)."""

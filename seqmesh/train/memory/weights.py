@@ -16,7 +16,7 @@ Source: torch.distributed.fsdp of PyTorch 2.13; parallel/zero1.py.
 
 from dataclasses import dataclass
 
-from seqmesh.planner.trainer.rank import FP32, TrainedRank
+from seqmesh.train.memory.rank import FP32, TrainedRank
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ Legend: n tokens, c rows between layers, h hidden, f intermediate (h and f of th
 
 from dataclasses import dataclass
 
-from seqmesh.planner.trainer.rank import FP32, TrainedRank
+from seqmesh.train.memory.rank import FP32, TrainedRank
 
 
 @dataclass(frozen=True)

@@ -25,11 +25,11 @@ h hidden, f intermediate, V vocabulary, each of this rank of tp.
 """
 
 from seqmesh.planner.inputs.shape import ModelShape
-from seqmesh.planner.trainer.backward import BackwardMoments
-from seqmesh.planner.trainer.moment import Moment
-from seqmesh.planner.trainer.rank import TrainedRank
-from seqmesh.planner.trainer.step import TrainerStep
-from seqmesh.planner.trainer.weights import turns
+from seqmesh.train.memory.backward import BackwardMoments
+from seqmesh.train.memory.moment import Moment
+from seqmesh.train.memory.rank import TrainedRank
+from seqmesh.train.memory.step import TrainerStep
+from seqmesh.train.memory.weights import turns
 
 
 def trainer_memory(rank: TrainedRank) -> dict[str, int]:

@@ -15,7 +15,7 @@ from functools import cached_property
 from seqmesh.layouts import split_evenly
 from seqmesh.planner.inputs.point import Point
 from seqmesh.planner.inputs.shape import ModelShape
-from seqmesh.planner.trainer.engine_buffers import EngineBuffers
+from seqmesh.train.memory.engine_buffers import EngineBuffers
 
 FP32 = 4
 """Bytes of what weights, sums of gradients and optimizer states are in."""

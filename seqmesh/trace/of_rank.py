@@ -1,18 +1,18 @@
-"""Trace a step of our trainer for a rank of the planner's. `seqmesh plan --trace-memory` shows it.
+"""Trace a step of our trainer for a rank of the memory's formula. `seqmesh plan --trace-memory` shows it.
 
     rank = TrainedRank(shape=load_model("llama3-8b"), point=Point(ulysses=8, ring=2, zero=3), seq_len=212_992)
     traced = trace_rank(rank)
 
-Beside it stands the prediction of memory.py, of which `Moment.everywhere` counts what a trace does.
+Beside it stands the prediction of train/memory/, of which `Moment.everywhere` counts what a trace does.
 """
 
 from collections.abc import Sequence
 
-from seqmesh.planner.trainer.memory import check_trainable
-from seqmesh.planner.trainer.rank import TrainedRank
 from seqmesh.trace.allocations import TracedMemory
 from seqmesh.trace.tracing import trace_recipe
 from seqmesh.train.config import Config, DataConfig, MeshConfig, ModelConfig, TrainConfig
+from seqmesh.train.memory.peak import check_trainable
+from seqmesh.train.memory.rank import TrainedRank
 
 
 def trace_rank(rank: TrainedRank, documents: Sequence[int] | None = None) -> TracedMemory:

@@ -4,10 +4,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from seqmesh.planner.trainer.kept import KeptLayer
-from seqmesh.planner.trainer.moment import Moment
-from seqmesh.planner.trainer.rank import TrainedRank
-from seqmesh.planner.trainer.weights import Held, HeldWeights
+from seqmesh.train.memory.kept import KeptLayer
+from seqmesh.train.memory.moment import Moment
+from seqmesh.train.memory.rank import TrainedRank
+from seqmesh.train.memory.weights import Held, HeldWeights
 
 INT64 = 8
 """Bytes of a token's id or place."""

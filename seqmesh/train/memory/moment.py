@@ -1,4 +1,4 @@
-"""What lives on a rank of the trainer at one moment of its step. memory.py says which moments there are."""
+"""What lives on a rank of the trainer at one moment of its step. peak.py says which moments there are."""
 
 from dataclasses import dataclass, fields
 

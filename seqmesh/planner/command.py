@@ -69,8 +69,10 @@ def _plan(context: typer.Context, options: PlanOptions) -> int:
     if set(pins) >= set(SEARCHED):  # one point: nothing is searched, not the order of its pipeline either
         pins = {"pipeline": "1f1b", **pins} if "virtual" not in pins else pins
     if options.kernel:
-        alike = build_job(replace(options, global_batch=1), _one_attention(options))
-        return _kernel(_repeated(alike, options.global_batch), pins, options)
+        one = build_job(replace(options, global_batch=1), _one_attention(options))
+        sequences = options.global_batch  # all with the documents of one
+        alike = replace(one, global_batch=sequences, documents=one.documents * sequences)
+        return _kernel(alike, pins, options)
     if options.max_seq and options.documents is not None:
         options = replace(options, seq_len=SAMPLE)
     if options.trace_memory:
@@ -101,11 +103,6 @@ def _one_attention(options: PlanOptions) -> ModelShape:
     kv_heads = options.heads if options.kv_heads is None else options.kv_heads
     head_dim = 128 if options.head_dim is None else options.head_dim
     return attention_model(options.heads, kv_heads, head_dim)
-
-
-def _repeated(job: Job, sequences: int) -> Job:
-    """So many sequences with the documents of one."""
-    return replace(job, global_batch=sequences, documents=job.documents * sequences)
 
 
 def _kernel(job: Job, pins: Pins, options: PlanOptions) -> int:
@@ -160,15 +157,11 @@ def _answer(job: Job, pins: Pins, options: PlanOptions) -> int:
     elif _is_point(job, pins):
         show_one(out, costs, first, pins)
     else:
-        show_found(out, costs, found, options.top, _recipe(options))
+        recipe = str(options.emit) if options.emit and options.emit_for == "seqmesh" else None
+        show_found(out, costs, found, options.top, recipe)
         if options.explain:
             explain_found(out, searched, found)
     return 0
-
-
-def _recipe(options: PlanOptions) -> str | None:
-    """The file that `seqmesh train` is to run, if one is written for it."""
-    return str(options.emit) if options.emit is not None and options.emit_for == "seqmesh" else None
 
 
 def _is_point(job: Job, pins: Pins) -> bool:

@@ -81,11 +81,11 @@ class _Why:
         whole = self.estimate.seconds
         causes = self.estimate.by_cause(lambda term: term.exposed)
         shares = [
-            f"{_cause(cause)} {seconds / whole:.0%}"
+            f"{CAUSES[cause]} {seconds / whole:.0%}"
             for cause, seconds in sorted(causes.items(), key=lambda item: -item[1])
             if seconds > 0.005 * whole
         ]
-        return f"limited by {_cause(self.estimate.bound_by)}: {', '.join(shares)} of the step"
+        return f"limited by {CAUSES[self.estimate.bound_by]}: {', '.join(shares)} of the step"
 
     def layout(self) -> Iterator[str]:
         """Exchanges of the ring and how even its work is, for every kind of layer."""
@@ -195,10 +195,6 @@ class _Why:
 
 def _without(saver: str) -> Callable[[Point], bool]:
     return lambda other: saver not in other.savers
-
-
-def _cause(cause: str) -> str:
-    return CAUSES.get(cause, cause)
 
 
 def why_not(best: StepEstimate, other: StepEstimate) -> str:

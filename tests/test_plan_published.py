@@ -13,9 +13,8 @@ from seqmesh.planner.inputs.point import Point
 from seqmesh.planner.paper.published import (
     HEADLINE,
     Agreement,
-    Outcome,
+    TrainingRow,
     agreements,
-    estimate_row,
     memory_outcomes,
     spearman,
 )
@@ -49,7 +48,7 @@ def test_absolute_figures_are_within_10_percent_after_one_constant_a_table(
 
 
 @pytest.mark.parametrize("outcome", memory_outcomes(), ids=lambda outcome: outcome.setup)
-def test_every_reported_fit_and_out_of_memory_is_predicted(outcome: Outcome) -> None:
+def test_every_reported_fit_and_out_of_memory_is_predicted(outcome: TrainingRow) -> None:
     assert outcome.estimate.fits == outcome.fitted
 
 
@@ -58,7 +57,7 @@ def test_outcomes_are_also_right_by_the_papers_own_formula_without_overhead() ->
 
     The planner's categories contain exactly these.
     """
-    estimate = estimate_row(HEADLINE)
+    estimate = HEADLINE.estimate
     model, n = load_model("llama3-8b"), 208 * 1024
     states = model.parameters / 8 * (6 + 12 / 2)
     kept = estimate.memory.categories
@@ -73,7 +72,7 @@ def test_outcomes_are_also_right_by_the_papers_own_formula_without_overhead() ->
 
 
 def test_the_headline_is_within_5_percent_of_the_papers_figure() -> None:
-    headline = estimate_row(HEADLINE)
+    headline = HEADLINE.estimate
     assert headline.tflops_per_gpu == pytest.approx(147.26, rel=0.05)
     assert headline.mfu_causal == pytest.approx(0.47, abs=0.02)
     # The first version's 86%: the same run, counted non-causally.

@@ -71,7 +71,9 @@ def _takes(costs: CostModel, best: StepEstimate) -> str:
 def _ties(costs: CostModel, found: Found) -> str:
     best, *ties = found.tied
     if ties:
-        named = ", ".join(_against(best, one) for one in ties[:MOST_TIES])
+        named = ", ".join(
+            f"{mesh_words(one.point)} ({one.seconds / best.seconds - 1:+.1%})" for one in ties[:MOST_TIES]
+        )
         more = f" and {len(ties) - MOST_TIES} more" if len(ties) > MOST_TIES else ""
         return f"Ties, within {TIE:.0%}, too close to tell: {named}{more}."
     others = [one for one in found.best if one.point != best.point]
@@ -84,10 +86,6 @@ def _ties(costs: CostModel, found: Found) -> str:
         f"Ties: none, but the next, {mesh_words(others[0].point)}, takes only {gap:.1%} longer, which is"
         f" within the model's error."
     )
-
-
-def _against(best: StepEstimate, other: StepEstimate) -> str:
-    return f"{mesh_words(other.point)} ({other.seconds / best.seconds - 1:+.1%})"
 
 
 def _rests_on(costs: CostModel, best: StepEstimate) -> str:

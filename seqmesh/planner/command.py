@@ -5,7 +5,8 @@ Exit codes: 0 an answer; 2 wrong input, or nothing fits: one line with the remed
 
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -21,7 +22,7 @@ from seqmesh.planner.inputs.hardware import known_gpus
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.models import known_models, load_model
 from seqmesh.planner.inputs.options import check_options
-from seqmesh.planner.inputs.point import KEYS, SEARCHED, Point
+from seqmesh.planner.inputs.point import KEYS, SEARCHED
 from seqmesh.planner.inputs.request import build_job, parse_pins
 from seqmesh.planner.inputs.shape import ModelShape
 from seqmesh.planner.inputs.units import format_tokens
@@ -68,8 +69,10 @@ def _plan(context: typer.Context, options: PlanOptions) -> int:
     if set(pins) >= set(SEARCHED):  # one point: nothing is searched, not the order of its pipeline either
         pins = {"pipeline": "1f1b", **pins} if "virtual" not in pins else pins
     if options.kernel:
-        alike = build_job(replace(options, global_batch=1), _one_attention(options))
-        return _kernel(_repeated(alike, options.global_batch), pins, options)
+        one = build_job(replace(options, global_batch=1), _one_attention(options))
+        sequences = options.global_batch  # all with the documents of one
+        alike = replace(one, global_batch=sequences, documents=one.documents * sequences)
+        return _kernel(alike, pins, options)
     if options.max_seq and options.documents is not None:
         options = replace(options, seq_len=SAMPLE)
     if options.trace_memory:
@@ -100,11 +103,6 @@ def _one_attention(options: PlanOptions) -> ModelShape:
     kv_heads = options.heads if options.kv_heads is None else options.kv_heads
     head_dim = 128 if options.head_dim is None else options.head_dim
     return attention_model(options.heads, kv_heads, head_dim)
-
-
-def _repeated(job: Job, sequences: int) -> Job:
-    """So many sequences with the documents of one."""
-    return replace(job, global_batch=sequences, documents=job.documents * sequences)
 
 
 def _kernel(job: Job, pins: Pins, options: PlanOptions) -> int:
@@ -159,15 +157,11 @@ def _answer(job: Job, pins: Pins, options: PlanOptions) -> int:
     elif _is_point(job, pins):
         show_one(out, costs, first, pins)
     else:
-        show_found(out, costs, found, options.top, _recipe(options))
+        recipe = str(options.emit) if options.emit and options.emit_for == "seqmesh" else None
+        show_found(out, costs, found, options.top, recipe)
         if options.explain:
             explain_found(out, searched, found)
     return 0
-
-
-def _recipe(options: PlanOptions) -> str | None:
-    """The file that `seqmesh train` is to run, if one is written for it."""
-    return str(options.emit) if options.emit is not None and options.emit_for == "seqmesh" else None
 
 
 def _is_point(job: Job, pins: Pins) -> bool:
@@ -187,34 +181,35 @@ def _why(searched: Search, found: Found, estimate: StepEstimate) -> list[str]:
 
 def _write_files(costs: CostModel, shown: Sequence[StepEstimate], options: PlanOptions) -> None:
     """The files that were asked for; what is said about them goes to stderr, so that JSON stays JSON."""
-    point = shown[0].point
+    job, point = costs.job, shown[0].point
     if options.plot is not None:
         from seqmesh.planner.output.plot import plot
 
-        try:
-            plot(shown, costs.job.capacity, options.plot, _title(costs.job))
-        except OSError as error:
-            raise _unwritable(options.plot, error) from None
+        with _writing(options.plot):
+            plot(shown, job.capacity, options.plot, _title(job))
     if options.emit is not None:
-        text, missing = _emitted(costs.job, point, options.emit_for)
-        _save(options.emit, text)
+        from seqmesh.planner.output.emit_for import emit_for
+
+        text, missing = emit_for(options.emit_for, job, point)
+        with _writing(options.emit):
+            options.emit.write_text(text, encoding="utf-8")
         for line in missing:
             print(f"seqmesh: {options.emit}: {line}", file=sys.stderr)
     if options.trace is not None:
         from seqmesh.planner.output.timeline import timeline
 
-        _save(options.trace, json.dumps(timeline(costs, point)))
+        drawn = json.dumps(timeline(costs, point))
+        with _writing(options.trace):
+            options.trace.write_text(drawn, encoding="utf-8")
 
 
-def _emitted(job: Job, point: Point, program: str) -> tuple[str, list[str]]:
-    """What to write for a program, and what it runs otherwise."""
-    if program == "seqmesh":
-        from seqmesh.planner.output.emit import emit
-
-        return emit(job, point)
-    from seqmesh.planner.output.emit_for import emit_for
-
-    return emit_for(program, job, point)
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """What is raised where a file cannot be written."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"cannot write {str(path)!r}: {error.strerror}; choose another place") from None
 
 
 def _title(job: Job) -> str:
@@ -223,17 +218,6 @@ def _title(job: Job) -> str:
         f"{job.model.name}, {format_tokens(job.seq_len)} tokens, global batch {job.global_batch},"
         f" {c.nodes} x {c.gpus_per_node} {c.gpu.name}"
     )
-
-
-def _save(path: Path, text: str) -> None:
-    try:
-        path.write_text(text, encoding="utf-8")
-    except OSError as error:
-        raise _unwritable(path, error) from None
-
-
-def _unwritable(path: Path, error: OSError) -> ValueError:
-    return ValueError(f"cannot write {str(path)!r}: {error.strerror}; choose another place")
 
 
 def _trace_memory(job: Job, pins: Pins, as_json: bool) -> int:

@@ -5,16 +5,17 @@ This is the setting of the paper's Table 3.
     seconds = kernel + merges and launches + what no compute hides of the exchanges of heads and of rows
 """
 
+from collections import defaultdict
 from dataclasses import dataclass
 from typing import Any
 
 from seqmesh.planner.candidates import Pins, divisors
 from seqmesh.planner.cost.attention import AttentionShape, Pass, attention_cost
 from seqmesh.planner.cost.estimate import COMPUTE
-from seqmesh.planner.cost.network import Group, Network, add_bytes, place
-from seqmesh.planner.cost.step_loads import Loads
+from seqmesh.planner.cost.network import add_bytes
+from seqmesh.planner.cost.step import CostModel
 from seqmesh.planner.inputs.job import Job
-from seqmesh.planner.inputs.point import as_pin
+from seqmesh.planner.inputs.point import Point, as_pin
 from seqmesh.planner.inputs.shape import ModelShape
 
 
@@ -26,8 +27,8 @@ class Split:
     ring: int
     layout: str
     parts: Pass
-    links: dict[str, float]
-    """Exposed seconds by cause."""
+    bound_by: str
+    """The cause with the largest share."""
     bytes_sent: dict[str, int]
     """Bytes that one GPU sends, on average, by link class."""
     imbalance: float
@@ -39,11 +40,6 @@ class Split:
     def seconds(self) -> float:
         """Of one forward."""
         return self.parts.seconds
-
-    @property
-    def bound_by(self) -> str:
-        """The cause with the largest share."""
-        return max(self.links, key=lambda cause: self.links[cause])
 
 
 def attention_model(heads: int, kv_heads: int, head_dim: int) -> ModelShape:
@@ -77,14 +73,14 @@ def splits(job: Job, pins: Pins) -> list[Split]:
         if key not in ("ulysses", "ring") and (key == "pool" or value not in (1, "none")):
             pin = as_pin(key, value)
             raise ValueError(f"--pin {pin} has no meaning with --kernel; pin ulysses or ring")
-    loads = Loads(job)
+    costs = CostModel(job)
     found = []
     for ulysses in divisors(gpus):
         ring = gpus // ulysses
         legal = ulysses <= heads and ring <= job.seq_len
         pinned = pins.get("ulysses", ulysses) == ulysses and pins.get("ring", ring) == ring
         if legal and pinned:
-            found.append(_split(job, loads, ulysses, ring))
+            found.append(_split(costs, Point(ulysses=ulysses, ring=ring)))
     if not found:
         asked = ", ".join(f"{key}={value}" for key, value in pins.items()) or f"{gpus} GPUs"
         raise ValueError(
@@ -94,41 +90,30 @@ def splits(job: Job, pins: Pins) -> list[Split]:
     return sorted(found, key=lambda split: split.seconds)
 
 
-def _split(job: Job, loads: Loads, ulysses: int, ring: int) -> Split:
+def _split(costs: CostModel, point: Point) -> Split:
+    job, network = costs.job, costs.network
     m = job.model
-    network = Network(job.cluster, job.assumptions)
-    load = loads(ring)
-    ulysses_group = _group(job, "ulysses", ulysses, ring)
-    ring_group = _group(job, "ring", ulysses, ring)
-    shape = AttentionShape.of(job, batch=job.global_batch, ulysses=ulysses)
-    parts = attention_cost(job, load, shape, ulysses_group, ring_group).forward
-    links = {COMPUTE: parts.kernel_s + parts.merge_s}
-    for group, seconds in ((ulysses_group, parts.heads_exposed_s), (ring_group, parts.rows_exposed_s)):
-        link = network.slowest_link(group)
-        links[link] = links.get(link, 0.0) + seconds
-    ranks = ulysses * ring
+    load = costs.loads(point.ring)
+    heads, rows = costs.group(point, "ulysses"), costs.group(point, "ring")
+    shape = AttentionShape.of(job, batch=job.global_batch, ulysses=point.ulysses)
+    parts = attention_cost(job, load, shape, heads, rows).forward
+    links = defaultdict(float, {COMPUTE: parts.kernel_s + parts.merge_s})
+    links[network.slowest_link(heads)] += parts.heads_exposed_s
+    links[network.slowest_link(rows)] += parts.rows_exposed_s
     sent = (
-        network.spread_bytes(ulysses_group.off_node, parts.heads_bytes / ranks),
-        network.spread_bytes(load.off_node(ring_group.per_node), parts.rows_bytes / ranks),
+        network.spread_bytes(heads.off_node, parts.heads_bytes / point.gpus),
+        network.spread_bytes(load.off_node(rows.per_node), parts.rows_bytes / point.gpus),
     )
     return Split(
-        ulysses=ulysses,
-        ring=ring,
+        ulysses=point.ulysses,
+        ring=point.ring,
         layout=load.layout.name,
         parts=parts,
-        links=links,
+        bound_by=max(links, key=links.__getitem__),
         bytes_sent=add_bytes(sent),
         imbalance=load.imbalance,
         flops=4.0 * m.heads * m.head_dim * job.area,
     )
-
-
-def _group(job: Job, axis: str, ulysses: int, ring: int) -> Group:
-    """The process group over one of the two axes, in the job's order of axes."""
-    degree = {"ulysses": ulysses, "ring": ring}
-    axes = tuple(name for name in job.axes if name in degree)
-    degrees = tuple(degree[name] for name in axes)
-    return place(axes, degrees, frozenset((axis,)), job.cluster.gpus_per_node)
 
 
 def split_record(split: Split) -> dict[str, Any]:

@@ -1,7 +1,5 @@
 """What does not fit, by how much, and the cheapest thing that would make it fit."""
 
-from dataclasses import dataclass
-
 from seqmesh.planner.candidates import Pins
 from seqmesh.planner.cost.estimate import StepEstimate
 from seqmesh.planner.cost.step import CostModel
@@ -45,7 +43,7 @@ def remedy(costs: CostModel, pins: Pins) -> str:
     """
     if (freed := _one_pin(costs, pins)) is not None:
         return freed
-    if pins and (free := _best(costs, {})):
+    if pins and (free := best_with(costs, {})):
         return f"{free.point} would fit ({format_seconds(free.seconds)} a step)"
     cluster = costs.job.cluster
     for times in NODES_TRIED:
@@ -57,29 +55,19 @@ def remedy(costs: CostModel, pins: Pins) -> str:
     return "the weights alone do not fit; use a smaller model"
 
 
-@dataclass(frozen=True)
-class _Released:
-    """A pin, and the best point without it."""
-
-    pin: str
-    best: StepEstimate
-
-
 def _one_pin(costs: CostModel, pins: Pins) -> str | None:
     """The one pin whose release makes it fit, or None; of several the one that gives the fastest step."""
-    found = []
-    for key in pins:
-        estimate = _best(costs, {other: value for other, value in pins.items() if other != key})
-        if estimate is not None:
-            found.append(_Released(key, estimate))
+    freed = {key: best_with(costs, {other: pins[other] for other in pins if other != key}) for key in pins}
+    found = {key: best for key, best in freed.items() if best is not None}
     if not found:
         return None
-    fastest = min(found, key=lambda released: released.best.seconds)
-    freed = as_pin(fastest.pin, getattr(fastest.best.point, fastest.pin))
-    return f"{freed} would make it fit ({format_seconds(fastest.best.seconds)} a step)"
+    pin, best = min(found.items(), key=lambda item: item[1].seconds)
+    return (
+        f"{as_pin(pin, getattr(best.point, pin))} would make it fit ({format_seconds(best.seconds)} a step)"
+    )
 
 
-def _best(costs: CostModel, pins: Pins) -> StepEstimate | None:
+def best_with(costs: CostModel, pins: Pins) -> StepEstimate | None:
     """The best point with these pins; None if none fits or none is legal."""
     try:
         best = search(costs, pins, top=1).best

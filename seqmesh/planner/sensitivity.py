@@ -65,13 +65,8 @@ def _trial(costs: CostModel, best: StepEstimate, rivals: Sequence[Point], name: 
     other = costs.with_assumption(name, value)
     fitting = [point for point in rivals if other.memory.of(point).fits(other.job)]
     seconds = other.seconds(best.point)
-    first = best.point
-    first_seconds = seconds
-    if fitting:
-        times = [other.seconds(point) for point in fitting]
-        first_seconds = min(times)
-        first = fitting[times.index(first_seconds)]
-    lost = best.point not in fitting or first_seconds < seconds * (1 - TIE)
+    first = min(fitting, key=other.seconds, default=best.point)
+    lost = best.point not in fitting or other.seconds(first) < seconds * (1 - TIE)
     return Trial(
         value=value,
         change=seconds / best.seconds - 1,

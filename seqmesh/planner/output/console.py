@@ -32,6 +32,11 @@ def link_bytes(sent: Mapping[str, int]) -> list[str]:
     return [f"{link_name(link)} {format_bytes(size)}" for link, size in sent.items()]
 
 
+def named_bytes(sizes: Mapping[str, int]) -> str:
+    """Each name with its bytes, in a line; nothing of what is 0."""
+    return ", ".join(f"{name.replace('_', ' ')} {format_bytes(size)}" for name, size in sizes.items() if size)
+
+
 def print_list(out: Console, title: str, lines: Sequence[str]) -> None:
     """A heading and a line for each item; nothing if there are none."""
     if lines:

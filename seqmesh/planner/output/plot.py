@@ -72,17 +72,11 @@ def _figure(bars: int, path: Path) -> Any:
     Raises:
         ValueError: matplotlib does not write such files.
     """
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
-    from matplotlib.layout_engine import ConstrainedLayoutEngine
 
-    figure = Figure(
-        figsize=(13.5, 2.7 + 0.46 * max(2, bars)),
-        dpi=150,
-        layout=ConstrainedLayoutEngine(w_pad=0.12, h_pad=0.08),
-    )
-    known = FigureCanvasAgg(figure).get_supported_filetypes()
-    if path.suffix.lstrip(".").lower() not in known:
+    figure: Any = Figure(figsize=(13.5, 2.7 + 0.46 * max(2, bars)), dpi=150, layout="constrained")
+    figure.get_layout_engine().set(w_pad=0.12, h_pad=0.08)
+    if path.suffix.lstrip(".").lower() not in figure.canvas.get_supported_filetypes():
         raise ValueError(
             f"{str(path)!r}: no picture format has the suffix {path.suffix!r}; use .png, .pdf or .svg"
         )

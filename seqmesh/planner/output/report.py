@@ -14,7 +14,7 @@ from seqmesh.planner.cost.step import CostModel
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.point import Point
 from seqmesh.planner.inputs.units import about_tokens, format_bytes, format_count, format_seconds
-from seqmesh.planner.output.console import link_bytes, link_name, plain_table, print_list
+from seqmesh.planner.output.console import link_bytes, link_name, named_bytes, plain_table, print_list
 from seqmesh.planner.reasons import reasons, why_not
 from seqmesh.planner.search import Found, Search
 from seqmesh.planner.sensitivity import Sensitivity, Trial, sensitivities
@@ -31,20 +31,20 @@ def show_found(out: Console, costs: CostModel, found: Found, top: int, recipe: s
         out.print()
         for line in answer(costs, found, recipe):
             out.print(line, markup=False)
-    shown = in_order(found, top)
     out.print(
         f"\n{found.meshes} legal meshes compared; one line for each of the best. Times are predicted, not"
         " measured. Why: --explain."
     )
-    out.print(candidates_table(shown, out.width, marks(found, shown)))
+    out.print(candidates_table(marked(found, top), out.width))
 
 
-def in_order(found: Found, top: int) -> list[StepEstimate]:
+def marked(found: Found, top: int) -> list[tuple[str, StepEstimate]]:
     """What a table shows: the answer, what ties with it, the others by time, and what does not fit."""
     tied = {mesh_of(one.point) for one in found.tied}
-    ties = sorted(found.tied[1:], key=lambda one: one.seconds)
-    others = (one for one in found.best if mesh_of(one.point) not in tied)
-    return [*[*found.tied[:1], *ties, *others][:top], *found.infeasible[:top]]
+    fitting = [("run", one) for one in found.tied[:1]]
+    fitting += [("tie", one) for one in sorted(found.tied[1:], key=lambda one: one.seconds)]
+    fitting += [("", one) for one in found.best if mesh_of(one.point) not in tied]
+    return [*fitting[:top], *(("", one) for one in found.infeasible[:top])]
 
 
 def explain_found(out: Console, searched: Search, found: Found) -> None:
@@ -65,10 +65,10 @@ def show_one(out: Console, costs: CostModel, estimate: StepEstimate, pins: Pins)
     """One point in full: all of it pinned."""
     _heading(out, costs.job)
     out.print()
-    out.print(candidates_table([estimate], out.width))
+    out.print(candidates_table([("", estimate)], out.width))
     _show_costs(out, costs, estimate)
     print_list(out, "Why", reasons(Search(costs, pins), estimate))
-    print_list(out, "What it rests on", _strongest(costs, estimate))
+    print_list(out, "What it rests on", _would_change(costs, [estimate], asdict(estimate.point)))
     show_assumptions(out, costs.job)
 
 
@@ -98,20 +98,12 @@ WIDE = 120
 """Columns of a console from which on a table says more than what a choice needs."""
 
 
-def marks(found: Found, shown: Sequence[StepEstimate]) -> list[str]:
-    """For each line of the table: the answer, a tie with it, or nothing."""
-    tied = [mesh_of(one.point) for one in found.tied]
-    words = dict.fromkeys(tied[1:], "tie") | dict.fromkeys(tied[:1], "run")
-    return [words.get(mesh_of(one.point), "") if one.fits else "" for one in shown]
-
-
-def candidates_table(estimates: Sequence[StepEstimate], width: int, marked: Sequence[str] = ()) -> Table:
+def candidates_table(points: Sequence[tuple[str, StepEstimate]], width: int) -> Table:
     """One line a point: the mesh, what it takes and what limits it; more where there is room.
 
     Args:
-        estimates: the points.
+        points: each with a word before it.
         width: columns of the console.
-        marked: a word for each.
     """
     table = plain_table()
     table.add_column("")
@@ -122,8 +114,7 @@ def candidates_table(estimates: Sequence[StepEstimate], width: int, marked: Sequ
         titles[-1:] = ["sent per GPU\nand step", "limited\nby"]
     for title in titles:
         table.add_column(title, justify="right", no_wrap=True)
-    for number, one in enumerate(estimates):
-        mark = marked[number] if number < len(marked) else ""
+    for mark, one in points:
         mesh = f"{mesh_words(one.point)}\n{knob_words(one.point)}"
         cells = _wide_cells(one) if width >= WIDE else _narrow_cells(one)
         table.add_row(mark, mesh, *cells)
@@ -156,14 +147,12 @@ def show_memory(out: Console, costs: CostModel, estimate: StepEstimate) -> None:
         f"\n[bold]Memory of a rank at the peak[/]: {format_bytes(memory.total)}"
         f" of {format_bytes(costs.job.capacity)}"
     )
-    parts = [f"{name.replace('_', ' ')} {format_bytes(size)}" for name, size in memory.categories.items()]
-    out.print("  " + ", ".join(parts))
+    out.print(f"  {named_bytes(memory.categories)}")
     moments = sorted(memory.moments.items(), key=lambda moment: -moment[1])
     (peak, peak_bytes), *others = moments
-    lesser = ", ".join(f"{name} {format_bytes(size)}" for name, size in others if size)
     out.print(
         f"  the peak comes with {peak} ({format_bytes(peak_bytes)});"
-        f" at other moments, in its place: {lesser or 'less'}"
+        f" at other moments, in its place: {named_bytes(dict(others)) or 'less'}"
     )
     if memory.host:
         out.print(f"  on the host: {format_bytes(memory.host)}")
@@ -213,16 +202,10 @@ def show_assumptions(out: Console, job: Job) -> None:
     out.print(table)
 
 
-def _strongest(costs: CostModel, estimate: StepEstimate) -> list[str]:
-    """The assumptions that the time of one point rests on most; with all of it pinned nothing competes."""
-    found = sensitivities(costs, [estimate], asdict(estimate.point))
-    return [_moves(one) for one in found][:MOST_SENSITIVITIES]
-
-
 def _would_change(costs: CostModel, best: Sequence[StepEstimate], pins: Pins) -> list[str]:
     """Assumptions that change the winner, and those that its time rests on most."""
     found = sensitivities(costs, best, pins)
-    if len(best) == 1:  # no verdict: no other mesh could win in its place
+    if len(best) == 1:  # no verdict: no other mesh fits, or all of it is pinned
         return [_moves(one) for one in found][:MOST_SENSITIVITIES]
     flips = [_moves(one) for one in found if one.flips]
     strongest = [_moves(one) for one in found if not one.flips][:MOST_SENSITIVITIES]

@@ -1,6 +1,6 @@
 """What `seqmesh plan --kernel` prints: a line for each split of one attention."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.console import Console
 from rich.markup import escape
@@ -10,21 +10,22 @@ from seqmesh.planner.inputs.units import format_seconds, format_tokens
 from seqmesh.planner.one_attention import Split
 from seqmesh.planner.output.console import link_bytes, link_name, plain_table
 
-COLUMNS = (
-    "uly",
-    "ring",
-    "layout",
-    "iterations/s",
-    "time",
-    "kernel",
-    "merge",
-    "heads exchange",
-    "of it exposed",
-    "rows exchange",
-    "of it exposed",
-    "sent per GPU",
-    "limited by",
+COLUMNS: Sequence[tuple[str, Callable[[Split], str]]] = (
+    ("uly", lambda one: str(one.ulysses)),
+    ("ring", lambda one: str(one.ring)),
+    ("layout", lambda one: one.layout),
+    ("iterations/s", lambda one: f"{1 / one.seconds:.2f}"),
+    ("time", lambda one: format_seconds(one.seconds)),
+    ("kernel", lambda one: format_seconds(one.parts.kernel_s)),
+    ("merge", lambda one: format_seconds(one.parts.merge_s)),
+    ("heads exchange", lambda one: format_seconds(one.parts.heads_s)),
+    ("of it exposed", lambda one: format_seconds(one.parts.heads_exposed_s)),
+    ("rows exchange", lambda one: format_seconds(one.parts.rows_s)),
+    ("of it exposed", lambda one: format_seconds(one.parts.rows_exposed_s)),
+    ("sent per GPU", lambda one: ", ".join(link_bytes(one.bytes_sent)) or "-"),
+    ("limited by", lambda one: link_name(one.bound_by)),
 )
+"""Titles, and what stands below them."""
 
 
 def show_splits(out: Console, job: Job, splits: Sequence[Split]) -> None:
@@ -37,30 +38,8 @@ def show_splits(out: Console, job: Job, splits: Sequence[Split]) -> None:
         f" on {c.nodes} x {c.gpus_per_node} {escape(c.gpu.name)}; predicted, not measured\n"
     )
     table = plain_table()
-    for title in COLUMNS:
+    for title, _ in COLUMNS:
         table.add_column(title, justify="right")
     for split in splits:
-        table.add_row(*_cells(split))
+        table.add_row(*(cell(split) for _, cell in COLUMNS))
     out.print(table)
-
-
-def _cells(split: Split) -> list[str]:
-    parts = split.parts
-    times = (
-        split.seconds,
-        parts.kernel_s,
-        parts.merge_s,
-        parts.heads_s,
-        parts.heads_exposed_s,
-        parts.rows_s,
-        parts.rows_exposed_s,
-    )
-    return [
-        str(split.ulysses),
-        str(split.ring),
-        split.layout,
-        f"{1 / split.seconds:.2f}",
-        *map(format_seconds, times),
-        ", ".join(link_bytes(split.bytes_sent)) or "-",
-        link_name(split.bound_by),
-    ]

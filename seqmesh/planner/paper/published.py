@@ -7,175 +7,50 @@ absolute figures after ONE constant is fitted on every other row, on those rows 
 own system is priced, not seqmesh's (`PaperStack`). Nothing is fitted for a row; what was chosen with a table
 in view is named in inputs/assumptions.py.
 
-Source: USP (Fang & Zhao 2024, arXiv 2405.07719), Tables 3, 5, 6 and the 208K row.
+Source: USP (Fang & Zhao 2024, arXiv 2405.07719), Tables 3, 5, 6 and the 208K row: usp.toml.
 """
 
+import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import exp, log
-from statistics import fmean
+from pathlib import Path
+from statistics import correlation, fmean
+from typing import Any, Final
 
-from seqmesh.planner.cost.estimate import StepEstimate
-from seqmesh.planner.cost.step import CostModel
 from seqmesh.planner.inputs.hardware import Cluster, load_gpu
 from seqmesh.planner.inputs.job import Job
-from seqmesh.planner.inputs.models import load_model
 from seqmesh.planner.inputs.point import Point
 from seqmesh.planner.inputs.stack import PaperStack
+from seqmesh.planner.inputs.units import format_tokens
 from seqmesh.planner.one_attention import attention_model, splits
-
-K = 1024
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainingRow:
-    """A row of Tables 5 and 6: a training step."""
-
-    model: str
-    nodes: int
-    seq_len: int
-    global_batch: int
-    tp: int
-    ulysses: int
-    ring: int
-    dp: int = 1
-    tflops: float | None = None
-    """Published TFLOP/s per GPU; None: out of memory."""
-    explained: bool = True
-    """False for the tp = 2 rows of Table 6, which the paper leaves unexplained."""
-
-    def __str__(self) -> str:
-        mesh = f"tp{self.tp} u{self.ulysses} r{self.ring} dp{self.dp}"
-        return f"{self.seq_len // K}K batch {self.global_batch}, {mesh}"
+from seqmesh.planner.paper.held_out import HeldOutRow
 
 
-def _five(
-    seq_len: int, batch: int, tp: int, ulysses: int, ring: int, dp: int, tflops: float | None
-) -> TrainingRow:
-    return TrainingRow(
-        model="llama2-7b",
-        nodes=1,
-        seq_len=seq_len,
-        global_batch=batch,
-        tp=tp,
-        ulysses=ulysses,
-        ring=ring,
-        dp=dp,
-        tflops=tflops,
-    )
+class TrainingRow(HeldOutRow):
+    """A training step that the paper reports: its speed, or that it ran out of memory."""
+
+    @property
+    def setup(self) -> str:
+        """Tokens, sequences and mesh."""
+        p = self.point
+        mesh = f"tp{p.tp} u{p.ulysses} r{p.ring} dp{p.dp}"
+        return f"{format_tokens(self.seq_len)} batch {self.batch}, {mesh}"
+
+    @property
+    def fitted(self) -> bool:
+        """Whether it fitted, in the paper."""
+        return self.tflops is not None
 
 
-def _six(
-    tp: int, ulysses: int, ring: int, tflops: float | None, *, dp: int = 1, seq_len: int = 64 * K
-) -> TrainingRow:
-    return TrainingRow(
-        model="llama3-8b",
-        nodes=2,
-        seq_len=seq_len,
-        global_batch=dp,
-        tp=tp,
-        ulysses=ulysses,
-        ring=ring,
-        dp=dp,
-        tflops=tflops,
-        explained=tp != 2,
-    )
+def _training_row(run: dict[str, Any]) -> TrainingRow:
+    return TrainingRow(name="", gpu="a800-sxm", stack="paper", point=Point(**run.pop("mesh")), **run)
 
 
-TABLE_5 = (  # tokens, batch, tp, ulysses, ring, dp, TFLOP/s
-    _five(64 * K, 1, 4, 2, 1, 1, 154.49),
-    _five(64 * K, 1, 4, 1, 2, 1, 151.40),
-    _five(64 * K, 1, 8, 1, 1, 1, 141.85),
-    _five(30 * K, 16, 1, 8, 1, 1, 163.42),
-    _five(30 * K, 16, 2, 4, 1, 1, 155.98),
-    _five(30 * K, 16, 4, 1, 1, 2, 150.05),
-    _five(30 * K, 16, 2, 1, 4, 1, 147.77),
-    _five(30 * K, 16, 1, 1, 8, 1, 142.16),
-    _five(30 * K, 16, 8, 1, 1, 1, 129.12),
-)
-TABLE_6 = (  # tp, ulysses, ring, TFLOP/s
-    _six(1, 8, 2, 136.31),
-    _six(1, 4, 4, 137.48),
-    _six(1, 2, 8, 129.44),
-    _six(1, 1, 16, 121.83),
-    _six(8, 1, 2, 129.75),
-    _six(4, 2, 2, 122.45),
-    _six(2, 4, 2, 87.67),
-    _six(2, 2, 4, 89.35),
-    _six(4, 1, 4, 122.57),
-    _six(2, 1, 8, 101.35),
-    _six(8, 1, 1, 141.20, dp=2),
-)
-HEADLINE = _six(8, 1, 2, 147.26, seq_len=208 * K)
-OUT_OF_MEMORY = (
-    *(_five(64 * K, 1, 1, ulysses, 8 // ulysses, 1, None) for ulysses in (8, 4, 2, 1)),
-    *(_six(1, ulysses, 8 // ulysses, None, dp=2) for ulysses in (8, 4, 2, 1)),
-)
-
-
-@dataclass(frozen=True, kw_only=True)
-class AttentionRow:
-    """An entry of Table 3: iterations per second of one attention forward on 8 L20."""
-
-    seq_len: int
-    ulysses: int
-    layout: str
-    """contiguous is the paper's basic ring, zigzag its load-balanced one."""
-    per_second: float
-
-    def __str__(self) -> str:
-        return f"{self.seq_len // K}K, u{self.ulysses} r{8 // self.ulysses}, {self.layout}"
-
-
-_SPLITS = (8, 4, 2, 1)
-"""Ulysses degrees of Table 3's columns."""
-_BASIC = {
-    8: (57.3, 153.1, 415.5, 358.6),
-    32: (15.2, 28.6, 44.3, 40.5),
-    128: (2.56, 3.22, 3.40, 3.13),
-}
-_BALANCED = {
-    8: (57.1, 152.2, 454.9, 362.0),
-    32: (14.3, 32.8, 62.8, 58.4),
-    128: (2.59, 4.24, 5.48, 5.19),
-}
-"""Iterations per second by length in K tokens."""
-
-
-def _table_3() -> Iterator[AttentionRow]:
-    for length in _BASIC:
-        for layout, measured in (("contiguous", _BASIC), ("zigzag", _BALANCED)):
-            for ulysses, per_second in zip(_SPLITS, measured[length], strict=True):
-                yield AttentionRow(seq_len=length * K, ulysses=ulysses, layout=layout, per_second=per_second)
-
-
-TABLE_3 = tuple(_table_3())
-
-
-def estimate_row(row: TrainingRow) -> StepEstimate:
-    """The planner's estimate of a row, with ZeRO-1 and no recomputation, as in the paper."""
-    gpu = load_gpu("a800-sxm")
-    job = Job(
-        model=load_model(row.model),
-        cluster=Cluster(gpu=gpu, nodes=row.nodes, gpus_per_node=8),
-        seq_len=row.seq_len,
-        global_batch=row.global_batch,
-        stack=PaperStack(),
-    )
-    return CostModel(job).estimate(Point(tp=row.tp, ulysses=row.ulysses, ring=row.ring, dp=row.dp, zero=1))
-
-
-def predict_attention(row: AttentionRow) -> float:
-    """Iterations per second of an entry of Table 3."""
-    gpu = load_gpu("l20")
-    job = Job(
-        model=attention_model(32, 8, 128),
-        cluster=Cluster(gpu=gpu, nodes=1, gpus_per_node=8),
-        seq_len=row.seq_len,
-        layout=row.layout,
-        stack=PaperStack(),
-    )
-    return 1 / splits(job, {"ulysses": row.ulysses})[0].seconds
+_TABLES: Final = tomllib.loads((Path(__file__).parent / "usp.toml").read_text(encoding="utf-8"))
+TRAINING: Final = {name: tuple(map(_training_row, runs)) for name, runs in _TABLES["training"].items()}
+"""Training steps by table: "table_5", "table_6", "headline", "out_of_memory"."""
+HEADLINE: Final = TRAINING["headline"][0]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -214,42 +89,47 @@ class Agreement:
 
 def agreements() -> list[Agreement]:
     """Every table, Table 3 by length and ring, and Table 6 with and without its unexplained rows."""
-    found = []
-    for length in _BASIC:
-        for layout, ring in (("contiguous", "basic"), ("zigzag", "load-balanced")):
-            rows = [row for row in TABLE_3 if row.seq_len == length * K and row.layout == layout]
-            found.append(_attended(f"Table 3, {length}K, {ring} ring", rows))
-    found.append(_attended("Table 3, all", TABLE_3))
-    found.append(_trained("Table 5", TABLE_5))
-    found.append(_trained("Table 6 without tp = 2", [row for row in TABLE_6 if row.explained]))
-    found.append(_trained("Table 6, all", TABLE_6))
-    return found
-
-
-def _attended(name: str, rows: Sequence[AttentionRow]) -> Agreement:
-    compared = [
-        PublishedRow(setup=str(row), published=row.per_second, predicted=predict_attention(row))
-        for row in rows
+    rings = [_attended(**ring) for ring in _TABLES["table_3"]]
+    entries = tuple(entry for ring in rings for entry in ring.rows)
+    explained = [row for row in TRAINING["table_6"] if row.point.tp != 2]
+    return [
+        *rings,
+        Agreement(name="Table 3, all", unit=rings[0].unit, rows=entries),
+        _trained("Table 5", TRAINING["table_5"]),
+        _trained("Table 6 without tp = 2", explained),
+        _trained("Table 6, all", TRAINING["table_6"]),
     ]
+
+
+def _attended(name: str, seq_len: int, layout: str, per_second: dict[str, float]) -> Agreement:
+    """Entries of Table 3 for one length and ring: iterations per second by the degree of ulysses."""
+    job = Job(
+        model=attention_model(32, 8, 128),
+        cluster=Cluster(gpu=load_gpu("l20"), nodes=1, gpus_per_node=8),
+        seq_len=seq_len,
+        layout=layout,
+        stack=PaperStack(),
+    )
+    compared = []
+    for ulysses, published in per_second.items():
+        (split,) = splits(job, {"ulysses": int(ulysses)})
+        setup = f"{format_tokens(seq_len)}, u{split.ulysses} r{split.ring}, {layout}"
+        compared.append(PublishedRow(setup=setup, published=published, predicted=1 / split.seconds))
     return Agreement(name=name, unit="iterations/s", rows=tuple(compared))
 
 
 def _trained(name: str, rows: Sequence[TrainingRow]) -> Agreement:
-    compared = []
-    for row in rows:
-        if row.tflops is not None:
-            predicted = estimate_row(row).tflops_per_gpu
-            compared.append(PublishedRow(setup=str(row), published=row.tflops, predicted=predicted))
+    compared = [
+        PublishedRow(setup=row.setup, published=row.tflops, predicted=row.estimate.tflops_per_gpu)
+        for row in rows
+        if row.tflops is not None
+    ]
     return Agreement(name=name, unit="TFLOP/s per GPU", rows=tuple(compared))
 
 
 def spearman(a: Sequence[float], b: Sequence[float]) -> float:
     """Rank correlation; equal values share their mean rank."""
-    x, y = _ranks(a), _ranks(b)
-    mean_x, mean_y = fmean(x), fmean(y)
-    covariance = sum((p - mean_x) * (q - mean_y) for p, q in zip(x, y, strict=True))
-    spread = sum((p - mean_x) ** 2 for p in x) * sum((q - mean_y) ** 2 for q in y)
-    return covariance / spread**0.5 if spread else 0.0
+    return correlation(_ranks(a), _ranks(b))
 
 
 def _ranks(values: Sequence[float]) -> list[float]:
@@ -257,22 +137,9 @@ def _ranks(values: Sequence[float]) -> list[float]:
     return [ordered.index(value) + (ordered.count(value) - 1) / 2 for value in values]
 
 
-@dataclass(frozen=True, kw_only=True)
-class Outcome:
-    """A set-up that the paper reports, with what the planner says of its memory."""
-
-    setup: str
-    fitted: bool
-    """Whether it fitted, in the paper."""
-    estimate: StepEstimate
-
-
-def memory_outcomes() -> list[Outcome]:
-    """Everything that the paper reports."""
-    rows = (*TABLE_5, *TABLE_6, HEADLINE, *OUT_OF_MEMORY)
-    return [
-        Outcome(setup=str(row), fitted=row.tflops is not None, estimate=estimate_row(row)) for row in rows
-    ]
+def memory_outcomes() -> list[TrainingRow]:
+    """Everything that the paper reports of a training step: it fitted, or it did not."""
+    return [row for rows in TRAINING.values() for row in rows]
 
 
 def render() -> str:
@@ -280,7 +147,7 @@ def render() -> str:
     lines: list[str] = []
     for table in agreements():
         lines += _agreement_lines(table)
-    headline = estimate_row(HEADLINE)
+    headline = HEADLINE.estimate
     predicted = f"predicted {headline.tflops_per_gpu:.2f} ({headline.mfu_causal:.3f})"
     lines.append(f"208K headline, tp8 r2: published {HEADLINE.tflops} TFLOP/s (MFU 0.47), {predicted}")
     capacity = load_gpu("a800-sxm").memory_bytes / 1e9
@@ -307,7 +174,7 @@ def _agreement_lines(table: Agreement) -> Iterator[str]:
         )
 
 
-def _outcome_line(outcome: Outcome) -> str:
+def _outcome_line(outcome: TrainingRow) -> str:
     verdict = "agrees" if outcome.estimate.fits == outcome.fitted else "DISAGREES"
     reported = "fitted" if outcome.fitted else "out of memory"
     size = outcome.estimate.memory.total / 1e9

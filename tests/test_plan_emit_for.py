@@ -181,6 +181,9 @@ def test_what_nvidias_recipes_run_besides_is_asked_for() -> None:
     assert "--moe-enable-deepep" in flags
     assert "--tp-comm-overlap" not in flags
     assert "--tp-comm-overlap" in flags_of(emit_for("megatron", asked, Point(tp=2, dp=8))[0])
+    assert not any(
+        line.startswith("time and memory") for line in emit_for("megatron", asked, Point(dp=16))[1]
+    )
     plain = replace(asked, stack=stack_named("megatron"))
     assert not {"--moe-enable-deepep", "--tp-comm-overlap"} & {
         *flags_of(emit_for("megatron", plain, Point(dp=16, zero=1, experts=8))[0]),

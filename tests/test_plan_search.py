@@ -34,7 +34,7 @@ from seqmesh.planner.inputs.legality import violations
 from seqmesh.planner.inputs.models import load_model
 from seqmesh.planner.inputs.point import AXES, OFFLOAD, TILING, Point
 from seqmesh.planner.inputs.shape import ModelShape
-from seqmesh.planner.inputs.stack import FusedStack
+from seqmesh.planner.inputs.stack import FusedStack, stack_named
 from seqmesh.planner.longest import longest
 from seqmesh.planner.reasons import why_not
 from seqmesh.planner.remedies import shortfall
@@ -295,6 +295,28 @@ def test_the_answer_says_what_ties_with_it() -> None:
     assert lines[2].startswith("Ties, within 3%, too close to tell: u8 r2 (-2.9%), u4 r4 (-")
     assert "attention backward: with 0.416 in place of 0.52" in lines[3]
     assert lines[4].startswith("Try first: seqmesh train plan.toml --steps 5; then u8 r2")
+
+
+def test_an_answer_starts_the_program_that_it_was_priced_for() -> None:
+    asked = job(load_model("llama3-8b"), nodes=1, each=8, seq_len=8192, batch=16)
+    for stack, added, started in (
+        (
+            "megatron",
+            "add --emit plan.sh --emit-for megatron, then sh plan.sh on 8 GPUs",
+            "sh my.sh on 8 GPUs",
+        ),
+        ("fsdp2", "add --emit plan.sh --emit-for torchtitan, then sh plan.sh", "sh my.sh on 8 GPUs"),
+        (
+            "seqmesh",
+            "add --emit plan.toml, then seqmesh train plan.toml on 8",
+            "seqmesh train my.sh on 8 GPUs",
+        ),
+    ):
+        costs = CostModel(replace(asked, stack=stack_named(stack)))
+        found = search(costs, {}, top=2)
+        assert added in answer(costs, found)[0]
+        assert answer(costs, found, "my.sh")[0].endswith(f": {started}.")
+        assert ("seqmesh train" in answer(costs, found)[4]) == (stack == "seqmesh")
 
 
 def test_nothing_wins_within_the_models_error() -> None:

@@ -21,41 +21,38 @@ MOST_TIES = 3
 """Ties that are named; of the others, how many there are."""
 
 
-def answer(costs: CostModel, found: Found, recipe: str | None = None) -> list[str]:
+def answer(costs: CostModel, found: Found, written: str | None = None) -> list[str]:
     """The lines.
 
     Args:
         costs: of the job.
         found: by its search: something that fits.
-        recipe: where the plan is written, if it is.
+        written: where the plan is written for that program, if it is.
     """
     best = found.tied[0]
     return [
-        _run(costs, best, recipe),
+        _run(costs, best, written),
         _takes(costs, best),
         _ties(costs, found),
         _rests_on(costs, best),
-        _try(costs, best, found, recipe),
+        _try(costs, best, found, written),
     ]
 
 
-def _run(costs: CostModel, best: StepEstimate, recipe: str | None) -> str:
+def _run(costs: CostModel, best: StepEstimate, written: str | None) -> str:
     ranks, program = costs.job.cluster.gpus, costs.job.stack.program
     point = f"Run {mesh_words(best.point)}, {knob_words(best.point)}"
     if program == "seqmesh" and (refused := costs.job.model.untrainable):
         return f"{point}; not by seqmesh train: {refused}."
-    add = (
-        "add --emit plan.toml, then "
-        if program == "seqmesh"
-        else f"add --emit plan.sh --emit-for {program}, then "
-    )
-    started = _started(costs, recipe)
-    return f"{point}: {'' if recipe else add}{started} on {ranks} GPU{'s' if ranks > 1 else ''}."
+    emit = "--emit plan.toml" if program == "seqmesh" else f"--emit plan.sh --emit-for {program}"
+    add = "" if written else f"add {emit}, then "
+    return f"{point}: {add}{_started(costs, written)} on {ranks} GPU{'s' if ranks > 1 else ''}."
 
 
-def _started(costs: CostModel, recipe: str | None) -> str:
+def _started(costs: CostModel, written: str | None) -> str:
     """What starts the plan, by the program that it was priced for."""
-    return f"seqmesh train {recipe or 'plan.toml'}" if costs.job.stack.program == "seqmesh" else "sh plan.sh"
+    by_seqmesh = costs.job.stack.program == "seqmesh"
+    return f"seqmesh train {written or 'plan.toml'}" if by_seqmesh else f"sh {written or 'plan.sh'}"
 
 
 def _takes(costs: CostModel, best: StepEstimate) -> str:
@@ -107,11 +104,11 @@ def _rests_on(costs: CostModel, best: StepEstimate) -> str:
     )
 
 
-def _try(costs: CostModel, best: StepEstimate, found: Found, recipe: str | None) -> str:
+def _try(costs: CostModel, best: StepEstimate, found: Found, written: str | None) -> str:
     low, high = ((1 + sign * step_error(costs.job)) * best.seconds for sign in (-1, 1))
     tie = f"; then {point_words(found.tied[1].point)}" if len(found.tied) > 1 else ""
     by_seqmesh = costs.job.stack.program == "seqmesh" and not costs.job.model.untrainable
-    run = f"{_started(costs, recipe)} --steps 5" if by_seqmesh else "5 steps"
+    run = f"{_started(costs, written)} --steps 5" if by_seqmesh else "5 steps"
     return (
         f"Try first: {run}{tie}. Outside {format_seconds(low)} to"
         f" {format_seconds(high)}, the rates are not yours."

@@ -157,8 +157,8 @@ def _answer(job: Job, pins: Pins, options: PlanOptions) -> int:
     elif _is_point(job, pins):
         show_one(out, costs, first, pins)
     else:
-        recipe = str(options.emit) if options.emit and options.emit_for == "seqmesh" else None
-        show_found(out, costs, found, options.top, recipe)
+        written = str(options.emit) if options.emit and options.emit_for == job.stack.program else None
+        show_found(out, costs, found, options.top, written)
         if options.explain:
             explain_found(out, searched, found)
     return 0

@@ -151,7 +151,7 @@ def _train(job: Job, point: Point) -> dict[str, _Setting]:
         # Ranks of tp are priced with norms and residuals sharded by tokens, as Megatron-LM has it.
         "shard_norms": _Setting(point.tp > 1),
         "micro_batch": _Setting(point.micro_batch),
-        "precision": _precision(job, point),
+        "precision": _precision(job),
         "pipeline": _pipeline(job, point),
     }
 
@@ -197,7 +197,7 @@ def _offload(job: Job, point: Point) -> _Setting:
     )
 
 
-def _precision(job: Job, point: Point) -> _Setting:
+def _precision(job: Job) -> _Setting:
     if job.numerics.element == 4:
         return _Setting("fp32")
     if job.numerics.fp8_products:

@@ -82,7 +82,8 @@ def _alike(job: Job, point: Point) -> Iterator[str]:
     if point.used(job.axes) != point.used():
         yield f"axes={','.join(job.axes)}: it has its own order"
     yield "data: tokenizer, text, learning rate and what else it needs are its own flags"
-    yield "time and memory: they were priced with seqmesh's attention, whose exchanges differ"
+    if job.stack.program == "seqmesh":
+        yield "time and memory: they were priced with seqmesh's attention, whose exchanges differ"
 
 
 def _interleaved(job: Job, point: Point) -> tuple[int | None, bool]:

@@ -24,12 +24,12 @@ MOST_SENSITIVITIES = 5
 """Assumptions that change the time only, of which so many are named."""
 
 
-def show_found(out: Console, costs: CostModel, found: Found, top: int, recipe: str | None = None) -> None:
+def show_found(out: Console, costs: CostModel, found: Found, top: int, written: str | None = None) -> None:
     """The answer to a search in five lines, and `top` of what was found as a table."""
     _heading(out, costs.job)
     if found.tied:
         out.print()
-        for line in answer(costs, found, recipe):
+        for line in answer(costs, found, written):
             out.print(line, markup=False)
     out.print(
         f"\n{found.meshes} legal meshes compared; one line for each of the best. Times are predicted, not"

@@ -140,7 +140,7 @@ def _answer(job: Job, pins: Pins, options: PlanOptions) -> int:
     """The search, or the one point that the pins leave."""
     costs = CostModel(job)
     searched = Search(costs, pins)
-    found = searched.found(max(options.top, RIVALS))
+    found = searched.found(max(options.top, RIVALS if options.explain else 1))
     if not found.best and job.headroom:  # what fits without any is better than nothing
         return _answer(replace(job, headroom=0.0), pins, options)
     # What does not fit is shown where it was asked for: as the pinned point, or to a program.

@@ -1,6 +1,7 @@
 """Seconds that no point of a mesh goes below, without a schedule: what the search orders meshes by.
 
-    work        of the largest micro-batch: what weights cost is spread over most tokens there
+    work        of the largest micro-batch: what weights cost is spread over most tokens there; also what
+                nothing hides of the exchanges of experts and of tensor parallelism
     attention   the mean ring rank's pairs, in blocks as large as its rows; no exchange, merge or launch
     bubble      of the smallest micro-batch: most of them fill the pipeline best; none of zero-bubble
     weights     what no compute hides, with all the compute there could be
@@ -57,6 +58,7 @@ class FloorModel(CostModel):
         bubble = (mesh.pp - 1) / self.job.micro_batches(mesh.but(micro_batch=micro_batches[0]))
         bubble = 0.0 if mesh.pipeline == "zero-bubble" else bubble / mesh.virtual
         work = sum(term.seconds for term in self._work(large, self.attention(large)))
+        work += self._tensor_parallel(large).exposed + sum(term.exposed for term in self._experts(large))
         return (1 + bubble) * work + min(self._weights_floor(large.but(zero=zero)) for zero in zero_stages)
 
     def _weights_floor(self, point: Point) -> float:

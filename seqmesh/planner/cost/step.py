@@ -261,10 +261,15 @@ class CostModel:
         )
         yield from self.recurrent.exchanges(point, runs, self.group(point, "ulysses", "ring"))
         yield from self._experts(point)
+        yield self._tensor_parallel(point)
+
+    def _tensor_parallel(self, point: Point) -> CostTerm:
+        """Hidden states between ranks of tp."""
         tp = self.group(point, "tp")
         calls = sum(tensor_calls(self.job, point))
-        seconds = runs * self.network.round_seconds(tp, calls * self._tp_call_bytes(point), calls)
-        yield self._on_links(
+        one = self.network.round_seconds(tp, calls * self._tp_call_bytes(point), calls)
+        seconds = self.layer_runs(point) * one
+        return self._on_links(
             "tensor parallel exchange", tp, seconds, seconds * self.job.assumptions.tp_exposed
         )
 

@@ -43,6 +43,23 @@ def test_json_has_the_promised_keys_best_first(plan: Run) -> None:
     assert times == sorted(times)
 
 
+def test_the_next_mesh_is_named_however_few_are_shown(plan: Run) -> None:
+    pins = ("--pin", "ulysses=1,ring=1,tp=1")
+    job = ("--model", "llama3-8b", "--gpu", "h100-sxm", "--seq-len", "8K", "--global-batch", "8", *pins)
+    for shown in ("1", "5"):
+        assert "Ties: none. It wins: the next, dp4 pp2, takes 21% longer." in plan(*job, "--top", shown)[1]
+
+
+def test_the_next_mesh_is_another_one(plan: Run) -> None:
+    """Of the answer's own mesh another point is faster, with less room to spare."""
+    pins = ("--pin", "dp=1,pp=1,tp=1")
+    job = ("--model", "llama3-8b", "--gpu", "h100-sxm", "--nodes", "2", "--seq-len", "64K", *pins)
+    _, told, _ = plan(*job)
+    assert "Run u8 r2" in told
+    assert "Ties: none" in told
+    assert "the next, u8 r2," not in told
+
+
 def test_a_pinned_point_is_priced_alone_whether_it_fits_or_not(plan: Run) -> None:
     (fits,) = plan.json(*JOB, "--pin", HEADLINE)["candidates"]
     assert fits["fits"] is True

@@ -9,6 +9,7 @@ Try       on a real machine, before anything is believed
 
 from dataclasses import asdict
 
+from seqmesh.planner.candidates import mesh_of
 from seqmesh.planner.cost.estimate import StepEstimate
 from seqmesh.planner.cost.step import CostModel
 from seqmesh.planner.errors import HEADROOM, MEMORY_ERROR, TIE, is_roomy, step_error
@@ -73,7 +74,7 @@ def _ties(costs: CostModel, found: Found) -> str:
         )
         more = f" and {len(ties) - MOST_TIES} more" if len(ties) > MOST_TIES else ""
         return f"Ties, within {TIE:.0%}, too close to tell: {named}{more}."
-    others = [one for one in found.best if one.point != best.point]
+    others = [one for one in found.best if mesh_of(one.point) != mesh_of(best.point)]
     if not others:
         return "Ties: none; no other mesh fits."
     gap = others[0].seconds / best.seconds - 1

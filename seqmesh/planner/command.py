@@ -42,6 +42,8 @@ UNLIMITED = 1 << 60
 """Bytes: a trace needs no memory, so whatever is traced fits."""
 RIVALS = 12
 """Meshes that compete when an assumption moves, at least."""
+NEXT = 2
+"""Meshes that an answer speaks of, at least: its own and the next."""
 SAMPLE = "1M"
 """Tokens of documents that --max-seq draws: long enough to be the distribution; they are repeated or cut."""
 ABOUT = (
@@ -66,8 +68,9 @@ def _plan(context: typer.Context, options: PlanOptions) -> int:
         print(f"\n{held_out.render()}")
         return 0
     pins = parse_pins(options.pin or [])
-    if set(pins) >= set(SEARCHED):  # one point: nothing is searched, not the order of its pipeline either
-        pins = {"pipeline": "1f1b", **pins} if "virtual" not in pins else pins
+    # Of one point nothing is searched, not the order of its pipeline either.
+    if set(pins) >= set(SEARCHED) and "virtual" not in pins:
+        pins = {"pipeline": "1f1b", **pins}
     if options.kernel:
         one = build_job(replace(options, global_batch=1), _one_attention(options))
         sequences = options.global_batch  # all with the documents of one
@@ -140,7 +143,7 @@ def _answer(job: Job, pins: Pins, options: PlanOptions) -> int:
     """The search, or the one point that the pins leave."""
     costs = CostModel(job)
     searched = Search(costs, pins)
-    found = searched.found(max(options.top, RIVALS if options.explain else 1))
+    found = searched.found(max(options.top, RIVALS if options.explain else NEXT))
     if not found.best and job.headroom:  # what fits without any is better than nothing
         return _answer(replace(job, headroom=0.0), pins, options)
     # What does not fit is shown where it was asked for: as the pinned point, or to a program.

@@ -4,7 +4,7 @@ Most of them are legal; the few that are not (inputs/legality.py) are left out b
 """
 
 from collections.abc import Iterator, Mapping, Sequence
-from functools import lru_cache
+from functools import lru_cache, partial
 from itertools import product
 from math import gcd
 
@@ -132,7 +132,8 @@ def orders_of(job: Job, point: Point, pins: Pins) -> list[Point]:
     if pinned or point.pp == 1 or job.stack.most_virtual == 1 or job.micro_batches(point) % point.pp:
         return [point]
     most = min(job.stack.most_virtual, job.layers(point))
-    tried = [virtual for virtual in range(2, most + 1) if layers_of_a_stage(job, point.pp, virtual)]
+    alike = partial(layers_of_a_stage, job.model.layers, point.pp, counts_ends=job.stack.counts_ends)
+    tried = filter(alike, range(2, most + 1))
     return [point, *(point.but(pipeline="interleaved", virtual=virtual) for virtual in tried)]
 
 

@@ -1,7 +1,7 @@
 """The search: every legal point of a job, best first, in well under the time that pricing all would take.
 
-    1. every mesh                        a floor of its time: work, weights and bubble, no exchange, of the
-                                         micro-batches that could fit
+    1. every mesh                        a floor of its time: work, weights and bubble, and what nothing hides
+                                         of experts' and tensor parallelism's exchanges
     2. the mesh with the lowest floor    its micro-batches and ZeRO stages without a memory saver: bounds,
                                          of their layers at first, then of every order of a pipeline
     3. the point with the lowest bound   savers (tiling, checkpointing, offload) until it fits with room
@@ -12,8 +12,7 @@ is dominated and never priced; and what has a floor above the best few cannot en
 out: `tests/test_plan_search.py` compares with brute force.
 """
 
-from bisect import bisect_left
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from heapq import heapify, heappop, heappush, nsmallest
@@ -139,23 +138,10 @@ class Search:
                 spread = mesh.but(experts=experts)
                 if any(map(self._with_fewest_savers, self._variants(spread))):
                     zero_stages = zero_stages_of(job, mesh, pins)
-                    sizes = self._sizes_that_could_fit(spread)
+                    sizes = micro_batches_of(job, mesh, pins)
                     orders = orders_of(job, spread, pins)
-                    floor = min(
-                        (floors.floor(one, zero_stages, sizes) for one in orders if sizes), default=inf
-                    )
+                    floor = min(floors.floor(one, zero_stages, sizes) for one in orders)
                     yield _LegalMesh(floor, spread)
-
-    def _sizes_that_could_fit(self, mesh: Point) -> Sequence[int]:
-        """The micro-batches of a mesh that could fit where most is sharded: no others do elsewhere."""
-        job, pins = self.costs.job, self.pins
-        sizes = micro_batches_of(job, mesh, pins)
-        sharded = mesh.but(zero=max(zero_stages_of(job, mesh, pins)))
-
-        def does_not_fit(size: int) -> bool:
-            return not _could_fit(self.costs, sharded.but(micro_batch=size), pins)
-
-        return sizes[: bisect_left(sizes, True, key=does_not_fit)]
 
     def _variants(self, mesh: Point) -> Iterator[Point]:
         """A mesh with its spread of experts, and every ZeRO stage and micro-batch."""

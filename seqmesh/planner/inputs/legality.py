@@ -19,13 +19,12 @@ def is_pool(job: Job, point: Point) -> bool:
     return bool(job.documents) and on_one_ring and job.layout in ("auto", "balanced")
 
 
-def layers_of_a_stage(job: Job, pp: int, virtual: int) -> int:
-    """Of each of a pipeline's stages; 0 if they are not alike.
+def layers_of_a_stage(layers: int, pp: int, virtual: int, *, counts_ends: bool) -> int:
+    """Of each of `virtual` stages on each of `pp` ranks; 0 if they are not alike.
 
-    Where the stack counts them, embedding and head may stand for a layer each.
+    Where they are counted, embedding and head may stand for a layer each.
     """
-    layers = job.model.layers
-    for ends in (0, 2) if job.stack.counts_ends else (0,):
+    for ends in (0, 2) if counts_ends else (0,):
         each, rest = divmod(layers + ends, pp * virtual)
         if not rest and each * virtual == -(-layers // pp):  # no rank has more than without such stages
             return each
@@ -145,11 +144,12 @@ def _experts(job: Job, point: Point) -> Iterator[str]:
 
 
 def _stages(job: Job, point: Point) -> Iterator[str]:
-    layers = job.model.layers + (2 if job.stack.counts_ends else 0)
-    if point.pp * point.virtual > layers >= point.pp:
+    layers = job.model.layers
+    places = layers + (2 if job.stack.counts_ends else 0)
+    if point.pp <= layers and point.pp * point.virtual > places:
         yield (
             f"pp={point.pp} x virtual={point.virtual} with {layers} layers leaves stages empty;"
-            f" use virtual <= {layers // point.pp}"
+            f" use virtual <= {places // point.pp}"
         )
     if point.pipeline != "1f1b" and point.pp == 1:
         yield f"pipeline={point.pipeline} with pp=1 has no stages; use pp >= 2, or pipeline=1f1b"

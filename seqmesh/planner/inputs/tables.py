@@ -221,7 +221,12 @@ def data_file(name: str) -> Path:
 
 def read_data(name: str) -> dict[str, Any]:
     """What is in one of them."""
-    return tomllib.loads(data_file(name).read_text(encoding="utf-8"))
+    return read_toml(data_file(name))
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """What is in a file of the package."""
+    return tomllib.loads(path.read_text(encoding="utf-8"))
 
 
 def read_tables(path: Path, section: str) -> dict[str, Table]:

@@ -10,13 +10,12 @@ Megatron-LM's megatron/training/arguments.py (commit d98e8a6). None of these com
 """
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import replace
 from typing import NamedTuple
 
 from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.legality import layers_of_a_stage
 from seqmesh.planner.inputs.point import Point
-from seqmesh.planner.inputs.stack import MegatronBridgeStack, MegatronStack
+from seqmesh.planner.inputs.stack import MegatronBridgeStack
 from seqmesh.planner.inputs.tables import unknown
 from seqmesh.planner.output.emit import comment, emit
 
@@ -75,7 +74,7 @@ def _alike(job: Job, point: Point) -> Iterator[str]:
         mixers = "layers that carry a state, " if job.model.mixer else ""
         own = f"{mixers}experts, windows and latent attention"
         yield f"{job.model.name}: add the program's own flags for {own}"
-    if point.pipeline == "zero-bubble" or (point.virtual > 1 and _interleaved(job, point)[0] is None):
+    if point.pipeline != "1f1b" and _interleaved(job, point)[0] is None:
         yield f"pipeline={point.pipeline}: this command runs 1f1b; add the program's own flags for it"
     if job.numerics.fp8_products:
         yield "products in fp8: this command computes in bf16; add the program's own flags for it"
@@ -88,8 +87,10 @@ def _alike(job: Job, point: Point) -> Iterator[str]:
 
 def _interleaved(job: Job, point: Point) -> tuple[int | None, bool]:
     """Layers of each interleaved stage, and whether embedding and head count as one; None: no such stages."""
-    either = replace(job, stack=MegatronStack())  # whatever it was priced for, both programs can count them
-    layers = layers_of_a_stage(either, point.pp, point.virtual) if point.virtual > 1 else 0
+    if point.virtual == 1:
+        return None, False
+    # Whatever it was priced for, both programs can count the ends.
+    layers = layers_of_a_stage(job.model.layers, point.pp, point.virtual, counts_ends=True)
     return layers or None, layers * point.pp * point.virtual > job.model.layers
 
 

@@ -7,13 +7,12 @@
 table; what had been seen when a constant was chosen is in docs/planner_results.md.
 """
 
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 from statistics import fmean, median
-from typing import Any, Final
+from typing import Any, Final, Self
 
 from seqmesh.planner.cost.estimate import StepEstimate
 from seqmesh.planner.cost.step import CostModel
@@ -22,8 +21,10 @@ from seqmesh.planner.inputs.job import Job
 from seqmesh.planner.inputs.models import load_model
 from seqmesh.planner.inputs.point import Point
 from seqmesh.planner.inputs.stack import stack_named
+from seqmesh.planner.inputs.tables import read_toml
 from seqmesh.planner.inputs.units import format_tokens
 
+HERE: Final = Path(__file__).parent
 GIB = 2**30
 MEAN_GOAL, LARGEST_GOAL, MEMORY_GOAL = 0.15, 0.35, 0.15
 """Goals: of speeds on average, of any speed, and of memory on average."""
@@ -93,6 +94,12 @@ class HeldOutRow:
         memory = self.estimate.memory
         return (memory.total - memory.categories["overhead"]) / GIB
 
+    @classmethod
+    def read(cls, run: Mapping[str, Any], **alike: Any) -> Self:
+        """A run of a file, with what all of it have."""
+        said = {**alike, **run}
+        return cls(point=Point(**said.pop("mesh")), **said)
+
 
 @cache
 def _estimate(row: HeldOutRow) -> StepEstimate:
@@ -108,16 +115,9 @@ def _estimate(row: HeldOutRow) -> StepEstimate:
     return CostModel(job).estimate(row.point)
 
 
-def _read() -> Mapping[str, Sequence[HeldOutRow]]:
-    tables = tomllib.loads((Path(__file__).parent / "runs.toml").read_text(encoding="utf-8"))
-    return {name: tuple(map(_row, runs)) for name, runs in tables.items()}
-
-
-def _row(run: dict[str, Any]) -> HeldOutRow:
-    return HeldOutRow(point=Point(**run.pop("mesh")), **run)
-
-
-RUNS: Final = _read()
+RUNS: Final[Mapping[str, Sequence[HeldOutRow]]] = {
+    name: tuple(map(HeldOutRow.read, runs)) for name, runs in read_toml(HERE / "runs.toml").items()
+}
 """All of them, by table."""
 ROWS: Final = RUNS["seen"]
 """Those that have goals."""

@@ -10,21 +10,19 @@ in view is named in inputs/assumptions.py.
 Source: USP (Fang & Zhao 2024, arXiv 2405.07719), Tables 3, 5, 6 and the 208K row: usp.toml.
 """
 
-import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from math import exp, log
-from pathlib import Path
 from statistics import correlation, fmean
-from typing import Any, Final
+from typing import Final
 
 from seqmesh.planner.inputs.hardware import Cluster, load_gpu
 from seqmesh.planner.inputs.job import Job
-from seqmesh.planner.inputs.point import Point
 from seqmesh.planner.inputs.stack import PaperStack
+from seqmesh.planner.inputs.tables import read_toml
 from seqmesh.planner.inputs.units import format_tokens
 from seqmesh.planner.one_attention import attention_model, splits
-from seqmesh.planner.paper.held_out import HeldOutRow
+from seqmesh.planner.paper.held_out import HERE, HeldOutRow
 
 
 class TrainingRow(HeldOutRow):
@@ -43,12 +41,11 @@ class TrainingRow(HeldOutRow):
         return self.tflops is not None
 
 
-def _training_row(run: dict[str, Any]) -> TrainingRow:
-    return TrainingRow(name="", gpu="a800-sxm", stack="paper", point=Point(**run.pop("mesh")), **run)
-
-
-_TABLES: Final = tomllib.loads((Path(__file__).parent / "usp.toml").read_text(encoding="utf-8"))
-TRAINING: Final = {name: tuple(map(_training_row, runs)) for name, runs in _TABLES["training"].items()}
+_TABLES: Final = read_toml(HERE / "usp.toml")
+TRAINING: Final = {
+    name: tuple(TrainingRow.read(run, name="", gpu="a800-sxm", stack="paper") for run in runs)
+    for name, runs in _TABLES["training"].items()
+}
 """Training steps by table: "table_5", "table_6", "headline", "out_of_memory"."""
 HEADLINE: Final = TRAINING["headline"][0]
 
